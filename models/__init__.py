@@ -1,0 +1,1 @@
+"""Anynode's database: tables, rules, statements and migrations. Imports nothing of ``server``."""

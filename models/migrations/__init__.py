@@ -1,0 +1,1 @@
+"""The schema's history, one module a change, applied in order by ``models.migrate``."""

@@ -1,0 +1,1 @@
+"""Agents: what produces the answers."""

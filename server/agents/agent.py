@@ -1,0 +1,98 @@
+"""The one seam: what an agent is given, and what it yields.
+
+An agent is an async generator function ``answer(turn)``. It is cancelled (``asyncio.CancelledError`` at its
+``await``) when the turn is cancelled, times out or loses its lease; it must then let go of what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryMessage:
+    """One message as the agent sees it; ``tool_calls`` is a JSON list, the tool fields are for role ``tool``."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Some more text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The model asks for a tool; ``arguments`` is the JSON object that the model gave."""
+
+    tool_call_id: str
+    tool_name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """A tool has answered."""
+
+    tool_call_id: str
+    tool_name: str
+    content: str
+    is_error: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnd:
+    """One model request of the turn is complete; what came before is not produced again after a takeover."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a model request cost, in tokens; several in a turn add up."""
+
+    input_tokens: int
+    output_tokens: int
+    model: str | None = None
+
+
+AgentEvent: TypeAlias = TextDelta | ToolCall | ToolResult | StepEnd | Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What an agent is asked to answer.
+
+    ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``).
+    ``attempt`` is 1, or more after a takeover; ``steps`` then holds the messages of the steps that were
+    completed before, which follow the history.
+    """
+
+    turn_id: UUID
+    conversation_id: UUID
+    user_id: str
+    history: Sequence[HistoryMessage]
+    attempt: int = 1
+    steps: Sequence[HistoryMessage] = field(default=())
+
+
+Agent: TypeAlias = Callable[[Turn], AsyncIterator[AgentEvent]]
+
+
+class AgentError(Exception):
+    """Raised by an agent to end the turn as failed with a message that people can act on.
+
+    ``retryable`` says whether sending the question again later may succeed.
+    """
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retryable = retryable

@@ -1,0 +1,131 @@
+"""Every error a client can be told of: its code, HTTP status, and whether trying again can help.
+
+The docstring of a class is the message that people read when the raiser has nothing more exact to say.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+from uuid import UUID
+
+# WebSocket close codes (PROTOCOL.md, "Close codes").
+CLOSE_UNAUTHORIZED = 3000
+CLOSE_FORBIDDEN = 3003
+CLOSE_AUTHENTICATION_TIMEOUT = 3008
+CLOSE_BINARY = 1003
+CLOSE_LIMITS = 1008
+CLOSE_RESTARTING = 1012
+CLOSE_OVERLOADED = 1013
+
+
+class ClientError(Exception):
+    """Something went wrong."""
+
+    code: ClassVar[str]
+    http_status: ClassVar[int]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str | None = None, *, conversation_id: UUID | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.conversation_id = conversation_id
+        super().__init__(self.message)
+
+
+class InvalidFrame(ClientError):
+    """The frame is not one that this server understands."""
+
+    code = "invalid_frame"
+    http_status = 422
+
+
+class NotFound(ClientError):
+    """There is no such conversation."""
+
+    code = "not_found"
+    http_status = 404
+
+
+class ConversationBusy(ClientError):
+    """A turn is still running in this conversation."""
+
+    code = "conversation_busy"
+    http_status = 409
+    retryable = True
+
+
+class RoleOrder(ClientError):
+    """A message of this role may not come next in the conversation."""
+
+    code = "role_order"
+    http_status = 409
+
+
+class MessageTooLarge(ClientError):
+    """The message is too large."""
+
+    code = "message_too_large"
+    http_status = 413
+
+
+class RateLimited(ClientError):
+    """Too much at once; slow down and try again."""
+
+    code = "rate_limited"
+    http_status = 429
+    retryable = True
+
+
+class Unauthorized(ClientError):
+    """The token is missing, malformed, expired or not signed by a key that this server trusts."""
+
+    code = "unauthorized"
+    http_status = 401
+
+
+class Forbidden(ClientError):
+    """This is not allowed."""
+
+    code = "forbidden"
+    http_status = 403
+
+
+class Draining(ClientError):
+    """This node is shutting down; connect again to reach another one."""
+
+    code = "draining"
+    http_status = 503
+    retryable = True
+
+
+class DatabaseUnavailable(ClientError):
+    """The database does not answer at the moment; nothing was lost, try again."""
+
+    code = "database_unavailable"
+    http_status = 503
+    retryable = True
+
+
+class AgentFailed(ClientError):
+    """The agent could not produce an answer."""
+
+    code = "agent_failed"
+    http_status = 502
+
+
+CLIENT_ERRORS: tuple[type[ClientError], ...] = (
+    InvalidFrame,
+    NotFound,
+    ConversationBusy,
+    RoleOrder,
+    MessageTooLarge,
+    RateLimited,
+    Unauthorized,
+    Forbidden,
+    Draining,
+    DatabaseUnavailable,
+    AgentFailed,
+)
+
+
+class ConfigurationError(Exception):
+    """The server cannot start as it is configured; the message is one line that says what to change."""

@@ -1,0 +1,165 @@
+"""Settings: the only reader of the environment. Every bad value is one clear line, never a traceback."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+from urllib.parse import urlsplit
+
+from server.errors import ConfigurationError
+
+SECRET_BYTES_MIN = 32  # HS256: a key shorter than its hash can be guessed (RFC 7518, 3.2)
+
+
+def _text(name: str, value: str) -> str:
+    return value
+
+
+def _whole(low: int, high: int) -> Callable[[str, str], int]:
+    def parse(name: str, value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise ConfigurationError(f"{name} must be a whole number, not {value!r}") from None
+        if not low <= number <= high:
+            raise ConfigurationError(f"{name} must be from {low} to {high}, not {number}")
+        return number
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[str, str], float]:
+    def parse(name: str, value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            raise ConfigurationError(f"{name} must be a number, not {value!r}") from None
+        if not math.isfinite(number) or not low <= number <= high:
+            raise ConfigurationError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        return number
+
+    return parse
+
+
+def _http_url(name: str, value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+        _ = parts.port
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ConfigurationError(f"{name} must be an http:// or https:// URL, not {value!r}")
+    return value.rstrip("/")
+
+
+def _origins(name: str, value: str) -> tuple[str, ...]:
+    origins = []
+    for item in filter(None, (part.strip() for part in value.split(","))):
+        if "*" in item:
+            raise ConfigurationError(
+                f"{name} takes exact origins such as https://app.example.com, no wildcard: {item!r}"
+            )
+        parts = urlsplit(_http_url(name, item))
+        if parts.path or parts.query or parts.fragment:
+            raise ConfigurationError(f"{name} takes origins without a path, not {item!r}")
+        origins.append(f"{parts.scheme}://{parts.netloc}".lower())
+    return tuple(origins)
+
+
+def _setting(default: Any, parse: Callable[[str, str], Any], doc: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "doc": doc})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the server can be told, one field for each environment variable of the same name in capitals."""
+
+    host: str = _setting("0.0.0.0", _text, "Address to listen on (`anynode dev`: 127.0.0.1).")  # noqa: S104
+    port: int = _setting(8000, _whole(0, 65535), "Port to listen on; 0 takes any free one.")
+    database_url: str | None = _setting(
+        None, _text, "`postgresql://user:password@host:port/database`; required by `serve`."
+    )
+    database_pool_max: int = _setting(
+        10, _whole(1, 1000), "Connections to Postgres for requests; two more write the journal."
+    )
+    jwt_secret: str | None = _setting(None, _text, "Secret of HS256 tokens, at least 32 bytes; this or `JWT_JWKS_URL`.")
+    jwt_jwks_url: str | None = _setting(None, _http_url, "Where the public keys of RS256 and ES256 tokens are.")
+    jwt_audience: str = _setting("anynode", _text, "The `aud` that a token must have.")
+    jwt_issuer: str = _setting("anynode", _text, "The `iss` that a token must have.")
+    allowed_origins: tuple[str, ...] = _setting(
+        (), _origins, "Origins of pages that may connect, separated by commas; the server's own always may."
+    )
+    agent: str = _setting("echo", _text, "`echo`, `openai`, or `package.module:attribute`.")
+    agent_timeout_seconds: float = _setting(
+        60.0, _number(0.1, 3600), "A turn fails when its agent yields nothing for so long."
+    )
+    answer_bytes_max: int = _setting(1_048_576, _whole(1, 67_108_864), "A turn fails when its text grows beyond this.")
+    openai_base_url: str = _setting("https://api.openai.com/v1", _http_url, "Any server of the chat completions API.")
+    openai_api_key: str | None = _setting(None, _text, "Sent to it as a bearer token.")
+    model: str = _setting("gpt-4o-mini", _text, "The model that is asked for.")
+    system_prompt: str | None = _setting(
+        None, _text, "Put before every history whose conversation has none of its own."
+    )
+    echo_tokens_per_second: float = _setting(50.0, _number(0, 1e6), "Speed of the echo agent; 0: as fast as possible.")
+    echo_tokens: int = _setting(
+        0, _whole(0, 1_000_000), "The echo agent streams `w0 w1 …`, so many tokens, instead of the echo."
+    )
+    echo_fail_after: int = _setting(0, _whole(0, 1_000_000), "The echo agent fails after so many tokens; 0: never.")
+    flush_interval_ms: float = _setting(
+        25.0, _number(0, 1000), "How long a token waits at most for others to be committed with."
+    )
+    lease_seconds: float = _setting(
+        5.0, _number(1, 300), "A node that says nothing for so long loses its turns to others."
+    )
+    max_attempts: int = _setting(3, _whole(1, 100), "A turn fails after so many nodes have died of it.")
+    drain_seconds: float = _setting(25.0, _number(0, 3600), "How long running turns may go on after SIGTERM.")
+    history_messages_max: int = _setting(
+        200, _whole(1, 100_000), "The newest messages that an agent and a snapshot get."
+    )
+    message_bytes_max: int = _setting(
+        65_536, _whole(1, 16_777_216), "Longest `content` of a message, in bytes of UTF-8."
+    )
+    journal_retention_minutes: float = _setting(
+        10.0, _number(0.001, 525_600), "How long the events of an ended turn are kept."
+    )
+    heartbeat_seconds: float = _setting(
+        10.0, _number(0.1, 3600), "A client that hears nothing for twice so long goes elsewhere."
+    )
+    connections_max: int = _setting(
+        20_000, _whole(1, 1_000_000), "WebSocket connections of this node; more are closed with 1013."
+    )
+    turns_max: int = _setting(
+        5_000, _whole(1, 1_000_000), "Turns that this node runs at once; more are `rate_limited`."
+    )
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Parse `environment`; an empty variable counts as unset. Raises ConfigurationError with one line."""
+    values = {}
+    for setting in fields(Settings):
+        name = setting.name.upper()
+        raw = environment.get(name, "")
+        if raw != "":
+            values[setting.name] = setting.metadata["parse"](name, raw)
+    return Settings(**values)
+
+
+def check_for_production(settings: Settings) -> None:
+    """What `anynode serve` insists on. Raises ConfigurationError with one line that says what to change."""
+    if settings.jwt_jwks_url is None:
+        if settings.jwt_secret is None:
+            raise ConfigurationError(
+                f"JWT_SECRET is not set: set it to at least {SECRET_BYTES_MIN} random bytes, or set JWT_JWKS_URL"
+            )
+        length = len(settings.jwt_secret.encode())
+        if length < SECRET_BYTES_MIN:
+            raise ConfigurationError(f"JWT_SECRET is too short: {length} bytes, at least {SECRET_BYTES_MIN} are needed")
+    elif settings.jwt_secret is not None:
+        raise ConfigurationError(
+            "JWT_SECRET and JWT_JWKS_URL are both set: unset the one that does not sign your tokens"
+        )
+    if settings.database_url is None:
+        raise ConfigurationError("DATABASE_URL is not set: set it to postgresql://user:password@host:port/database")
