@@ -1,0 +1,144 @@
+"""Conversations and their messages: admitting a message, reading what a person or an agent sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from uuid import UUID
+
+import asyncpg
+
+from models.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMessage:
+    """A message of the history; `tool_calls` is JSON."""
+
+    turn_id: UUID | None
+    role: str
+    content: str
+    tool_calls: str | None
+    tool_name: str | None
+    tool_call_id: str | None
+    status: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A user's message on its way in, with the ids and events that it will have; those make it repeatable.
+
+    `conversation_id` is None for a new conversation, which then gets `new_conversation_id` and `title`.
+    `message_created` and `turn_started` are the payloads of its two events, JSON.
+    """
+
+    user_id: str
+    conversation_id: UUID | None
+    new_conversation_id: UUID
+    title: str
+    message_id: UUID
+    client_id: str
+    content: str
+    created_at: datetime
+    turn_id: UUID
+    message_created: str
+    turn_started: str
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What became of a question.
+
+    `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order` or `message_id_taken`.
+    `first_seq` is the seq of the turn's first event, None when its events have been deleted; `last_role` is the
+    role that stands in the way of `role_order`.
+    """
+
+    outcome: str
+    conversation_id: UUID
+    turn_id: UUID | None = None
+    first_seq: int | None = None
+    last_role: str | None = None
+    system_prompt: str | None = None
+    history: Sequence[StoredMessage] = ()
+
+
+async def admit(
+    database: Database, question: Question, *, node: str, lease_seconds: float, history_messages_max: int
+) -> Admission:
+    """One transaction in one round trip. Raises Unavailable."""
+    rows = await database.fetch(
+        "admit",
+        question.user_id,
+        question.conversation_id,
+        question.new_conversation_id,
+        question.title,
+        question.message_id,
+        question.client_id,
+        question.content,
+        question.created_at,
+        question.turn_id,
+        node,
+        lease_seconds,
+        question.message_created,
+        question.turn_started,
+        history_messages_max,
+    )
+    head = rows[0]
+    return Admission(
+        outcome=head["outcome"],
+        conversation_id=head["conversation_id"],
+        turn_id=head["turn_id"],
+        first_seq=head["seq"],
+        last_role=head["role"],
+        system_prompt=head["content"],
+        history=_stored(rows[1:]),
+    )
+
+
+async def read_history(database: Database, conversation_id: UUID, *, messages_max: int) -> Sequence[StoredMessage]:
+    """The newest messages, oldest first."""
+    return _stored(await database.fetch("read_history", conversation_id, messages_max, for_journal=True))
+
+
+def _stored(rows: Sequence[asyncpg.Record]) -> list[StoredMessage]:
+    return [
+        StoredMessage(
+            row["turn_id"],
+            row["role"],
+            row["content"],
+            row["tool_calls"],
+            row["tool_name"],
+            row["tool_call_id"],
+            row["status"],
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A conversation at one instant; `messages` are rows with the fields of a message, oldest first."""
+
+    seq: int
+    running_turn_id: UUID | None
+    running_text: str
+    messages: Sequence[asyncpg.Record]
+
+
+async def read_snapshot(
+    database: Database, user_id: str, conversation_id: UUID, *, messages_max: int
+) -> Snapshot | None:
+    """The newest messages and the running turn. None: not this user's conversation."""
+    rows = await database.fetch("snapshot", user_id, conversation_id, messages_max)
+    if not rows:
+        return None
+    head = rows[0]
+    messages = [row for row in rows if row["id"] is not None]
+    return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages)
+
+
+async def list_conversations(database: Database, user_id: str, *, limit: int, skip: int) -> Sequence[asyncpg.Record]:
+    """Newest activity first: id, title, created_at, updated_at."""
+    return await database.fetch("list_conversations", user_id, limit, skip)

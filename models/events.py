@@ -1,0 +1,148 @@
+"""Events: the rows of the journal, appended by a flush and read from a cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from uuid import UUID
+
+import msgspec
+
+from models.database import Database
+
+DELTA = "turn.delta"
+
+
+class Event:
+    """One committed row of the journal; `payload` is a JSON object as text.
+
+    `frame` is for whoever shows the event: what it is encoded to once serves all who follow.
+    """
+
+    __slots__ = ("frame", "payload", "seq", "turn_id", "type")
+
+    def __init__(self, seq: int, type: str, turn_id: UUID | None, payload: str) -> None:
+        self.seq = seq
+        self.type = type
+        self.turn_id = turn_id
+        self.payload = payload
+        self.frame: str | None = None
+
+
+@dataclass(slots=True)
+class NewMessage:
+    """A message that a turn leaves behind; `number` counts the turn's from 1, `tool_calls` is JSON."""
+
+    id: UUID
+    user_id: str
+    number: int
+    role: str
+    content: str
+    status: str
+    created_at: datetime
+    tool_calls: str | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a turn ended; committed together with its last event. `error` and `usage` are JSON."""
+
+    status: str
+    messages: Sequence[NewMessage]
+    error: str | None = None
+    usage: str | None = None
+
+
+@dataclass(slots=True)
+class Entry:
+    """What one turn has to append in a flush, under the epoch that it runs in."""
+
+    turn_id: UUID
+    epoch: int
+    events: Sequence[Event] = field(default=())
+    ending: Ending | None = None
+
+
+async def flush(database: Database, entries: Sequence[Entry], *, within_seconds: float) -> set[UUID]:
+    """Append all entries in one statement. Returns the turns that were refused: their epoch is stale, or they have
+    ended. Repeating it with the same entries is harmless. Raises Unavailable, or asyncpg.PostgresError."""
+    ends = [(entry, entry.ending) for entry in entries if entry.ending is not None]
+    arguments: list[Sequence[object]] = [
+        [entry.turn_id for entry in entries],
+        [entry.epoch for entry in entries],
+        [entry.turn_id for entry in entries for _ in entry.events],
+        [event.seq for entry in entries for event in entry.events],
+        [event.type for entry in entries for event in entry.events],
+        [event.payload for entry in entries for event in entry.events],
+    ]
+    if ends:
+        said = [(entry.turn_id, message) for entry, ending in ends for message in ending.messages]
+        arguments += [
+            [turn_id for turn_id, _ in said],
+            [message.id for _, message in said],
+            [message.user_id for _, message in said],
+            [message.number for _, message in said],
+            [message.role for _, message in said],
+            [message.content for _, message in said],
+            [message.tool_calls for _, message in said],
+            [message.tool_name for _, message in said],
+            [message.tool_call_id for _, message in said],
+            [message.status for _, message in said],
+            [message.created_at for _, message in said],
+            [entry.turn_id for entry, _ in ends],
+            [ending.status for _, ending in ends],
+            [ending.error for _, ending in ends],
+            [ending.usage for _, ending in ends],
+            [entry.events[-1].seq for entry, _ in ends],
+        ]
+    name = "flush_with_endings" if ends else "flush"
+    rows = await database.fetch(name, *arguments, within_seconds=within_seconds, for_journal=True)
+    return {row["turn_id"] for row in rows}
+
+
+async def ended_under(database: Database, claims: dict[UUID, int], *, within_seconds: float) -> set[UUID]:
+    """Which of the refused turns (id → epoch) have ended under that very epoch: a flush whose answer was lost had
+    already committed them, so they are not lost to another node."""
+    rows = await database.fetch("turn_states", list(claims), within_seconds=within_seconds, for_journal=True)
+    return {row["id"] for row in rows if row["status"] != "running" and row["epoch"] == claims[row["id"]]}
+
+
+@dataclass(slots=True)
+class Reading:
+    """What lies after a cursor: `events` in order without a gap, unless `is_broken`: then the journal no longer (or,
+    after a failover, not yet) holds the cursor's place, and only a snapshot helps."""
+
+    events: list[Event]
+    is_broken: bool
+    is_complete: bool  # nothing committed was left out for the limit
+
+
+async def read_events(
+    database: Database, user_id: str, conversation_id: UUID, after: int, *, limit: int
+) -> Reading | None:
+    """At most `limit` events with a seq greater than `after`. None: not this user's conversation."""
+    rows = await database.fetch("read_events", user_id, conversation_id, after, limit + 1)
+    if not rows:
+        return None
+    found = [row for row in rows if row["seq"] is not None]
+    events = [Event(row["seq"], row["type"], row["turn_id"], row["payload"]) for row in found if row["seq"] > after]
+    if events:
+        is_broken = any(event.seq != seq for seq, event in enumerate(events, after + 1))
+    else:
+        has_cursors_own = after == 0 or bool(found)
+        is_broken = not has_cursors_own and after != rows[0]["last_seq"]
+    return Reading(events, is_broken, len(found) <= limit)
+
+
+def delta_payload(text: str) -> str:
+    """The payload of a `turn.delta`."""
+    return '{"text":' + msgspec.json.encode(text).decode() + "}"
+
+
+def delta_text(event: Event) -> str:
+    """The text of a `turn.delta`."""
+    text: str = msgspec.json.decode(event.payload)["text"]
+    return text

@@ -1,0 +1,182 @@
+-- The statements of the serving path, by name. Each is one round trip; every write may be repeated with the
+-- same arguments when its outcome is unknown. Plans are guarded by tests/integration/test_plans.py.
+
+-- name: admit
+-- Own it? repeated message_id? busy? role order? insert message, turn and their events; read the history.
+-- The first row is the outcome, the others the history. See models/migrations.
+SELECT * FROM anynode_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
+
+-- name: flush
+-- Append what the turns of a node have said. A turn whose epoch is stale, or that has ended, is refused as a
+-- whole, in this very statement; returned are the turns that were refused.
+-- Turns are locked in the order of their ids, as `renew` does, so that the two never wait for each other.
+WITH claims AS (
+    SELECT * FROM unnest($1::uuid[], $2::integer[]) AS claim (turn_id, epoch)
+), owned AS MATERIALIZED (
+    SELECT t.id, t.conversation_id, t.epoch
+    FROM turns t JOIN claims c ON t.id = c.turn_id
+    WHERE t.epoch = c.epoch AND t.status = 'running'
+    ORDER BY t.id
+    FOR NO KEY UPDATE OF t
+), appended AS (
+    INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
+    FROM unnest($3::uuid[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (turn_id, seq, type, payload)
+    JOIN owned o ON o.id = e.turn_id
+    ON CONFLICT (conversation_id, seq) DO NOTHING
+)
+SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
+
+-- name: flush_with_endings
+-- The same, where some of the turns end: their messages, status and the conversation's last_seq commit with it.
+WITH claims AS (
+    SELECT * FROM unnest($1::uuid[], $2::integer[]) AS claim (turn_id, epoch)
+), owned AS MATERIALIZED (
+    SELECT t.id, t.conversation_id, t.epoch
+    FROM turns t JOIN claims c ON t.id = c.turn_id
+    WHERE t.epoch = c.epoch AND t.status = 'running'
+    ORDER BY t.id
+    FOR NO KEY UPDATE OF t
+), appended AS (
+    INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
+    FROM unnest($3::uuid[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (turn_id, seq, type, payload)
+    JOIN owned o ON o.id = e.turn_id
+    ON CONFLICT (conversation_id, seq) DO NOTHING
+), said AS (
+    INSERT INTO messages (id, conversation_id, user_id, position, role, content, tool_calls, tool_name,
+                          tool_call_id, turn_id, status, created_at)
+    SELECT m.id, o.conversation_id, m.user_id,
+           m.number + (SELECT max(position) FROM messages WHERE conversation_id = o.conversation_id),
+           m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, o.id, m.status, m.created_at
+    FROM unnest($7::uuid[], $8::uuid[], $9::text[], $10::integer[], $11::text[], $12::text[], $13::jsonb[],
+                $14::text[], $15::text[], $16::text[], $17::timestamptz[])
+        AS m (turn_id, id, user_id, number, role, content, tool_calls, tool_name, tool_call_id, status, created_at)
+    JOIN owned o ON o.id = m.turn_id
+), ended AS (
+    UPDATE turns t
+    SET status = e.status, error = e.error, usage = e.usage, finished_at = clock_timestamp()
+    FROM unnest($18::uuid[], $19::text[], $20::jsonb[], $21::jsonb[]) AS e (turn_id, status, error, usage)
+    JOIN owned o ON o.id = e.turn_id
+    WHERE t.id = o.id
+), counted AS (
+    UPDATE conversations c
+    SET last_seq = e.last_seq
+    FROM unnest($18::uuid[], $22::bigint[]) AS e (turn_id, last_seq)
+    JOIN owned o ON o.id = e.turn_id
+    WHERE c.id = o.conversation_id
+)
+SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
+
+-- name: turn_states
+-- Which of the refused turns ended under the epoch that claimed them: those were not lost, only repeated.
+SELECT id, epoch, status FROM turns WHERE id = ANY ($1::uuid[]);
+
+-- name: read_events
+-- The journal from a cursor, the cursor's own event included; one row with a null seq when there is none.
+SELECT c.last_seq, e.seq, e.turn_id, e.type, e.payload
+FROM conversations c
+LEFT JOIN LATERAL (
+    SELECT seq, turn_id, type, payload FROM events
+    WHERE conversation_id = c.id AND seq >= $3 ORDER BY seq LIMIT $4
+) e ON true
+WHERE c.id = $2 AND c.user_id = $1
+ORDER BY e.seq;
+
+-- name: snapshot
+-- The newest messages, the running turn with its text so far, and the cursor, all of one instant.
+WITH conversation AS (
+    SELECT c.id, c.last_seq FROM conversations c WHERE c.id = $2 AND c.user_id = $1
+), running AS (
+    SELECT t.id, t.conversation_id, t.first_seq FROM turns t JOIN conversation c ON t.conversation_id = c.id
+    WHERE t.status = 'running'
+), said AS (
+    SELECT e.seq, e.type, e.payload ->> 'text' AS text
+    FROM running r JOIN events e ON e.conversation_id = r.conversation_id AND e.seq >= r.first_seq
+), newest AS (
+    SELECT m.* FROM conversation c CROSS JOIN LATERAL (
+        SELECT * FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT $3
+    ) m
+)
+SELECT greatest(c.last_seq, (SELECT max(seq) FROM said)) AS seq, (SELECT id FROM running) AS running_turn_id,
+       (SELECT string_agg(text, '' ORDER BY seq) FROM said
+        WHERE type IN ('turn.delta', 'turn.restarted')
+          AND seq >= coalesce((SELECT max(seq) FROM said WHERE type = 'turn.restarted'), 0)) AS running_text,
+       m.id, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status, m.turn_id, m.created_at
+FROM conversation c LEFT JOIN newest m ON true
+ORDER BY m.position;
+
+-- name: list_conversations
+SELECT id, title, created_at, updated_at FROM conversations
+WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
+
+-- name: renew
+-- Keep the leases of this node's turns, and learn which of them are to be cancelled. A turn that is missing
+-- from the answer is no longer this node's.
+WITH mine AS (
+    SELECT t.id FROM turns t JOIN unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch) ON t.id = c.turn_id
+    WHERE t.epoch = c.epoch AND t.status = 'running'
+    ORDER BY t.id
+    FOR NO KEY UPDATE OF t
+)
+UPDATE turns t SET lease_expires_at = clock_timestamp() + make_interval(secs => $3)
+FROM mine WHERE t.id = mine.id
+RETURNING t.id, t.cancel_requested_at IS NOT NULL AS cancel_requested;
+
+-- name: release
+-- Give up the leases of turns that cannot be finished here, so that another node need not wait for them to lapse.
+UPDATE turns t SET lease_expires_at = clock_timestamp()
+FROM unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch)
+WHERE t.id = c.turn_id AND t.epoch = c.epoch AND t.status = 'running';
+
+-- name: take_over
+-- Turns whose lease has run out become this node's, under the next epoch; `turn.restarted` commits with it.
+WITH lapsed AS (
+    SELECT t.id FROM turns t
+    WHERE t.status = 'running' AND t.lease_expires_at < clock_timestamp()
+    ORDER BY t.id LIMIT $3
+    FOR NO KEY UPDATE SKIP LOCKED
+), taken AS (
+    UPDATE turns t
+    SET node = $1, epoch = t.epoch + 1, lease_expires_at = clock_timestamp() + make_interval(secs => $2)
+    FROM lapsed WHERE t.id = lapsed.id
+    RETURNING t.id, t.conversation_id, t.epoch, t.cancel_requested_at IS NOT NULL AS cancel_requested
+), journal AS (
+    SELECT t.*, (SELECT max(e.seq) FROM events e WHERE e.conversation_id = t.conversation_id) + 1 AS seq FROM taken t
+), restarted AS (
+    INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT j.conversation_id, j.seq, j.id, j.epoch, 'turn.restarted', jsonb_build_object('epoch', j.epoch, 'text', '')
+    FROM journal j
+)
+SELECT j.id, j.conversation_id, j.epoch, j.cancel_requested, j.seq, c.user_id, c.system_prompt
+FROM journal j JOIN conversations c ON c.id = j.conversation_id;
+
+-- name: read_history
+SELECT h.turn_id, h.role, h.content, h.tool_calls, h.tool_name, h.tool_call_id, h.status
+FROM (SELECT * FROM messages WHERE conversation_id = $1 ORDER BY position DESC LIMIT $2) h
+ORDER BY h.position;
+
+-- name: request_cancel
+-- Ask the node that runs the turn to stop it. No row: not your conversation, or no such turn in it.
+WITH turn AS (
+    SELECT t.id, t.status FROM conversations c JOIN turns t ON t.conversation_id = c.id
+    WHERE c.id = $2 AND c.user_id = $1 AND (t.id = $3 OR ($3 IS NULL AND t.status = 'running'))
+), asked AS (
+    UPDATE turns t SET cancel_requested_at = coalesce(t.cancel_requested_at, clock_timestamp())
+    FROM turn WHERE t.id = turn.id AND t.status = 'running'
+)
+SELECT id, status FROM turn;
+
+-- name: delete_expired_events
+-- The events of turns that ended long enough ago, so many turns at a time.
+WITH expired AS (
+    SELECT t.id, t.conversation_id, t.first_seq FROM turns t
+    WHERE t.first_seq IS NOT NULL AND t.finished_at < clock_timestamp() - make_interval(secs => $1)
+    ORDER BY t.finished_at LIMIT $2
+    FOR NO KEY UPDATE SKIP LOCKED
+), deleted AS (
+    DELETE FROM events e USING expired x
+    WHERE e.conversation_id = x.conversation_id AND e.seq >= x.first_seq AND e.turn_id = x.id
+)
+UPDATE turns t SET first_seq = NULL FROM expired x WHERE t.id = x.id
+RETURNING t.id;

@@ -1,0 +1,93 @@
+"""The tables as Tortoise models: for migrations, scripts and tests. The serving path uses `queries.sql`.
+
+The schema itself is in `migrations/`; tests/contract holds the two together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tortoise import fields
+from tortoise.models import Model
+
+
+class User(Model):
+    """Whoever a token's `sub` names."""
+
+    id = fields.TextField(primary_key=True)
+    created_at = fields.DatetimeField()
+
+    class Meta:
+        table = "users"
+
+
+class Conversation(Model):
+    """A conversation; `last_seq` is the seq of its last event, or of `turn.started` while a turn runs."""
+
+    id = fields.UUIDField(primary_key=True)
+    user_id = fields.TextField()
+    client_id = fields.TextField(null=True)
+    title = fields.TextField(null=True)
+    system_prompt = fields.TextField(null=True)
+    metadata: fields.JSONField[Any] = fields.JSONField()
+    last_seq = fields.BigIntField()
+    created_at = fields.DatetimeField()
+    updated_at = fields.DatetimeField()
+
+    class Meta:
+        table = "conversations"
+
+
+class Message(Model):
+    """A message; `client_id` is the `message_id` that the client gave, `position` counts from 1."""
+
+    id = fields.UUIDField(primary_key=True)
+    conversation_id = fields.UUIDField()
+    user_id = fields.TextField()
+    client_id = fields.TextField(null=True)
+    position = fields.IntField()
+    role = fields.TextField()
+    content = fields.TextField()
+    tool_calls: fields.JSONField[Any] = fields.JSONField(null=True)
+    tool_name = fields.TextField(null=True)
+    tool_call_id = fields.TextField(null=True)
+    turn_id = fields.UUIDField(null=True)
+    status = fields.TextField()
+    created_at = fields.DatetimeField()
+
+    class Meta:
+        table = "messages"
+
+
+class Turn(Model):
+    """A turn and its lease; `first_seq` is null once its events have been deleted."""
+
+    id = fields.UUIDField(primary_key=True)
+    conversation_id = fields.UUIDField()
+    status = fields.TextField()
+    node = fields.TextField()
+    epoch = fields.IntField()
+    lease_expires_at = fields.DatetimeField()
+    cancel_requested_at = fields.DatetimeField(null=True)
+    first_seq = fields.BigIntField(null=True)
+    error: fields.JSONField[Any] = fields.JSONField(null=True)
+    usage: fields.JSONField[Any] = fields.JSONField(null=True)
+    created_at = fields.DatetimeField()
+    finished_at = fields.DatetimeField(null=True)
+
+    class Meta:
+        table = "turns"
+
+
+class Event(Model):
+    """A row of the journal. Its primary key is (conversation_id, seq), which Tortoise cannot say."""
+
+    conversation_id = fields.UUIDField(primary_key=True)
+    seq = fields.BigIntField()
+    turn_id = fields.UUIDField(null=True)
+    epoch = fields.IntField()
+    type = fields.TextField()
+    payload: fields.JSONField[Any] = fields.JSONField()
+
+    class Meta:
+        table = "events"

@@ -1,0 +1,72 @@
+"""Turns: the leases that keep them, taking over those that lapsed, asking them to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from uuid import UUID
+
+from models.database import Database
+
+
+@dataclass(frozen=True, slots=True)
+class TakenTurn:
+    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so."""
+
+    turn_id: UUID
+    conversation_id: UUID
+    user_id: str
+    epoch: int
+    seq: int
+    system_prompt: str | None
+    cancel_requested: bool
+
+
+async def renew_leases(
+    database: Database, claims: Mapping[UUID, int], *, lease_seconds: float, within_seconds: float
+) -> dict[UUID, bool]:
+    """Renew the leases of turns (id → epoch). Returns those still held, and whether each is to be cancelled."""
+    rows = await database.fetch(
+        "renew",
+        list(claims),
+        list(claims.values()),
+        lease_seconds,
+        within_seconds=within_seconds,
+        for_journal=True,
+    )
+    return {row["id"]: row["cancel_requested"] for row in rows}
+
+
+async def release_leases(database: Database, claims: Mapping[UUID, int]) -> None:
+    """Let other nodes have these turns (id → epoch) at once."""
+    await database.fetch("release", list(claims), list(claims.values()), within_seconds=2.0, for_journal=True)
+
+
+async def take_over(database: Database, *, node: str, lease_seconds: float, limit: int) -> list[TakenTurn]:
+    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch."""
+    rows = await database.fetch("take_over", node, lease_seconds, limit, within_seconds=2.0, for_journal=True)
+    return [
+        TakenTurn(
+            row["id"],
+            row["conversation_id"],
+            row["user_id"],
+            row["epoch"],
+            row["seq"],
+            row["system_prompt"],
+            row["cancel_requested"],
+        )
+        for row in rows
+    ]
+
+
+async def request_cancel(
+    database: Database, user_id: str, conversation_id: UUID, turn_id: UUID | None
+) -> tuple[UUID, str] | None:
+    """Ask for a turn to be stopped (None: the running one). Returns its id and status, or None: no such turn."""
+    rows = await database.fetch("request_cancel", user_id, conversation_id, turn_id)
+    return (rows[0]["id"], rows[0]["status"]) if rows else None
+
+
+async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:
+    """Delete the events of at most `limit` turns that ended longer ago than that. Returns how many turns."""
+    return len(await database.fetch("delete_expired_events", retention_seconds, limit, for_journal=True))

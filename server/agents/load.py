@@ -1,0 +1,77 @@
+"""Finds the agent that `AGENT` names, and opens it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any, cast
+
+from server.agents.agent import Agent
+from server.agents.echo import make_echo
+from server.agents.openai import open_openai
+from server.errors import ConfigurationError
+from server.settings import Settings
+
+BUILT_IN = ("echo", "openai")
+
+
+@asynccontextmanager
+async def open_agent(settings: Settings) -> AsyncIterator[Agent]:
+    """The agent of the settings, and what it holds, for as long as the context lasts. Raises ConfigurationError."""
+    if settings.agent == "echo":
+        yield make_echo(settings)
+    elif settings.agent == "openai":
+        async with open_openai(settings) as agent:
+            yield agent
+    else:
+        yield _import_agent(settings.agent)
+
+
+def check_agent(name: str) -> None:
+    """Raise ConfigurationError, with one line that says why, unless `name` can be opened."""
+    if name not in BUILT_IN:
+        _import_agent(name)
+
+
+def _import_agent(name: str) -> Agent:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute:
+        raise ConfigurationError(f"AGENT must be `echo`, `openai` or `package.module:attribute`, not {name!r}")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current directory, as with `python -m`; an installed command leaves it out
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # a module may raise anything
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigurationError(f"AGENT={name}: module {module_name!r} cannot be imported: {cause}") from error
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            raise ConfigurationError(f"AGENT={name}: module {module_name!r} has no {attribute!r}") from None
+    if not _is_agent(found):
+        raise ConfigurationError(
+            f"AGENT={name} must be an async generator function, "
+            f"`async def answer(turn)` with `yield TextDelta(…)` in it; it is {_kind(found)}"
+        )
+    return cast(Agent, found)
+
+
+def _is_agent(found: Any) -> bool:
+    while isinstance(found, partial):
+        found = found.func
+    return inspect.isasyncgenfunction(found) or (callable(found) and inspect.isasyncgenfunction(type(found).__call__))
+
+
+def _kind(found: Any) -> str:
+    if inspect.iscoroutinefunction(found):
+        return "an async function without `yield`"
+    if inspect.isclass(found):
+        return "a class"
+    if inspect.isroutine(found):
+        return "a plain function"
+    return f"of type {type(found).__name__}"

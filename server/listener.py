@@ -1,0 +1,127 @@
+"""Uvicorn, made to drain before it closes sockets, and its WebSocket transport, made to bound what a peer can do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from types import FrameType
+from typing import Final
+
+import uvicorn
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
+
+from models.database import Unavailable
+from server.app import Anynode, open_anynode
+from server.errors import CLOSE_LIMITS, ConfigurationError
+from server.settings import Settings
+
+logger = logging.getLogger("anynode")
+
+FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost far more memory than their bytes
+WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
+KEEPALIVE_SECONDS: Final = 20.0
+CLOSING_SECONDS: Final = 3  # how long closing handshakes may take at the end
+
+
+class BoundedWebSocket(WebSocketsSansIOProtocol):
+    """Uvicorn's transport, less what lets a peer grow memory or hold a dead socket."""
+
+    def handle_cont(self, event: Frame) -> None:
+        """Refuse messages in too many pieces."""
+        if len(self.frames) >= FRAGMENTS_MAX:
+            self.conn.fail(CLOSE_LIMITS, "too many fragments")
+            self.handle_parser_exception()
+            return
+        super().handle_cont(event)
+
+    def handle_ping(self) -> None:
+        """Answer, unless the peer does not read the answers."""
+        if self.transport.get_write_buffer_size() > WRITE_BUFFER_MAX:
+            self.transport.abort()
+            return
+        super().handle_ping()
+
+    def keepalive_timeout(self) -> None:
+        """Drop the socket: closing it would wait for a peer that does not read."""
+        super().keepalive_timeout()
+        self.transport.abort()
+
+
+class Server(uvicorn.Server):
+    """Uvicorn's server, with a drain before its shutdown; a second signal cuts the drain short."""
+
+    anynode: Anynode
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not uvicorn's: that raises the signal again at the end, and the exit status would not be 0."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain, then shut down."""
+        logger.info("draining")
+        draining = asyncio.create_task(self.anynode.drain())
+        while not draining.done() and not self.force_exit:
+            await asyncio.wait((draining,), timeout=0.1)
+        if not draining.done():
+            draining.cancel()
+            await asyncio.wait((draining,))
+            await self.anynode.node.drain(0.0)
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def listen(settings: Settings, *, stop_with_input: bool = False) -> None:
+    """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent dies.
+    Raises ConfigurationError."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(settings, stop_with_input))
+
+
+async def _serve(settings: Settings, stop_with_input: bool) -> None:
+    try:
+        async with open_anynode(settings) as anynode:
+            config = uvicorn.Config(
+                anynode.app(),
+                host=settings.host,
+                port=settings.port,
+                ws=BoundedWebSocket,
+                http="httptools",
+                # A JSON string may need six bytes for one of its content.
+                ws_max_size=6 * settings.message_bytes_max + 16_384,
+                ws_per_message_deflate=False,
+                ws_ping_interval=KEEPALIVE_SECONDS,
+                ws_ping_timeout=KEEPALIVE_SECONDS,
+                timeout_graceful_shutdown=CLOSING_SECONDS,
+                access_log=False,
+                log_config=None,
+                lifespan="off",
+                server_header=False,
+            )
+            server = Server(config)
+            server.anynode = anynode
+            if stop_with_input:
+                asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _stop, server)
+            await server.serve()
+    except Unavailable as error:
+        raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+
+
+def _stop(server: Server) -> None:
+    if not os.read(sys.stdin.fileno(), 4096):
+        asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        server.should_exit = True
+
+
+def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # not on this platform
+        return None
+    return uvloop.Loop

@@ -1,0 +1,23 @@
+"""What a node counts, in Prometheus' terms."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+
+__all__ = ["CONTENT_TYPE", "exposition"]
+
+registry = CollectorRegistry()
+
+connections = Gauge("anynode_connections", "WebSocket connections that are open.", registry=registry)
+turns_running = Gauge("anynode_turns_running", "Turns that this node runs.", registry=registry)
+turns_ended = Counter("anynode_turns_ended", "Turns that ended here, by status.", ["status"], registry=registry)
+turns_taken_over = Counter("anynode_turns_taken_over", "Turns taken over from nodes that died.", registry=registry)
+turns_lost = Counter("anynode_turns_lost", "Turns whose lease this node lost.", registry=registry)
+flushes = Counter("anynode_flushes", "Flush statements that committed.", registry=registry)
+events = Counter("anynode_events", "Events that flushes committed.", registry=registry)
+
+
+def exposition() -> bytes:
+    """All of it, in the text format."""
+    return generate_latest(registry)

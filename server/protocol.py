@@ -1,0 +1,377 @@
+"""The wire: typed frames, strict decoding of what clients send, encoding of what they are sent. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from models.events import DELTA, Event, delta_text
+from models.text import is_storable
+from server.errors import ClientError, InvalidFrame
+
+SUBPROTOCOL = "anynode.v1"
+SEQ_MAX = 2**63 - 1
+
+ClientId: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128)]
+Cursor: TypeAlias = Annotated[int, Meta(ge=0, le=SEQ_MAX)]
+
+
+class ClientFrame(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """What every frame of a client is."""
+
+
+class Auth(ClientFrame, frozen=True, tag="auth"):
+    """Authenticate the connection, or renew it with a newer token of the same user."""
+
+    token: str
+
+
+class MessageSend(ClientFrame, frozen=True, tag="message.send"):
+    """Admit a turn and follow its conversation; without `conversation_id`, a new one."""
+
+    message_id: ClientId
+    content: str
+    conversation_id: UUID | None = None
+    if_busy: Literal["reject", "interrupt"] = "reject"
+    request_id: ClientId | None = None
+
+
+class ConversationFollow(ClientFrame, frozen=True, tag="conversation.follow"):
+    """Catch up from the cursor `after`, or from a snapshot, then live."""
+
+    conversation_id: UUID
+    after: Cursor | None = None
+    request_id: ClientId | None = None
+
+
+class ConversationUnfollow(ClientFrame, frozen=True, tag="conversation.unfollow"):
+    """Hear no more of a conversation."""
+
+    conversation_id: UUID
+    request_id: ClientId | None = None
+
+
+class TurnCancel(ClientFrame, frozen=True, tag="turn.cancel"):
+    """Stop a turn, by default the running one, and keep what was said."""
+
+    conversation_id: UUID
+    turn_id: UUID | None = None
+    request_id: ClientId | None = None
+
+
+class Ping(ClientFrame, frozen=True, tag="ping"):
+    """Answered with `pong`."""
+
+    request_id: ClientId | None = None
+
+
+AnyClientFrame: TypeAlias = Auth | MessageSend | ConversationFollow | ConversationUnfollow | TurnCancel | Ping
+
+
+def decode_frame(text: str) -> AnyClientFrame:
+    """Decode one text frame. Raises InvalidFrame for everything that is not exactly a frame."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except InvalidFrame:
+        raise
+    except RecursionError:
+        raise InvalidFrame("the frame is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidFrame(f"the frame is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidFrame("a frame is a JSON object")
+    try:
+        frame: AnyClientFrame = msgspec.convert(value, AnyClientFrame)
+    except msgspec.ValidationError as error:
+        raise InvalidFrame(str(error)) from None
+    except RecursionError:
+        raise InvalidFrame("the frame is nested too deeply") from None
+    for name in ("message_id", "request_id"):
+        identifier = getattr(frame, name, None)
+        if identifier is not None and not identifier.isprintable():
+            raise InvalidFrame(f"{name} has characters that cannot be printed")
+    return frame
+
+
+def request_id_of(text: str) -> str | None:
+    """The `request_id` of a frame that was refused, so that its sender can tell which one it was."""
+    try:
+        request_id = json.loads(text)["request_id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if isinstance(request_id, str) and 0 < len(request_id) <= 128 and request_id.isprintable():
+        return request_id
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise InvalidFrame("the frame has a key twice")
+    for name, item in pairs:
+        if isinstance(item, str) and not is_storable(item):
+            raise InvalidFrame(f"{name!a} has a NUL or half a surrogate pair in it")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidFrame(f"{name} is not JSON")
+
+
+class Message(Struct, frozen=True):
+    """A message as people see it; `tool_calls` is a list of calls or null."""
+
+    id: UUID
+    role: str
+    content: str
+    tool_calls: Any
+    tool_name: str | None
+    tool_call_id: str | None
+    status: str
+    turn_id: UUID | None
+    created_at: datetime
+
+
+class ErrorDetail(Struct, frozen=True):
+    """Why a turn failed: one of the error codes, and a message that people can act on."""
+
+    code: str
+    message: str
+    retryable: bool
+
+
+class Usage(Struct, frozen=True):
+    """What a turn cost: tokens of all its model requests, and how long it took."""
+
+    input_tokens: int
+    output_tokens: int
+    model: str | None
+    seconds: float
+
+
+class ServerFrame(Struct, frozen=True, tag_field="type"):
+    """What every frame of the server is."""
+
+
+class JournalFrame(ServerFrame, frozen=True):
+    """A frame from the journal; in a merged one `seq` is the last that it holds."""
+
+    conversation_id: UUID
+    seq: int
+
+
+class MessageCreated(JournalFrame, frozen=True, tag="message.created"):
+    """A message has been added."""
+
+    message: Message
+
+
+class TurnStarted(JournalFrame, frozen=True, tag="turn.started"):
+    """A turn answers the message with this `message_id`."""
+
+    turn_id: UUID
+    message_id: str
+
+
+class TurnDelta(JournalFrame, frozen=True, tag="turn.delta"):
+    """Some more text of the answer."""
+
+    turn_id: UUID
+    text: str
+
+
+class TurnToolCall(JournalFrame, frozen=True, tag="turn.tool_call"):
+    """The agent calls a tool."""
+
+    turn_id: UUID
+    tool_call_id: str
+    tool_name: str
+    arguments: dict[str, Any]
+
+
+class TurnToolResult(JournalFrame, frozen=True, tag="turn.tool_result"):
+    """A tool has answered."""
+
+    turn_id: UUID
+    tool_call_id: str
+    tool_name: str
+    content: str
+    is_error: bool
+
+
+class TurnRestarted(JournalFrame, frozen=True, tag="turn.restarted"):
+    """Another node goes on with the turn; replace what you show of it by `text`."""
+
+    turn_id: UUID
+    epoch: int
+    text: str
+
+
+class TurnCompleted(JournalFrame, frozen=True, tag="turn.completed"):
+    """The turn is over, and this is the answer."""
+
+    turn_id: UUID
+    message: Message
+    usage: Usage | None
+
+
+class TurnCancelled(JournalFrame, frozen=True, tag="turn.cancelled"):
+    """The turn was stopped; the message holds what was said up to then."""
+
+    turn_id: UUID
+    message: Message
+
+
+class TurnFailed(JournalFrame, frozen=True, tag="turn.failed"):
+    """The turn could not be finished; the message holds what was said up to then."""
+
+    turn_id: UUID
+    message: Message
+    error: ErrorDetail
+
+
+class Ready(ServerFrame, frozen=True, tag="ready"):
+    """The connection is authenticated."""
+
+    user_id: str
+    node_id: str
+    protocol: str
+    heartbeat_seconds: float
+
+
+class Heartbeat(ServerFrame, frozen=True, tag="heartbeat"):
+    """The node is alive and had nothing else to say."""
+
+
+class RunningTurn(Struct, frozen=True):
+    """The turn that runs, and what it has said so far."""
+
+    turn_id: UUID
+    text: str
+
+
+class ConversationSnapshot(ServerFrame, frozen=True, tag="conversation.snapshot"):
+    """The newest messages of a conversation and its running turn, as of `seq`."""
+
+    conversation_id: UUID
+    messages: Sequence[Message]
+    turn: RunningTurn | None
+    seq: int
+
+
+class Error(ServerFrame, frozen=True, tag="error"):
+    """A frame was refused; the connection lives on."""
+
+    code: str
+    message: str
+    retryable: bool
+    request_id: str | UnsetType = UNSET
+    conversation_id: UUID | UnsetType = UNSET
+
+
+class AuthExpiring(ServerFrame, frozen=True, tag="auth.expiring"):
+    """The token runs out at `expires_at` (Unix seconds); send `auth` with a newer one."""
+
+    expires_at: float
+
+
+class Goaway(ServerFrame, frozen=True, tag="goaway"):
+    """The node is going down at `deadline` (Unix seconds); connect again to reach another one."""
+
+    reason: str
+    deadline: float
+
+
+class Pong(ServerFrame, frozen=True, tag="pong"):
+    """The answer to `ping`."""
+
+    request_id: str | UnsetType = UNSET
+
+
+JOURNAL_FRAMES: tuple[type[JournalFrame], ...] = (
+    MessageCreated,
+    TurnStarted,
+    TurnDelta,
+    TurnToolCall,
+    TurnToolResult,
+    TurnRestarted,
+    TurnCompleted,
+    TurnCancelled,
+    TurnFailed,
+)
+AnyServerFrame: TypeAlias = (
+    MessageCreated
+    | TurnStarted
+    | TurnDelta
+    | TurnToolCall
+    | TurnToolResult
+    | TurnRestarted
+    | TurnCompleted
+    | TurnCancelled
+    | TurnFailed
+    | Ready
+    | Heartbeat
+    | ConversationSnapshot
+    | Error
+    | AuthExpiring
+    | Goaway
+    | Pong
+)
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(value: Any) -> str:
+    """Any frame, or part of one, as JSON text."""
+    return _encoder.encode(value).decode()
+
+
+def tool_calls_of(stored: str | None) -> Any:
+    """The `tool_calls` of a message, as stored."""
+    return None if stored is None else msgspec.json.decode(stored)
+
+
+def error_frame(error: ClientError, request_id: str | None) -> str:
+    """The `error` frame of a refusal."""
+    return encode(
+        Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
+    )
+
+
+def event_frames(conversation_id: UUID, events: Sequence[Event]) -> list[str]:
+    """The frames that show `events`, adjacent deltas of a turn merged into one."""
+    if len(events) == 1:
+        return [_event_frame(conversation_id, events[0])]
+    frames = []
+    start = 0
+    while start < len(events):
+        first = events[start]
+        end = start + 1
+        if first.type == DELTA:
+            while end < len(events) and events[end].type == DELTA and events[end].turn_id == first.turn_id:
+                end += 1
+        if end - start == 1:
+            frames.append(_event_frame(conversation_id, first))
+        else:
+            text = "".join(map(delta_text, events[start:end]))
+            frames.append(_head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}")
+        start = end
+    return frames
+
+
+def _event_frame(conversation_id: UUID, event: Event) -> str:
+    # The payload is a JSON object already: its fields are put behind those that every frame has.
+    if event.frame is None:
+        event.frame = _head(conversation_id, event) + "," + event.payload[1:]
+    return event.frame
+
+
+def _head(conversation_id: UUID, event: Event) -> str:
+    turn = f',"turn_id":"{event.turn_id}"' if event.type.startswith("turn.") else ""
+    return f'{{"type":"{event.type}","conversation_id":"{conversation_id}","seq":{event.seq}{turn}'

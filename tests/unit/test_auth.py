@@ -1,0 +1,373 @@
+"""Tokens without a network: claims, signatures, headers, and what may not crash the verifier."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import secrets
+import time
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+
+from server.auth import (
+    TOKEN_CHARACTERS_MAX,
+    Authenticator,
+    Identity,
+    bearer_of,
+    make_token,
+    signing_keys,
+    token_of_subprotocols,
+)
+from server.errors import ConfigurationError, Unauthorized
+from server.settings import Settings
+
+SECRET = secrets.token_urlsafe(32)
+MISSING = object()
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    now = int(time.time())
+    given_claims = {"sub": "ada", "aud": "anynode", "iss": "anynode", "iat": now, "exp": now + 60, **changes}
+    return {name: value for name, value in given_claims.items() if value is not MISSING}
+
+
+def segment(data: bytes) -> bytes:
+    return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def signed(payload: str, header: str = '{"alg":"HS256","typ":"JWT"}', key: bytes | None = None) -> str:
+    """A token whose JSON is written by hand, with a right HS256 signature: for what PyJWT would not encode."""
+    signing_input = segment(header.encode("utf-8", "surrogatepass")) + b"." + segment(payload.encode())
+    signature = hmac.digest(SECRET.encode() if key is None else key, signing_input, hashlib.sha256)
+    return (signing_input + b"." + segment(signature)).decode()
+
+
+def payload_with(name: str, literal: str) -> str:
+    return json.dumps(claims(**{name: "LITERAL"})).replace('"LITERAL"', literal)
+
+
+def authenticator() -> Authenticator:
+    return Authenticator(Settings(jwt_secret=SECRET))
+
+
+async def refusal(token: str) -> str:
+    with pytest.raises(Unauthorized) as refused:
+        await authenticator().authenticate(token)
+    return refused.value.message
+
+
+async def test_a_made_token_proves_its_user_until_it_expires() -> None:
+    before = time.time()
+    token = make_token(SECRET, user_id="ada", audience="anynode", issuer="anynode", ttl_seconds=60)
+    identity = await authenticator().authenticate(token)
+    assert identity.user_id == "ada"
+    assert before + 59.9 <= identity.expires_at <= time.time() + 60.1
+
+
+async def test_an_expired_token_is_refused() -> None:
+    token = make_token(SECRET, user_id="ada", audience="anynode", issuer="anynode", ttl_seconds=-0.01)
+    assert await refusal(token) == "the token has expired"
+
+
+@pytest.mark.parametrize("name", ["exp", "iat", "sub", "aud", "iss"])
+@pytest.mark.parametrize("value", [MISSING, None])
+async def test_a_token_without_a_required_claim_is_refused(name: str, value: Any) -> None:
+    token = signed(json.dumps(claims(**{name: value})))
+    assert await refusal(token) == f"the token has no {name} claim"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("aud", "other", "the token is for another audience (aud)"),
+        ("aud", ["other", "another"], "the token is for another audience (aud)"),
+        ("aud", {"anynode": 1}, "the token is for another audience (aud)"),
+        ("aud", "anynode2", "the token is for another audience (aud)"),
+        ("iss", "other", "the token is from another issuer (iss)"),
+        ("iss", "any", "the token is from another issuer (iss)"),
+        ("iss", ["anynode"], "the token is from another issuer (iss)"),
+        ("nbf", time.time() + 3600, "the token is not valid yet (nbf)"),
+        ("exp", 0, "the token has expired"),
+        ("exp", -1, "the token has expired"),
+    ],
+)
+async def test_a_wrong_claim_is_refused_with_its_name(name: str, value: Any, message: str) -> None:
+    assert await refusal(signed(json.dumps(claims(**{name: value})))) == message
+
+
+@pytest.mark.parametrize("name", ["exp", "iat"])
+@pytest.mark.parametrize(
+    "literal",
+    [
+        *("NaN", "Infinity", "-Infinity", "1e400", "-1e400", "true", '"9999999999"', '"inf"', "[1]", "{}", "1e300"),
+        *("1" + "0" * 400, "-1" + "0" * 400, str(int(time.time() + 60) * 1000)),
+    ],
+)
+async def test_a_time_that_is_none_is_refused(name: str, literal: str) -> None:
+    message = await refusal(signed(payload_with(name, literal)))
+    assert message == f"the token's {name} claim must be a time in Unix seconds"
+
+
+@pytest.mark.parametrize(
+    "literal",
+    [
+        *("1", "true", '["ada"]', "{}", '""', '"%s"' % ("a" * 256), r'"a\u0000"', r'"a\ud800"', r'"a\n"', r'"\u202e"'),
+        r'"\u001b[31m"',
+    ],
+)
+async def test_a_sub_that_cannot_be_a_user_id_is_refused(literal: str) -> None:
+    message = await refusal(signed(payload_with("sub", literal)))
+    assert message == "the token's sub claim must be 1 to 255 printable characters"
+
+
+@pytest.mark.parametrize("user_id", ["a" * 255, "auth0|5f7", "Ада Лавлейс", "😀"])
+async def test_any_printable_sub_of_up_to_255_characters_is_a_user(user_id: str) -> None:
+    token = signed(json.dumps(claims(sub=user_id)))
+    assert (await authenticator().authenticate(token)).user_id == user_id
+
+
+async def test_an_iat_of_a_clock_that_is_ahead_is_accepted() -> None:
+    token = signed(json.dumps(claims(iat=time.time() + 30)))
+    assert (await authenticator().authenticate(token)).user_id == "ada"
+
+
+async def test_one_of_several_audiences_is_enough() -> None:
+    token = signed(json.dumps(claims(aud=["other", "anynode"])))
+    assert (await authenticator().authenticate(token)).user_id == "ada"
+
+
+async def test_a_token_of_another_secret_is_refused() -> None:
+    assert await refusal(signed(json.dumps(claims()), key=b"x" * 32)) == "the token's signature is wrong"
+
+
+@pytest.mark.parametrize("alg", ["none", "None", "HS512", "RS256", "", None, 1, ["HS256"], {"HS256": 1}])
+async def test_no_other_algorithm_than_that_of_the_key_is_accepted(alg: Any) -> None:
+    message = await refusal(signed(json.dumps(claims()), header=json.dumps({"alg": alg})))
+    assert message == "the token is signed with an algorithm that its key is not for (alg)"
+
+
+async def test_an_unsigned_token_is_refused() -> None:
+    unsigned = jwt.encode(claims(), "", algorithm="none")
+    assert await refusal(unsigned) == "the token is signed with an algorithm that its key is not for (alg)"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        *({"crit": ["exp"]}, {"crit": ["b64"]}, {"crit": ["b64"], "b64": True}, {"crit": ["b64"], "b64": False}),
+        *({"b64": False}, {"crit": []}, {"crit": None}, {"crit": "b64"}, {"kid": 7}, {"kid": ["a"]}),
+    ],
+)
+async def test_a_header_that_must_not_be_ignored_is_refused(extra: dict[str, Any]) -> None:
+    await refusal(signed(json.dumps(claims()), header=json.dumps({"alg": "HS256", **extra})))
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("", ".", "..", "...", "a.b.c", "a" * 1000, "\x00", "\ud800.a.b", "é.é.é", "Bearer x", "eyJ9.eyJ9.eyJ9"),
+        *("." * TOKEN_CHARACTERS_MAX, "=" * 100, " . . ", "\n.\n.\n"),
+        signed("[]"),
+        signed("null"),
+        signed("1"),
+        signed("[" * 5000),
+        signed('{"a":' * 1500),
+        signed("{}", header="[]"),
+        signed("{}", header="[" * 5000),
+        signed("{}", header="null"),
+        signed('{"exp":' + "9" * 5000 + "}"),
+        signed(json.dumps(claims(jti=1))),
+        signed(payload_with("nbf", "1e400")),
+        signed(payload_with("nbf", "NaN")),
+        signed(signed(json.dumps(claims()))),
+    ],
+)
+async def test_what_is_no_token_is_called_malformed(token: str) -> None:
+    assert await refusal(token) == "the token is malformed"
+
+
+async def test_a_token_is_at_most_16_384_characters_long() -> None:
+    empty = len(signed(json.dumps(claims(more=""))))
+    token = signed(json.dumps(claims(more="a" * ((TOKEN_CHARACTERS_MAX - empty) * 3 // 4))))
+    assert TOKEN_CHARACTERS_MAX - 3 < len(token) <= TOKEN_CHARACTERS_MAX
+    assert (await authenticator().authenticate(token)).user_id == "ada"
+    longer = signed(json.dumps(claims(more="a" * (TOKEN_CHARACTERS_MAX - empty))))
+    for refused in (longer, "a" * 10_000_000):
+        assert await refusal(refused) == "the token is longer than 16384 characters"
+
+
+# The first use of st.text builds tables for a second; a loaded machine is no failure.
+no_hurry = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+CLAIMS = st.dictionaries(st.sampled_from(["sub", "aud", "iss", "iat", "exp", "nbf", "jti"]), JSON)
+HEADERS = st.dictionaries(st.sampled_from(["alg", "kid", "crit", "b64", "typ", "cty", "zip", "jwk"]), JSON)
+
+
+@no_hurry
+@given(changes=CLAIMS, header=HEADERS, right_algorithm=st.booleans())
+async def test_signed_claims_of_any_kind_are_accepted_or_unauthorized(
+    changes: dict[str, Any], header: dict[str, Any], right_algorithm: bool
+) -> None:
+    header = {**header, "alg": "HS256"} if right_algorithm else header
+    try:
+        identity = await authenticator().authenticate(signed(json.dumps(claims(**changes)), header=json.dumps(header)))
+    except Unauthorized:
+        return
+    assert 0 < len(identity.user_id) <= 255
+    assert "\x00" not in identity.user_id
+    identity.user_id.encode()  # no lone surrogate
+    assert time.time() - 5 < identity.expires_at < 1e12
+
+
+@no_hurry
+@given(token=st.text(st.characters(exclude_categories=[])) | st.from_regex(r"[\w-]*\.[\w-]*\.[\w-]*"))
+async def test_any_text_is_unauthorized(token: str) -> None:
+    with pytest.raises(Unauthorized):
+        await authenticator().authenticate(token)
+
+
+@no_hurry
+@given(position=st.integers(0, 400), character=st.characters(codec="ascii"))
+async def test_a_token_with_another_character_anywhere_is_unauthorized(position: int, character: str) -> None:
+    token = signed('{"sub":"ada","aud":"anynode","iss":"anynode","iat":1,"exp":9999999999}')
+    position %= len(token)
+    changed = token[:position] + character + token[position + 1 :]
+    if changed == token:
+        assert await authenticator().authenticate(token) == Identity("ada", 9999999999.0)
+    else:
+        with pytest.raises(Unauthorized):
+            await authenticator().authenticate(changed)
+
+
+async def test_a_refusal_does_not_show_the_secret_or_the_token() -> None:
+    token = signed(json.dumps(claims(sub="")))
+    message = await refusal(token)
+    assert SECRET not in message
+    assert token not in message
+
+
+def test_an_authenticator_without_a_key_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError, match="JWT_SECRET or JWT_JWKS_URL"):
+        Authenticator(Settings())
+
+
+def test_a_public_key_as_secret_is_a_configuration_error() -> None:
+    pem = (
+        rsa_key().public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    )
+    for secret in (pem.decode(), "", "\udc80" * 32):
+        with pytest.raises(ConfigurationError, match="JWT_SECRET"):
+            Authenticator(Settings(jwt_secret=secret))
+
+
+@pytest.mark.parametrize(
+    ("headers", "token"),
+    [
+        ([], None),
+        ([(b"authorization", b"Bearer a.b.c")], "a.b.c"),
+        ([(b"Authorization", b"bEARER   a.b.c ")], "a.b.c"),
+        ([(b"authorization", b"Basic abc")], None),
+        ([(b"authorization", b"Basic abc"), (b"authorization", b"Bearer a")], "a"),
+        ([(b"authorization", b"Bearer")], None),
+        ([(b"authorization", b"Bearer ")], None),
+        ([(b"authorization", b"Bearera")], None),
+        ([(b"authorization", b"")], None),
+        ([(b"x-authorization", b"Bearer a")], None),
+        ([(b"authorization", b"Bearer \xff")], "ÿ"),
+    ],
+)
+def test_the_bearer_of_headers(headers: list[tuple[bytes, bytes]], token: str | None) -> None:
+    assert bearer_of(headers) == token
+
+
+@pytest.mark.parametrize(
+    ("offered", "token"),
+    [
+        ([], None),
+        (["anynode.v1"], None),
+        (["anynode.v1", "bearer.a.b.c"], "a.b.c"),
+        (["bearer.a.b.c", "anynode.v1"], "a.b.c"),
+        (["anynode.v1", "bearer."], None),
+        (["anynode.v1", "Xbearer.a"], None),
+    ],
+)
+def test_the_token_of_subprotocols(offered: list[str], token: str | None) -> None:
+    assert token_of_subprotocols(offered) == token
+
+
+def rsa_key(bits: int = 2048) -> rsa.RSAPrivateKey:
+    return rsa.generate_private_key(65537, bits)
+
+
+def rsa_jwk(key: rsa.RSAPrivateKey, **changes: Any) -> dict[str, Any]:
+    return {**RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), **changes}
+
+
+def ec_jwk(curve: ec.EllipticCurve, **changes: Any) -> dict[str, Any]:
+    public = ec.generate_private_key(curve).public_key()
+    return {**ECAlgorithm.to_jwk(public, as_dict=True), **changes}
+
+
+def test_only_keys_that_verify_rs256_or_es256_are_used() -> None:
+    rsa_public = rsa_jwk(rsa_key())
+    private = RSAAlgorithm.to_jwk(rsa_key(), as_dict=True)
+    entries: list[Any] = [
+        {**rsa_public, "kid": "rsa"},
+        ec_jwk(ec.SECP256R1(), kid="ec"),
+        {**rsa_public, "kid": "signing", "use": "sig", "alg": "RS256", "key_ops": ["verify"], "x5c": ["junk"]},
+        {**rsa_public, "kid": "encryption", "use": "enc"},
+        {**rsa_public, "kid": "other algorithm", "alg": "PS256"},
+        {**rsa_public, "kid": "wrong algorithm", "alg": "HS256"},
+        {**rsa_public, "kid": "unhashable algorithm", "alg": {"a": 1}},
+        {**rsa_public, "kid": "other operation", "key_ops": ["encrypt"]},
+        {**rsa_public, "kid": "no modulus", "n": None},
+        {**rsa_public, "kid": "number as modulus", "n": 3},
+        {**rsa_public, "kid": "zero", "n": "AA", "e": "AA"},
+        {**rsa_public, "kid": "operations", "key_ops": 3},
+        {**rsa_public, "kid": "list as kind", "kty": ["RSA"]},
+        rsa_jwk(rsa_key(1024), kid="short"),
+        ec_jwk(ec.SECP384R1(), kid="other curve"),
+        {**ec_jwk(ec.SECP256R1()), "kid": "not on the curve", "x": "A" * 43},
+        {"kty": "EC", "kid": "no curve", "x": "AA", "y": "AA"},
+        {"kty": "oct", "kid": "secret", "k": "c2VjcmV0"},
+        {"kty": "OKP", "crv": "Ed25519", "kid": "edwards", "x": "A" * 43},
+        {},
+        None,
+        7,
+        "RSA",
+        [],
+        {**private, "kid": "private", "key_ops": ["verify"]},
+    ]
+    keys = signing_keys(json.dumps({"keys": entries}).encode())
+    assert [(key.key_id, key.algorithm_name) for key in keys] == [
+        ("rsa", "RS256"),
+        ("ec", "ES256"),
+        ("signing", "RS256"),
+        ("private", "RS256"),
+    ]
+    assert all(not hasattr(key.key, "sign") for key in keys)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"", b"junk", b"[]", b"null", b"{}", b'{"keys":{}}', b'{"keys":[]}', b'{"keys":null}', b'{"keys":7}'),
+        *(b'{"keys":[{}]}', b"\xff\xfe", b"[" * 100_000, b'{"keys":' + b"[" * 100_000, b'{"keys":"RSA"}'),
+    ],
+)
+def test_a_body_without_a_usable_key_is_a_value_error(body: bytes) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # of json, or ours
+        signing_keys(body)
