@@ -14,7 +14,7 @@ from tortoise.models import Model
 class User(Model):
     """Whoever a token's `sub` names."""
 
-    id = fields.TextField(primary_key=True)
+    id = fields.CharField(255, primary_key=True)
     created_at = fields.DatetimeField()
 
     class Meta:

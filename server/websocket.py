@@ -66,7 +66,7 @@ logger = logging.getLogger("anynode.websocket")
 
 AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
-FOLLOWS_MAX: Final = 100  # conversations that one connection follows
+FOLLOWS_MAX: Final = 1000  # conversations that one connection follows
 FRAMES_BURST: Final = 500  # frames that may come at once …
 FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused,
 REFUSALS_MAX: Final = 1000  # and who goes on all the same is disconnected

@@ -1,0 +1,73 @@
+"""Fixtures: one Postgres for the whole run, a fresh migrated database and a node for whoever asks."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from models.migrate import migrate
+from server.embedded_postgres import embedded_postgres
+from tests.harness import NodeProcess, running_node, sql, with_database
+
+TEMPLATE = "anynode_template"
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A Postgres of our own, with a migrated template database."""
+    directory = Path(tempfile.mkdtemp(prefix="anynode-"))
+    # A crash of the machine is not among the faults that tests inject, so the disk need not be waited for.
+    settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
+    try:
+        with embedded_postgres(directory / "postgres", settings=settings) as postgres:
+            asyncio.run(sql(postgres.url, f"CREATE DATABASE {TEMPLATE}"))
+            asyncio.run(migrate(with_database(postgres.url, TEMPLATE)))
+            yield postgres.url
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    """A fresh, migrated database."""
+    name = f"test_{uuid.uuid4().hex}"
+    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    yield with_database(postgres_url, name)
+    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+StartNode = Callable[..., NodeProcess]
+
+
+@pytest.fixture
+def start_node(database_url: str, tmp_path: Path) -> Iterator[StartNode]:
+    """Starts nodes on the test's database: `start_node(LEASE_SECONDS="2")`; they are stopped at the end."""
+    with ExitStack() as stack:
+
+        def start(url: str | None = None, **environment: str) -> NodeProcess:
+            return stack.enter_context(running_node(url or database_url, tmp_path, environment))
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_node(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    """A node with default settings and a fast echo agent, shared by a module whose tests use users of their own."""
+    name = f"test_{uuid.uuid4().hex}"
+    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    with running_node(with_database(postgres_url, name), tmp_path_factory.mktemp("node")) as node:
+        yield node
+    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def user() -> str:
+    """A user that nobody else is."""
+    return f"user-{uuid.uuid4().hex[:12]}"
