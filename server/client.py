@@ -19,6 +19,8 @@ from server.protocol import SUBPROTOCOL
 TERMINAL: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 BACKOFF_SECONDS: Final = (0.05, 2.0)  # the first and the longest wait between attempts
 
+INBOX_FRAMES: Final = 1000  # frames that wait for whoever asked for them
+
 Frame = dict[str, Any]
 
 
@@ -55,6 +57,8 @@ class Client:
         self._patience_seconds = patience_seconds
         self._on_status = on_status
         self._connection: ClientConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._inbox: asyncio.Queue[Frame | Exception] = asyncio.Queue()
         self._heartbeat_seconds = 10.0
         self._cursors: dict[str, int] = {}
 
@@ -62,8 +66,9 @@ class Client:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        if self._connection is not None:
+        if self._connection is not None and self._reader is not None:
             await self._connection.close()
+            await asyncio.wait((self._reader,))
 
     async def send(
         self,
@@ -137,7 +142,8 @@ class Client:
             try:
                 connection = await self._connected()
                 await connection.send(json.dumps(opening()))
-                async for frame in self._received(connection):
+                while True:
+                    frame = await self._next()
                     if frame["type"] == "error":
                         if not frame["retryable"]:
                             raise Refused(frame["code"], frame["message"])
@@ -164,12 +170,13 @@ class Client:
 
     def abort(self) -> None:
         """Leave the node without a closing handshake, which a frozen one would not answer."""
-        if self._connection is not None:
+        if self._connection is not None and self._reader is not None:
             self._connection.transport.abort()
             self._connection = None
+            self._reader.cancel()
 
     async def _connected(self) -> ClientConnection:
-        if self._connection is not None:
+        if self._connection is not None and self._reader is not None and not self._reader.done():
             return self._connection
         url = self._urls[0]
         self._urls.append(self._urls.pop(0))  # the next attempt goes to the next node
@@ -193,18 +200,29 @@ class Client:
         self._connection = connection
         self._heartbeat_seconds = ready["heartbeat_seconds"]
         self.node_id = ready["node_id"]
+        self._inbox = asyncio.Queue(INBOX_FRAMES)
+        self._reader = asyncio.create_task(self._read(connection, self._inbox))
         self._on_status(f"connected to {url}")
         return connection
 
-    async def _received(self, connection: ClientConnection) -> AsyncGenerator[Frame, None]:
-        while True:
-            async with asyncio.timeout(2 * self._heartbeat_seconds):
-                frame: Frame = json.loads(await connection.recv())
-            if frame["type"] == "goaway":
-                self._on_status("the node is going away")
-                return
-            if frame["type"] not in ("heartbeat", "ready", "pong", "auth.expiring"):
-                yield frame
+    async def _next(self) -> Frame:
+        received = await self._inbox.get()
+        if isinstance(received, Exception):
+            raise received
+        return received
+
+    async def _read(self, connection: ClientConnection, inbox: asyncio.Queue[Frame | Exception]) -> None:
+        """Read even while nobody asks for frames, so that heartbeats and pings are answered for."""
+        try:
+            while True:
+                async with asyncio.timeout(2 * self._heartbeat_seconds):
+                    frame: Frame = json.loads(await connection.recv())
+                if frame["type"] == "goaway":
+                    raise ConnectionResetError("the node is going away")
+                if frame["type"] not in ("heartbeat", "ready", "pong", "auth.expiring"):
+                    await inbox.put(frame)
+        except (OSError, TimeoutError, websockets.WebSocketException) as error:
+            await inbox.put(error)
 
     def _raise_if_final(self, error: Exception) -> None:
         close = error.rcvd if isinstance(error, websockets.ConnectionClosed) else None

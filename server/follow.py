@@ -94,8 +94,9 @@ class Follows:
         """The turn is over, or no longer this node's. Followers that are behind keep the log until they are done."""
         log.is_over = True
         channel = self._channels.get(conversation_id)
-        if channel is not None and channel.log is log:
-            channel.log = None
+        if channel is not None:
+            if channel.log is log:
+                channel.log = None
             channel.wake()
             self._drop_if_unused(conversation_id, channel)
 

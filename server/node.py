@@ -182,7 +182,8 @@ class Node:
         running.lease_until = trusted_until
         self._turns[turn.turn_id] = running
         metrics.turns_running.inc()
-        task = asyncio.create_task(self._run_turn(running, log))
+        journal.closed.add_done_callback(lambda _: self._forget(running, log))
+        task = asyncio.create_task(self._run_turn(running))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return running
@@ -193,22 +194,17 @@ class Node:
 
         return publish
 
-    async def _run_turn(self, running: RunningTurn, log: Log) -> None:
-        turn_id = running.turn.turn_id
-        running.journal.closed.add_done_callback(lambda _: self._forget(running))
-        try:
-            is_ended = await running.run()
-        finally:
-            self.follows.end_log(running.turn.conversation_id, log)
-        if not is_ended:
+    async def _run_turn(self, running: RunningTurn) -> None:
+        if not await running.run():
             metrics.turns_lost.inc()
-            logger.warning("turn %s was given up: its lease is lost", turn_id)
+            logger.warning("turn %s was given up: its lease is lost", running.turn.turn_id)
 
-    def _forget(self, running: RunningTurn) -> None:
+    def _forget(self, running: RunningTurn, log: Log) -> None:
+        self.follows.end_log(running.turn.conversation_id, log)
+        metrics.turns_running.dec()
         # A turn that was lost and taken over again has another entry under the same id.
         if self._turns.get(running.turn.turn_id) is running:
             del self._turns[running.turn.turn_id]
-            metrics.turns_running.dec()
 
     # The beat.
 

@@ -25,7 +25,7 @@ class HistoryMessage:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """Some more text of the answer."""
+    """Some more text of the answer; none at all is a sign of life of an agent that thinks."""
 
     text: str
 

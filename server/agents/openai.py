@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
@@ -21,14 +20,13 @@ import msgspec
 from yarl import URL
 
 from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage
+from server.agents.openai_stream import ProviderError, StepDecoder, quote
 from server.errors import ConfigurationError
 from server.settings import Settings
 
 CONNECT_TIMEOUT_SECONDS = 10
-LINE_BYTES_MAX = 1_048_576
 ERROR_BYTES_MAX = 65_536
 ERROR_BODY_SECONDS = 5
-QUOTE_CHARACTERS_MAX = 300
 FINISHING_SECONDS = 5  # for the usage and [DONE] after the finish_reason: the answer is whole without them
 END_OF_STREAM_SECONDS = 0.1  # for the last bytes after [DONE]: only a body that was read to its end leaves a connection
 
@@ -51,40 +49,12 @@ class _Request(msgspec.Struct):
     stream_options: _StreamOptions
 
 
-class _Delta(msgspec.Struct, gc=False):
-    content: str | None = None
-    refusal: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    delta: _Delta | None = None
-    finish_reason: str | None = None
-
-
-class _Tokens(msgspec.Struct, gc=False):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Error(msgspec.Struct):
-    message: str | None = None
-
-
-class _Chunk(msgspec.Struct, gc=False):
-    choices: list[_Choice] | None = None
-    usage: _Tokens | None = None
-    model: str | None = None
-    error: _Error | str | None = None
-
-
 class _ErrorBody(msgspec.Struct):
-    error: _Error | str | None = None
+    error: ProviderError | str | None = None
     message: str | None = None
     detail: str | None = None
 
 
-_CHUNK = msgspec.json.Decoder(_Chunk)
 _ERROR_BODY = msgspec.json.Decoder(_ErrorBody)
 _ENCODER = msgspec.json.Encoder()
 
@@ -141,12 +111,11 @@ async def _stream_step(provider: _Provider, messages: Iterable[HistoryMessage]) 
     try:
         if response.status != 200 or response.content_type != "text/event-stream":
             raise await _refused(provider, response)
-        decoder = _StepDecoder(provider.key)
+        decoder = StepDecoder(provider.key)
         while not decoder.ended:
             data = await _read(provider, response, finishing=decoder.finish_reason is not None)
             text = decoder.feed(data) if data else decoder.end()
-            if text:
-                yield TextDelta(text)
+            yield TextDelta(text)  # an empty one, too: a model that thinks is no silent one
         decoder.check()
         if decoder.usage is not None:
             yield Usage(
@@ -223,124 +192,14 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
         pass
 
 
-class _Garbage(AgentError):
-    """A line of the stream is no chunk."""
-
-
-class _StepDecoder:
-    """One streamed answer, fed in bytes cut anywhere, until it has `ended`; `check` then says whether it is whole.
-
-    Every `data:` line is an event by itself, also without the empty line that should follow it.
-    """
-
-    def __init__(self, key: str | None) -> None:
-        self.ended = False
-        self.finish_reason: str | None = None
-        self.usage: _Tokens | None = None
-        self.model: str | None = None
-        self._key = key
-        self._line = bytearray()  # whose end has not come
-        self._error: AgentError | None = None
-        self._said = False
-        self._lone_surrogates = False
-        self._high_surrogate = ""  # whose other half has not come
-
-    def feed(self, data: bytes) -> str:
-        """The text that `data` completes."""
-        pieces: list[str] = []
-        try:
-            for line in self._lines(data):
-                if line.startswith(b"data:"):
-                    self._take(line[5:].strip(), pieces)
-                if self.ended:
-                    break
-        except AgentError as error:
-            self.ended, self._error = True, error
-        text = "".join(pieces)
-        if self._lone_surrogates:
-            text = self._mend(text)
-        self._said = self._said or bool(text)
-        return text
-
-    def end(self) -> str:
-        """The text of a last line that lacks its end; nothing comes after it."""
-        text = self.feed(b"\n")
-        if not self.ended or isinstance(self._error, _Garbage):
-            self.ended = True
-            whole = self.finish_reason is not None
-            self._error = None if whole else AgentError("the provider's answer was cut off", retryable=True)
-        return text + self._mend("")
-
-    def check(self) -> None:
-        """Raise the AgentError of an answer that is not whole."""
-        if self._error is not None:
-            raise self._error
-        if self.finish_reason == "content_filter" and not self._said:
-            raise AgentError("the provider's content filter stopped the answer")
-
-    def _lines(self, data: bytes) -> list[bytearray]:
-        self._line += data
-        lines: list[bytearray] = []
-        if b"\n" in data:
-            *lines, self._line = self._line.split(b"\n")
-        if len(self._line) > LINE_BYTES_MAX:
-            raise AgentError(f"the provider sent a line of more than {LINE_BYTES_MAX} bytes")
-        return lines
-
-    def _take(self, payload: bytearray, pieces: list[str]) -> None:
-        if not payload:
-            return
-        if payload == b"[DONE]":
-            self.ended = True
-            return
-        chunk = self._decode(payload)
-        if chunk.error is not None:
-            said = chunk.error if isinstance(chunk.error, str) else chunk.error.message
-            raise AgentError(f"the provider failed during the answer{_quote(said, self._key)}", retryable=True)
-        for choice in chunk.choices or ():
-            if choice.delta is not None:
-                if choice.delta.content:
-                    pieces.append(choice.delta.content)
-                if choice.delta.refusal:
-                    pieces.append(choice.delta.refusal)
-            if choice.finish_reason:
-                self.finish_reason = choice.finish_reason
-            if choice.finish_reason == "tool_calls" or (choice.delta is not None and choice.delta.tool_calls):
-                raise AgentError("the model asked for a tool, and this server has none")
-        if chunk.usage is not None:
-            self.usage = chunk.usage  # the newest: some providers count on in every chunk
-        self.model = chunk.model or self.model
-
-    def _decode(self, payload: bytearray) -> _Chunk:
-        try:
-            return _CHUNK.decode(payload)
-        except (ValueError, RecursionError):
-            pass
-        try:
-            # A provider that counts in UTF-16 may cut a surrogate pair in two: msgspec refuses a half, json does not.
-            chunk = msgspec.convert(json.loads(payload), _Chunk)
-        except (ValueError, RecursionError) as error:
-            said = _quote(payload.decode(errors="replace"), self._key)
-            raise _Garbage(f"the provider sent something else than chat completion chunks{said}") from error
-        self._lone_surrogates = True
-        return chunk
-
-    def _mend(self, text: str) -> str:
-        text = self._high_surrogate + text
-        self._high_surrogate = ""
-        if not self.ended and "\ud800" <= text[-1:] <= "\udbff":
-            text, self._high_surrogate = text[:-1], text[-1]
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 async def _refused(provider: _Provider, response: aiohttp.ClientResponse) -> AgentError:
     """What to tell people about a response that is no stream."""
     status = response.status
-    said = _quote(await _error_message(response), provider.key)
+    said = quote(await _error_message(response), provider.key)
     if status == 200:
         if said and response.content_type == "application/json":
             return AgentError(f"the provider answers without a stream{said}")
-        kind = _quote(response.content_type, provider.key)
+        kind = quote(response.content_type, provider.key)
         return AgentError(f"the provider answers with no event stream, check OPENAI_BASE_URL{kind}")
     if 300 <= status < 400:
         return AgentError(f"the provider redirects (status {status}): set OPENAI_BASE_URL to where it leads")
@@ -370,22 +229,10 @@ async def _error_message(response: aiohttp.ClientResponse) -> str | None:
     except (ValueError, RecursionError):
         pass
     else:
-        error = parsed.error.message if isinstance(parsed.error, _Error) else parsed.error
+        error = parsed.error.message if isinstance(parsed.error, ProviderError) else parsed.error
         if message := error or parsed.message or parsed.detail:
             return message
     return None if "html" in response.content_type else body.decode(errors="replace")
-
-
-def _quote(said: str | None, key: str | None) -> str:
-    """`: "…"` with what a provider said, without the key, on one line and not too long; empty if it said nothing."""
-    text = said or ""
-    if key:
-        text = text.replace(key, "…")
-    text = "".join(character if character.isprintable() else " " for character in text)
-    text = " ".join(text.split())
-    if len(text) > QUOTE_CHARACTERS_MAX:
-        text = text[: QUOTE_CHARACTERS_MAX - 1] + "…"
-    return f': "{text}"' if text else ""
 
 
 def _wait_seconds(headers: Mapping[str, str], now: float) -> int | None:

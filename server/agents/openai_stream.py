@@ -1,0 +1,154 @@
+"""The stream of a chat completion: bytes cut anywhere become text, usage, and an end that is whole or an error."""
+
+from __future__ import annotations
+
+import json
+
+import msgspec
+
+from server.agents.agent import AgentError
+
+LINE_BYTES_MAX = 1_048_576
+QUOTE_CHARACTERS_MAX = 300
+
+
+class _Delta(msgspec.Struct, gc=False):
+    content: str | None = None
+    refusal: str | None = None
+    tool_calls: list[msgspec.Raw] | None = None
+
+
+class _Choice(msgspec.Struct, gc=False):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Tokens(msgspec.Struct, gc=False):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class ProviderError(msgspec.Struct):
+    """What a provider says went wrong."""
+
+    message: str | None = None
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[_Choice] | None = None
+    usage: _Tokens | None = None
+    model: str | None = None
+    error: ProviderError | str | None = None
+
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+
+
+class _Garbage(AgentError):
+    """A line of the stream is no chunk."""
+
+
+class StepDecoder:
+    """One streamed answer, fed in bytes cut anywhere, until it has `ended`; `check` then says whether it is whole.
+
+    Every `data:` line is an event by itself, also without the empty line that should follow it.
+    """
+
+    def __init__(self, key: str | None) -> None:
+        self.ended = False
+        self.finish_reason: str | None = None
+        self.usage: _Tokens | None = None
+        self.model: str | None = None
+        self._key = key
+        self._line = bytearray()  # whose end has not come
+        self._error: AgentError | None = None
+        self._said = False
+
+    def feed(self, data: bytes) -> str:
+        """The text that `data` completes."""
+        pieces: list[str] = []
+        try:
+            for line in self._lines(data):
+                if line.startswith(b"data:"):
+                    self._take(line[5:].strip(), pieces)
+                if self.ended:
+                    break
+        except AgentError as error:
+            self.ended, self._error = True, error
+        text = "".join(pieces)
+        self._said = self._said or bool(text)
+        return text
+
+    def end(self) -> str:
+        """The text of a last line that lacks its end; nothing comes after it."""
+        text = self.feed(b"\n")
+        if not self.ended or isinstance(self._error, _Garbage):
+            self.ended = True
+            whole = self.finish_reason is not None
+            self._error = None if whole else AgentError("the provider's answer was cut off", retryable=True)
+        return text
+
+    def check(self) -> None:
+        """Raise the AgentError of an answer that is not whole."""
+        if self._error is not None:
+            raise self._error
+        if self.finish_reason == "content_filter" and not self._said:
+            raise AgentError("the provider's content filter stopped the answer")
+
+    def _lines(self, data: bytes) -> list[bytearray]:
+        self._line += data
+        lines: list[bytearray] = []
+        if b"\n" in data:
+            *lines, self._line = self._line.split(b"\n")
+        if len(self._line) > LINE_BYTES_MAX:
+            raise AgentError(f"the provider sent a line of more than {LINE_BYTES_MAX} bytes")
+        return lines
+
+    def _take(self, payload: bytearray, pieces: list[str]) -> None:
+        if not payload:
+            return
+        if payload == b"[DONE]":
+            self.ended = True
+            return
+        chunk = self._decode(payload)
+        if chunk.error is not None:
+            said = chunk.error if isinstance(chunk.error, str) else chunk.error.message
+            raise AgentError(f"the provider failed during the answer{quote(said, self._key)}", retryable=True)
+        for choice in chunk.choices or ():
+            if choice.delta is not None:
+                if choice.delta.content:
+                    pieces.append(choice.delta.content)
+                if choice.delta.refusal:
+                    pieces.append(choice.delta.refusal)
+            if choice.finish_reason:
+                self.finish_reason = choice.finish_reason
+            if choice.finish_reason == "tool_calls" or (choice.delta is not None and choice.delta.tool_calls):
+                raise AgentError("the model asked for a tool, and this server has none")
+        if chunk.usage is not None:
+            self.usage = chunk.usage  # the newest: some providers count on in every chunk
+        self.model = chunk.model or self.model
+
+    def _decode(self, payload: bytearray) -> _Chunk:
+        try:
+            return _CHUNK.decode(payload)
+        except (ValueError, RecursionError):
+            pass
+        try:
+            # A provider that counts in UTF-16 may cut a surrogate pair in two: msgspec refuses a half, json does not
+            # (the turn puts the halves together).
+            return msgspec.convert(json.loads(payload), _Chunk)
+        except (ValueError, RecursionError) as error:
+            said = quote(payload.decode(errors="replace"), self._key)
+            raise _Garbage(f"the provider sent something else than chat completion chunks{said}") from error
+
+
+def quote(said: str | None, key: str | None) -> str:
+    """`: "…"` with what a provider said, without the key, on one line and not too long; empty if it said nothing."""
+    text = said or ""
+    if key:
+        text = text.replace(key, "…")
+    text = "".join(character if character.isprintable() else " " for character in text)
+    text = " ".join(text.split())
+    if len(text) > QUOTE_CHARACTERS_MAX:
+        text = text[: QUOTE_CHARACTERS_MAX - 1] + "…"
+    return f': "{text}"' if text else ""
