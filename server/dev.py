@@ -138,16 +138,24 @@ def _running(environment: Mapping[str, str], ports: Sequence[int]) -> Iterator[l
             )
         yield processes
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        deadline = time.monotonic() + float(environment["DRAIN_SECONDS"]) + 10
-        for process in processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.1))
-            except subprocess.TimeoutExpired:
+        try:
+            _stop(processes, float(environment["DRAIN_SECONDS"]) + 10)
+        finally:  # also at an impatient second Ctrl-C
+            for process in processes:
                 process.kill()
                 process.wait()
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]], within_seconds: float) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + within_seconds
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            click.secho("  a node does not stop and is killed", fg="yellow", err=True)
 
 
 def _wait_until_ready(host: str, ports: Sequence[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
