@@ -138,6 +138,7 @@ class Journal:
         self._open = 0
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
         self._flushed_at = self._loop.time() - flush_interval_seconds
 
     def open(self, turn_id: UUID, epoch: int, next_seq: int, on_committed: OnCommitted) -> TurnJournal:
@@ -158,14 +159,14 @@ class Journal:
         else:
             at = self._loop.time() + self._interval
         if self._timer is not None:
-            if self._timer.when() <= at:
+            if self._timer_at <= at:
                 return
             self._timer.cancel()
         if at <= self._loop.time():
             self._timer = None
             self._due.set()
         else:
-            self._timer = self._loop.call_at(at, self._ring)
+            self._timer, self._timer_at = self._loop.call_at(at, self._ring), at
 
     async def run(self) -> None:
         """Flush for ever. The owner cancels it when no turn runs any more."""
