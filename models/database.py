@@ -55,8 +55,9 @@ def normalise_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         _ = parts.port
-    except ValueError as error:
-        raise BadDatabaseUrl(f"it cannot be read as a URL ({error}); percent-encode the password") from None
+    except ValueError:
+        # The error itself would show a part of the URL, which may be the password.
+        raise BadDatabaseUrl("it cannot be read as a URL; percent-encode the user and the password") from None
     if parts.scheme not in ("postgres", "postgresql"):
         raise BadDatabaseUrl(f"it must begin with postgresql://, not {parts.scheme or 'nothing'}://")
     parameters = parse_qsl(parts.query, keep_blank_values=True)

@@ -132,8 +132,7 @@ async def read_events(
     if events:
         is_broken = any(event.seq != seq for seq, event in enumerate(events, after + 1))
     else:
-        has_cursors_own = after == 0 or bool(found)
-        is_broken = not has_cursors_own and after != rows[0]["last_seq"]
+        is_broken = not found and after != rows[0]["last_seq"]
     return Reading(events, is_broken, len(found) <= limit)
 
 

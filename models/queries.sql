@@ -157,15 +157,16 @@ FROM (SELECT * FROM messages WHERE conversation_id = $1 ORDER BY position DESC L
 ORDER BY h.position;
 
 -- name: request_cancel
--- Ask the node that runs the turn to stop it. No row: not your conversation, or no such turn in it.
+-- Ask the node that runs the turn to stop it. No row: not your conversation; a null id: no such turn in it.
 WITH turn AS (
-    SELECT t.id, t.status FROM conversations c JOIN turns t ON t.conversation_id = c.id
-    WHERE c.id = $2 AND c.user_id = $1 AND (t.id = $3 OR ($3 IS NULL AND t.status = 'running'))
+    SELECT t.id FROM conversations c
+    LEFT JOIN turns t ON t.conversation_id = c.id AND (t.id = $3 OR ($3 IS NULL AND t.status = 'running'))
+    WHERE c.id = $2 AND c.user_id = $1
 ), asked AS (
     UPDATE turns t SET cancel_requested_at = coalesce(t.cancel_requested_at, clock_timestamp())
     FROM turn WHERE t.id = turn.id AND t.status = 'running'
 )
-SELECT id, status FROM turn;
+SELECT id FROM turn;
 
 -- name: delete_expired_events
 -- The events of turns that ended long enough ago, so many turns at a time.

@@ -61,10 +61,11 @@ async def take_over(database: Database, *, node: str, lease_seconds: float, limi
 
 async def request_cancel(
     database: Database, user_id: str, conversation_id: UUID, turn_id: UUID | None
-) -> tuple[UUID, str] | None:
-    """Ask for a turn to be stopped (None: the running one). Returns its id and status, or None: no such turn."""
+) -> list[UUID | None]:
+    """Ask for a turn to be stopped (None: the running one). Returns its id, or None in its place where there is no
+    such turn; nothing: not this user's conversation."""
     rows = await database.fetch("request_cancel", user_id, conversation_id, turn_id)
-    return (rows[0]["id"], rows[0]["status"]) if rows else None
+    return [row["id"] for row in rows]
 
 
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:

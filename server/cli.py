@@ -7,20 +7,18 @@ import logging
 import os
 import runpy
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import asyncpg
 import click
 import platformdirs
 
-from models.database import BadDatabaseUrl, Unavailable, normalise_url
 from models.migrate import migrate, missing_migrations
 from server.agents.load import check_agent
 from server.auth import make_token
 from server.chat import chat
+from server.configured import on_database
 from server.dev import DEV_USER, dev_secret, run_dev
 from server.errors import ConfigurationError
 from server.listener import listen
@@ -75,7 +73,7 @@ def serve(stop_with_input: bool, quiet: bool) -> None:
     settings = read_settings(os.environ)
     check_for_production(settings)
     check_agent(settings.agent)
-    missing = _on_database(settings, missing_migrations)
+    missing = on_database(settings.database_url, missing_migrations)
     if missing:
         raise ConfigurationError(f"the database's schema is behind ({', '.join(missing)}): run `anynode migrate`")
     listen(settings, stop_with_input=stop_with_input)
@@ -85,7 +83,9 @@ def serve(stop_with_input: bool, quiet: bool) -> None:
 def migrate_command() -> None:
     """Bring the database's schema up to date. Any number of these may run at once."""
     settings = read_settings(os.environ)
-    applied = _on_database(settings, lambda url: migrate(url, progress=lambda name: click.echo(f"applied {name}")))
+    applied = on_database(
+        settings.database_url, lambda url: migrate(url, progress=lambda name: click.echo(f"applied {name}"))
+    )
     if not applied:
         click.echo("the schema is up to date")
 
@@ -150,18 +150,6 @@ def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: flo
         issuer=settings.jwt_issuer,
         ttl_seconds=ttl_seconds,
     )
-
-
-def _on_database(settings: Settings, work: Callable[[str], Any]) -> Any:
-    if settings.database_url is None:
-        raise ConfigurationError("DATABASE_URL is not set: set it to postgresql://user:password@host:port/database")
-    try:
-        return asyncio.run(work(normalise_url(settings.database_url)))
-    except BadDatabaseUrl as error:
-        raise ConfigurationError(f"DATABASE_URL is not one of Postgres: {error}") from error
-    except (OSError, TimeoutError, Unavailable, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(f"Postgres cannot be used at DATABASE_URL: {reason}") from error
 
 
 def _log(level: int) -> None:

@@ -1,12 +1,14 @@
-"""A client of the native protocol that reconnects and resumes by itself; the terminal chat, the tests and the
-benchmarks use it, and it shows what any client has to do."""
+"""A client of the native protocol that reconnects and resumes by itself.
+
+The terminal chat uses it, and it shows what any client has to do.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -60,7 +62,6 @@ class Client:
         self._reader: asyncio.Task[None] | None = None
         self._inbox: asyncio.Queue[Frame | Exception] = asyncio.Queue()
         self._heartbeat_seconds = 10.0
-        self._cursors: dict[str, int] = {}
 
     async def __aenter__(self) -> Client:
         return self
@@ -86,11 +87,11 @@ class Client:
         created: Frame | None = None
         frame["request_id"] = message_id
 
-        def opening() -> Frame:
+        def opening(cursors: Mapping[str, int]) -> Frame:
             # The same message_id again finds the turn that it has; once its events come, the cursor is better.
             if turn_id is not None and conversation_id is not None:
-                cursor = self._cursors[conversation_id]
-                return {"type": "conversation.follow", "conversation_id": conversation_id, "after": cursor}
+                after = cursors[conversation_id]
+                return {"type": "conversation.follow", "conversation_id": conversation_id, "after": after}
             return frame | ({"conversation_id": conversation_id} if conversation_id else {})
 
         async with aclosing(self._frames(opening)) as frames:
@@ -103,7 +104,9 @@ class Client:
                         if created is not None:
                             yield created
                         yield received
-                    case "conversation.snapshot" if received["conversation_id"] == conversation_id:
+                    case "conversation.snapshot" if received["conversation_id"] == conversation_id or turn_id is None:
+                        conversation_id = received["conversation_id"]
+                        turn_id = turn_id or _turn_of(received, content)
                         yield received
                         if turn_id is not None and (ending := _ending_in(received, turn_id)) is not None:
                             yield ending
@@ -115,11 +118,9 @@ class Client:
 
     async def follow(self, conversation_id: str, after: int | None = None) -> AsyncGenerator[Frame, None]:
         """Yield the frames of a conversation for ever, from the cursor or a snapshot on. Raises Refused or GivenUp."""
-        if after is not None:
-            self._cursors[conversation_id] = after
 
-        def opening() -> Frame:
-            cursor = self._cursors.get(conversation_id)
+        def opening(cursors: Mapping[str, int]) -> Frame:
+            cursor = cursors.get(conversation_id, after)
             frame: Frame = {"type": "conversation.follow", "conversation_id": conversation_id}
             return frame if cursor is None else frame | {"after": cursor}
 
@@ -129,19 +130,20 @@ class Client:
                     yield received
 
     async def cancel(self, conversation_id: str) -> None:
-        """Ask for the running turn to be stopped."""
+        """Ask for the turn that runs, if any, to be stopped."""
         if self._connection is not None:
             await self._connection.send(json.dumps({"type": "turn.cancel", "conversation_id": conversation_id}))
 
-    async def _frames(self, opening: Callable[[], Frame]) -> AsyncGenerator[Frame, None]:
-        """Every journal frame once, in order; after each reconnect `opening` says what to ask for."""
+    async def _frames(self, opening: Callable[[Mapping[str, int]], Frame]) -> AsyncGenerator[Frame, None]:
+        """Every journal frame once, in order; after each reconnect `opening` says, given the cursors, what to ask."""
+        cursors: dict[str, int] = {}
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._patience_seconds
         pause = BACKOFF_SECONDS[0]
         while True:
             try:
                 connection = await self._connected()
-                await connection.send(json.dumps(opening()))
+                await connection.send(json.dumps(opening(cursors)))
                 while True:
                     frame = await self._next()
                     if frame["type"] == "error":
@@ -154,9 +156,9 @@ class Client:
                     seq, conversation_id = frame.get("seq"), frame.get("conversation_id")
                     if seq is not None and conversation_id is not None:
                         is_snapshot = frame["type"] == "conversation.snapshot"
-                        if seq <= self._cursors.get(conversation_id, 0) and not is_snapshot:
+                        if seq <= cursors.get(conversation_id, 0) and not is_snapshot:
                             continue
-                        self._cursors[conversation_id] = seq
+                        cursors[conversation_id] = seq
                     pause, give_up_at = BACKOFF_SECONDS[0], loop.time() + self._patience_seconds
                     yield frame
             except (OSError, TimeoutError, websockets.WebSocketException) as error:
@@ -230,6 +232,15 @@ class Client:
             raise Refused("unauthorized", close.reason) from error
         if isinstance(error, websockets.InvalidURI):
             raise Refused("invalid_url", str(error)) from error
+
+
+def _turn_of(snapshot: Frame, content: str) -> str | None:
+    """The turn of a message whose events are gone: the newest one with this content."""
+    for message in reversed(snapshot["messages"]):
+        if message["role"] == "user" and message["content"] == content:
+            turn_id: str | None = message["turn_id"]
+            return turn_id
+    return None
 
 
 def _ending_in(snapshot: Frame, turn_id: str) -> Frame | None:

@@ -182,6 +182,7 @@ class Connection:
         while True:
             text = await self._receive_text()
             try:
+                self._take_allowance()
                 frame = decode_frame(text)
                 if isinstance(frame, Auth):
                     return frame.token

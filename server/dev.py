@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import signal
@@ -22,6 +21,7 @@ import click
 from models.migrate import migrate
 from server.agents.load import check_agent
 from server.auth import make_token
+from server.configured import on_database
 from server.embedded_postgres import embedded_postgres
 from server.errors import ConfigurationError
 from server.settings import Settings, read_settings
@@ -61,7 +61,7 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
     signal.signal(signal.SIGHUP, _interrupt)
     try:
         with _database(settings, data_directory) as database_url:
-            applied = asyncio.run(migrate(database_url))
+            applied = on_database(database_url, migrate)
             if applied:
                 click.secho(f"  migrated: {', '.join(applied)}", dim=True)
             host = environment.get("HOST") or "127.0.0.1"
@@ -184,23 +184,21 @@ def _url(host: str, port: int) -> str:
 
 def _say_where_to_go(settings: Settings, host: str, ports: Sequence[int], secret: str) -> None:
     urls = [_url(host, port) for port in ports]
-    token = make_token(
-        secret,
-        user_id=DEV_USER,
-        audience=settings.jwt_audience,
-        issuer=settings.jwt_issuer,
-        ttl_seconds=TOKEN_SECONDS,
-    )
+    token = None
+    if settings.jwt_jwks_url is None:
+        audience, issuer = settings.jwt_audience, settings.jwt_issuer
+        token = make_token(secret, user_id=DEV_USER, audience=audience, issuer=issuer, ttl_seconds=TOKEN_SECONDS)
+    fragment = f"/#token={token}" if token else ""
     nodes = " ".join(f"--url {url}" for url in urls)
     title = "Anynode is running" + (f" on {len(urls)} nodes" if len(urls) > 1 else "")
     click.secho(f"\n  {title}", fg="green", bold=True)
-    click.echo("\n  Open the page      " + click.style(f"{urls[0]}/#token={token}", fg="cyan"))
+    click.echo("\n  Open the page      " + click.style(f"{urls[0]}{fragment}", fg="cyan"))
     for url in urls[1:]:
-        click.echo("                     " + click.style(f"{url}/#token={token}", fg="cyan"))
+        click.echo("                     " + click.style(f"{url}{fragment}", fg="cyan"))
     click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {nodes}", fg="cyan"))
     sockets = ", ".join(url.replace("http", "ws", 1) + "/ws" for url in urls)
     click.echo(f"\n  WebSocket          {sockets}")
-    click.echo(f"  Token (7 days)     {token}")
+    click.echo(f"  Token (7 days)     {token}" if token else "  Tokens             are signed elsewhere (JWT_JWKS_URL)")
     if settings.agent == "echo":
         click.echo("\n  This is the echo agent. A real model, of any OpenAI-compatible server:")
         click.secho("    AGENT=openai OPENAI_API_KEY=… MODEL=gpt-4o-mini uv run anynode dev", dim=True)

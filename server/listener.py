@@ -24,14 +24,40 @@ logger = logging.getLogger("anynode")
 FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost far more memory than their bytes
 WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
 KEEPALIVE_SECONDS: Final = 20.0
+LINGERING_SECONDS: Final = 1.0  # how long a peer may take to read why its connection fails …
+LINGERING_BYTES_MAX: Final = 16_777_216  # … and what it may send in the meantime
 CLOSING_SECONDS: Final = 3  # how long closing handshakes may take at the end
 
 
 class BoundedWebSocket(WebSocketsSansIOProtocol):
     """Uvicorn's transport, less what lets a peer grow memory or hold a dead socket."""
 
+    lingered_bytes = 0
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, unless the connection has failed already."""
+        if self.conn.close_sent is not None and self.conn.close_rcvd is None and self.lingered_bytes:
+            self.lingered_bytes += len(data)
+            if self.lingered_bytes > LINGERING_BYTES_MAX:
+                self.transport.abort()
+            return
+        super().data_received(data)
+
+    def handle_parser_exception(self) -> None:
+        """Say why the connection fails, and give the peer a moment to read it: a socket that is closed with input
+        unread is reset, and the close code would be lost with it."""
+        assert self.conn.close_sent is not None
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": self.conn.close_sent.code})
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.close_sent = True
+        self.lingered_bytes = 1
+        self.close_timer = self.loop.call_later(LINGERING_SECONDS, self.transport.close)
+        self.transport.resume_reading()
+
     def handle_cont(self, event: Frame) -> None:
         """Refuse messages in too many pieces."""
+        if self.lingered_bytes:
+            return
         if len(self.frames) >= FRAGMENTS_MAX:
             self.conn.fail(CLOSE_LIMITS, "too many fragments")
             self.handle_parser_exception()

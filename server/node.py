@@ -136,25 +136,22 @@ class Node:
         return admission
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> None:
-        """Ask for a turn to be stopped, wherever it runs. A turn that has ended already is left as it is.
+        """Ask for a turn to be stopped, wherever it runs. Where it has ended already, or none runs, that is all.
         Raises ClientError."""
         try:
             found = await request_cancel(self._database, user_id, conversation_id, turn_id)
         except Unavailable as error:
             raise DatabaseUnavailable(conversation_id=conversation_id) from error
-        if found is None:
-            raise NotFound(
-                "There is no such conversation, or no turn of it to cancel.", conversation_id=conversation_id
-            )
-        running = self._turns.get(found[0])
-        if running is not None:
+        if not found:
+            raise NotFound(conversation_id=conversation_id)
+        if found[0] is None:
+            if turn_id is not None:
+                raise NotFound("There is no such turn in this conversation.", conversation_id=conversation_id)
+        elif (running := self._turns.get(found[0])) is not None:
             running.cancel()
 
     async def _interrupt(self, user_id: str, conversation_id: UUID) -> None:
-        try:
-            await self.cancel(user_id, conversation_id, None)
-        except NotFound:
-            return  # it has just ended
+        await self.cancel(user_id, conversation_id, None)
         await asyncio.sleep(0.02)
 
     # Turns.

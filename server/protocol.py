@@ -115,7 +115,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise InvalidFrame("the frame has a key twice")
     for name, item in pairs:
-        if isinstance(item, str) and not is_storable(item):
+        if not is_storable(name) or (isinstance(item, str) and not is_storable(item)):
             raise InvalidFrame(f"{name!a} has a NUL or half a surrogate pair in it")
     return value
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 from urllib.parse import urlsplit
 
+from models.text import is_storable
 from server.errors import ConfigurationError
 
 SECRET_BYTES_MIN = 32  # HS256: a key shorter than its hash can be guessed (RFC 7518, 3.2)
@@ -37,7 +38,7 @@ def _number(low: float, high: float) -> Callable[[str, str], float]:
         except ValueError:
             raise ConfigurationError(f"{name} must be a number, not {value!r}") from None
         if not math.isfinite(number) or not low <= number <= high:
-            raise ConfigurationError(f"{name} must be from {low:g} to {high:g}, not {value}")
+            raise ConfigurationError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
         return number
 
     return parse
@@ -142,6 +143,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     for setting in fields(Settings):
         name = setting.name.upper()
         raw = environment.get(name, "")
+        if not is_storable(raw):
+            raise ConfigurationError(f"{name} is not UTF-8 text")
         if raw != "":
             values[setting.name] = setting.metadata["parse"](name, raw)
     return Settings(**values)

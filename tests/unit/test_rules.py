@@ -1,0 +1,145 @@
+"""The rules of a conversation: who speaks next, how turns end, what an agent sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.rules import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    NEXT_ROLES,
+    RUNNING,
+    SUPERSEDED,
+    TERMINAL_EVENTS,
+    TURN_TRANSITIONS,
+    visible,
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    turn_id: int | None
+    role: str
+    content: str = "x"
+    status: str = COMPLETED
+
+
+def turn(number: int, answer: str = "x", status: str = COMPLETED) -> list[Said]:
+    return [Said(number, "user"), Said(number, "assistant", answer, status)]
+
+
+def is_allowed(roles: Sequence[str]) -> bool:
+    return all(role in NEXT_ROLES[before] for before, role in pairwise([None, *roles]))
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        [],
+        ["user"],
+        ["system", "user", "assistant"],
+        ["user", "assistant", "user", "assistant"],
+        ["user", "assistant", "tool", "tool", "assistant", "tool", "assistant", "user"],
+    ],
+)
+def test_the_order_of_the_design_is_allowed(roles: Sequence[str]) -> None:
+    assert is_allowed(roles)
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ["assistant"],
+        ["tool"],
+        ["system", "system"],
+        ["system", "assistant"],
+        ["user", "system"],
+        ["user", "user"],
+        ["user", "tool"],
+        ["user", "assistant", "assistant"],
+        ["user", "assistant", "system"],
+        ["user", "assistant", "tool", "user"],
+        ["user", "assistant", "tool", "system"],
+    ],
+)
+def test_any_other_order_is_not(roles: Sequence[str]) -> None:
+    assert not is_allowed(roles)
+
+
+def test_a_running_turn_may_end_in_each_of_three_ways() -> None:
+    assert TURN_TRANSITIONS[RUNNING] == {COMPLETED, CANCELLED, FAILED}
+
+
+@pytest.mark.parametrize("ended", [COMPLETED, CANCELLED, FAILED])
+def test_an_ended_turn_never_changes_again(ended: str) -> None:
+    assert TURN_TRANSITIONS[ended] == frozenset()
+
+
+def test_every_end_has_an_event_of_its_own() -> None:
+    assert set(TERMINAL_EVENTS) == set(TURN_TRANSITIONS) - {RUNNING}
+    assert sorted(TERMINAL_EVENTS.values()) == ["turn.cancelled", "turn.completed", "turn.failed"]
+
+
+def test_what_was_answered_is_seen_as_it_is() -> None:
+    messages = [*turn(1), *turn(2), Said(3, "user")]
+    assert visible(messages) == messages
+
+
+@pytest.mark.parametrize("status", [CANCELLED, FAILED])
+def test_a_silent_turn_is_left_out_with_its_question(status: str) -> None:
+    messages = [*turn(1), *turn(2, "", status), Said(3, "user")]
+    assert visible(messages) == [*turn(1), Said(3, "user")]
+
+
+@pytest.mark.parametrize("status", [CANCELLED, FAILED])
+def test_what_a_stopped_turn_said_is_seen(status: str) -> None:
+    messages = [*turn(1, "so far", status), Said(2, "user")]
+    assert visible(messages) == messages
+
+
+def test_a_completed_answer_is_seen_even_if_it_is_empty() -> None:
+    messages = [*turn(1, ""), Said(2, "user")]
+    assert visible(messages) == messages
+
+
+def test_messages_without_a_turn_are_not_lost_with_a_silent_one() -> None:
+    imported = [Said(None, "user"), Said(None, "assistant", "", FAILED)]
+    assert visible([*imported, Said(1, "user")])[-1] == Said(1, "user")
+
+
+def test_a_superseded_answer_is_left_out() -> None:
+    messages = [Said(1, "user"), Said(1, "assistant", "old", SUPERSEDED), Said(2, "assistant", "new"), Said(3, "user")]
+    assert visible(messages) == [messages[0], messages[2], messages[3]]
+
+
+def test_the_history_begins_with_a_users_message() -> None:
+    messages = [Said(1, "tool"), Said(1, "assistant"), *turn(2), Said(3, "user")]
+    assert visible(messages) == messages[2:]
+
+
+def test_a_system_message_is_not_part_of_it() -> None:
+    messages = [Said(None, "system"), *turn(1)]
+    assert visible(messages) == messages[1:]
+
+
+def test_without_a_users_message_there_is_nothing() -> None:
+    assert visible([Said(1, "assistant")]) == []
+    assert visible([]) == []
+
+
+TURNS = st.tuples(st.sampled_from(["", "said"]), st.sampled_from([COMPLETED, CANCELLED, FAILED]))
+
+
+@given(turns=st.lists(TURNS, max_size=8), cut=st.integers(0, 16))
+def test_questions_and_answers_alternate_wherever_the_history_is_cut(turns: list[tuple[str, str]], cut: int) -> None:
+    messages = [message for number, (said, status) in enumerate(turns) for message in turn(number, said, status)]
+    seen = visible([*messages[cut:], Said(99, "user")])
+    assert seen[-1] == Said(99, "user")
+    assert [message.role for message in seen] == ["user", "assistant"] * (len(seen) // 2) + ["user"]
