@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import repeat
 from uuid import UUID
 
 import asyncpg
+from msgspec import Struct
 
 from models.database import Database
+from models.rules import COMPLETED
 
 
-@dataclass(frozen=True, slots=True)
-class StoredMessage:
-    """A message of the history; `tool_calls` is JSON."""
+class StoredMessage(Struct, frozen=True, gc=False):
+    """A message of the history; `tool_calls` is JSON. A Struct: a turn makes as many as its history is long."""
 
-    turn_id: UUID | None
     role: str
     content: str
-    tool_calls: str | None
-    tool_name: str | None
-    tool_call_id: str | None
-    status: str
+    status: str = COMPLETED
+    turn_id: UUID | None = None
+    tool_calls: str | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,36 +87,35 @@ async def admit(
         question.turn_started,
         history_messages_max,
     )
-    head = rows[0]
+    row = rows[0]
     return Admission(
-        outcome=head["outcome"],
-        conversation_id=head["conversation_id"],
-        turn_id=head["turn_id"],
-        first_seq=head["seq"],
-        last_role=head["role"],
-        system_prompt=head["content"],
-        history=_stored(rows[1:]),
+        outcome=row["outcome"],
+        conversation_id=row["conversation_id"],
+        turn_id=row["turn_id"],
+        first_seq=row["first_seq"],
+        last_role=row["last_role"],
+        system_prompt=row["system_prompt"],
+        history=_history(row),
     )
 
 
 async def read_history(database: Database, conversation_id: UUID, *, messages_max: int) -> Sequence[StoredMessage]:
     """The newest messages, oldest first."""
-    return _stored(await database.fetch("read_history", conversation_id, messages_max, for_journal=True))
+    rows = await database.fetch("read_history", conversation_id, messages_max, line="beat")
+    return _history(rows[0])
 
 
-def _stored(rows: Sequence[asyncpg.Record]) -> list[StoredMessage]:
-    return [
-        StoredMessage(
-            row["turn_id"],
-            row["role"],
-            row["content"],
-            row["tool_calls"],
-            row["tool_name"],
-            row["tool_call_id"],
-            row["status"],
-        )
-        for row in rows
-    ]
+def _history(row: asyncpg.Record) -> list[StoredMessage]:
+    roles: Sequence[str] = row["roles"] or ()
+    optional = [row[name] for name in ("statuses", "turn_ids", "tool_calls", "tool_names", "tool_call_ids")]
+    if all(column is None for column in optional):
+        messages = [StoredMessage(role, content) for role, content in zip(roles, row["contents"] or (), strict=True)]
+    else:
+        statuses, *others = optional
+        columns = [statuses or repeat(COMPLETED), *(column or repeat(None) for column in others)]
+        messages = [StoredMessage(*values) for values in zip(roles, row["contents"], *columns, strict=False)]
+    messages.reverse()  # the newest come first
+    return messages
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""The connections to Postgres: two pools, timeouts that hold, and repetition of what a broken connection left unknown.
+"""The connections to Postgres: timeouts that hold, and repetition of what a broken connection left unknown.
 
-One pool serves requests; a small one of its own is for the journal and the beat, so that a crowd of requests
+A pool serves requests. The journal and the beat have a connection of their own each, so that a crowd of requests
 cannot keep a running turn from being committed or its lease from being renewed.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
@@ -18,6 +18,7 @@ from models.queries import query
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
 _BACKOFF_SECONDS = (0.02, 0.5)  # the first and the longest wait between attempts
+_OPTIONS: dict[str, Any] = {"timeout": 5.0, "server_settings": {"application_name": "anynode"}}
 
 # What says that the server, not the statement, is the trouble: repeating an idempotent statement is right.
 UNAVAILABLE: tuple[type[BaseException], ...] = (
@@ -67,51 +68,68 @@ def normalise_url(url: str) -> str:
     return urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(kept), ""))
 
 
-class Database:
-    """Two pools of one Postgres; made by `connect`, ended by `close`."""
+class Line(Protocol):
+    """A way to Postgres on which statements run."""
 
-    def __init__(self, requests: asyncpg.Pool, journal: asyncpg.Pool) -> None:
+    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
+        """Run one statement; within so many seconds it has ended, or its connection has."""
+
+    async def close(self) -> None:
+        """Close its connections; the owner bounds how long that may take."""
+
+    def terminate(self) -> None:
+        """Cut its connections."""
+
+
+class Database:
+    """The lines to one Postgres; made by `connect`, ended by `close`.
+
+    The statements of the journal and of the beat have a line of their own each.
+    """
+
+    def __init__(self, requests: Line, journal: Line, beat: Line) -> None:
         self._requests = requests
-        self._journal = journal
+        self._lines: Mapping[str, Line] = {"requests": requests, "journal": journal, "beat": beat}
 
     @classmethod
     async def connect(cls, url: str, *, pool_max: int) -> Database:
-        """Open the pools. Raises Unavailable, or asyncpg's errors when the server refuses the login."""
+        """Open the first connections. Raises Unavailable, or asyncpg's errors when the server refuses the login."""
         dsn = normalise_url(url)
-        requests = await _open_pool(dsn, 1, pool_max)
         try:
-            journal = await _open_pool(dsn, 1, 2)
-        except BaseException:
-            requests.terminate()
-            raise
-        return cls(requests, journal)
+            async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
+                pool = await asyncpg.create_pool(dsn, min_size=1, max_size=pool_max, reset=_keep, **_OPTIONS)
+        except UNAVAILABLE as error:
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
+        return cls(_PoolLine(pool), _SingleLine(dsn), _SingleLine(dsn))
 
     async def close(self) -> None:
         """Close all connections; what is still under way after 5 s is cut."""
-        for pool in (self._requests, self._journal):
+        for line in self._lines.values():
             try:
                 async with asyncio.timeout(5):
-                    await pool.close()
+                    await line.close()
             except TimeoutError:
-                pool.terminate()
+                line.terminate()
 
     async def fetch(
-        self, name: str, *arguments: Any, within_seconds: float = 5.0, for_journal: bool = False
+        self,
+        name: str,
+        *arguments: Any,
+        within_seconds: float = 5.0,
+        line: Literal["requests", "journal", "beat"] = "requests",
     ) -> list[asyncpg.Record]:
         """Run the named statement, again and again while the server is away. Raises Unavailable after `within_seconds`.
 
         The outcome of a failed attempt is unknown, so the statement must be one that may be repeated.
         """
-        pool = self._journal if for_journal else self._requests
-        deadline = asyncio.get_running_loop().time() + within_seconds
+        now = asyncio.get_running_loop().time
+        deadline = now() + within_seconds
         pause = _BACKOFF_SECONDS[0]
         while True:
-            remaining = deadline - asyncio.get_running_loop().time()
             try:
-                return await _attempt(pool, query(name), arguments, min(remaining, ATTEMPT_SECONDS_MAX))
+                return await self._lines[line].run(query(name), arguments, min(deadline - now(), ATTEMPT_SECONDS_MAX))
             except UNAVAILABLE as error:
-                remaining = deadline - asyncio.get_running_loop().time()
-                if remaining <= pause:
+                if deadline - now() <= pause:
                     raise Unavailable(f"{type(error).__name__}: {error}") from error
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(pause * 2, _BACKOFF_SECONDS[1])
@@ -119,41 +137,66 @@ class Database:
     async def is_reachable(self) -> bool:
         """Whether Postgres answers within 2 s."""
         try:
-            await _attempt(self._journal, "SELECT 1", (), 2.0)
+            await self._requests.run("SELECT 1", (), 2.0)
         except UNAVAILABLE:
             return False
         return True
 
 
-async def _attempt(pool: asyncpg.Pool, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
-    async with asyncio.timeout(max(seconds, 0.001)):
-        connection = await pool.acquire()
-        try:
-            rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments)
-        except BaseException as error:
-            # asyncpg would wait for the server to confirm a cancelled statement; a server that does not answer
-            # would then hold the pool's place for ever. An error that the server itself reported is harmless.
-            if not isinstance(error, asyncpg.PostgresError):
-                connection.terminate()
-            raise
-        finally:
-            await asyncio.shield(pool.release(connection))
-        return rows
+class _PoolLine:
+    """Many statements at once."""
+
+    def __init__(self, pool: asyncpg.Pool) -> None:
+        self._pool = pool
+
+    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
+        async with asyncio.timeout(seconds):
+            connection = await self._pool.acquire()
+            try:
+                return await _fetch(connection, sql, arguments)
+            finally:
+                await self._pool.release(connection)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    def terminate(self) -> None:
+        self._pool.terminate()
 
 
-async def _open_pool(dsn: str, size_min: int, size_max: int) -> asyncpg.Pool:
+class _SingleLine:
+    """One statement at a time, on a connection that is opened when it is needed; cheaper than a pool's."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._connection: asyncpg.Connection | None = None
+        self._turn = asyncio.Lock()
+
+    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
+        async with asyncio.timeout(seconds), self._turn:
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await asyncpg.connect(self._dsn, **_OPTIONS)
+            return await _fetch(self._connection, sql, arguments)
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.close()
+
+    def terminate(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+
+
+async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[asyncpg.Record]:
     try:
-        async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
-            return await asyncpg.create_pool(
-                dsn,
-                min_size=size_min,
-                max_size=size_max,
-                timeout=5.0,
-                reset=_keep,
-                server_settings={"application_name": "anynode"},
-            )
-    except UNAVAILABLE as error:
-        raise Unavailable(f"{type(error).__name__}: {error}") from error
+        rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments)
+    except BaseException as error:
+        # asyncpg would wait for the server to confirm a cancelled statement; a server that does not answer would
+        # then hold the connection for ever. An error that the server itself reported is harmless.
+        if not isinstance(error, asyncpg.PostgresError):
+            connection.terminate()
+        raise
+    return rows
 
 
 async def _keep(connection: asyncpg.Connection) -> None:

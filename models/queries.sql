@@ -3,7 +3,7 @@
 
 -- name: admit
 -- Own it? repeated message_id? busy? role order? insert message, turn and their events; read the history.
--- The first row is the outcome, the others the history. See models/migrations.
+-- See models/migrations.
 SELECT * FROM anynode_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
 
 -- name: flush
@@ -67,6 +67,18 @@ WITH claims AS (
     WHERE c.id = o.conversation_id
 )
 SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
+
+-- name: flush_one
+-- The same for a lone event: without arrays its plan is made once, and not for every call.
+WITH owned AS MATERIALIZED (
+    SELECT t.id, t.conversation_id, t.epoch FROM turns t WHERE t.id = $1 AND t.epoch = $2 AND t.status = 'running'
+    FOR NO KEY UPDATE
+), appended AS (
+    INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT o.conversation_id, $3, o.id, o.epoch, $4, $5 FROM owned o
+    ON CONFLICT (conversation_id, seq) DO NOTHING
+)
+SELECT $1::uuid AS turn_id WHERE NOT EXISTS (SELECT FROM owned);
 
 -- name: turn_states
 -- Which of the refused turns ended under the epoch that claimed them: those were not lost, only repeated.
@@ -152,9 +164,7 @@ SELECT j.id, j.conversation_id, j.epoch, j.cancel_requested, j.seq, c.user_id, c
 FROM journal j JOIN conversations c ON c.id = j.conversation_id;
 
 -- name: read_history
-SELECT h.turn_id, h.role, h.content, h.tool_calls, h.tool_name, h.tool_call_id, h.status
-FROM (SELECT * FROM messages WHERE conversation_id = $1 ORDER BY position DESC LIMIT $2) h
-ORDER BY h.position;
+SELECT * FROM anynode_history($1, $2);
 
 -- name: request_cancel
 -- Ask the node that runs the turn to stop it. No row: not your conversation; a null id: no such turn in it.

@@ -32,19 +32,19 @@ async def renew_leases(
         list(claims.values()),
         lease_seconds,
         within_seconds=within_seconds,
-        for_journal=True,
+        line="beat",
     )
     return {row["id"]: row["cancel_requested"] for row in rows}
 
 
 async def release_leases(database: Database, claims: Mapping[UUID, int]) -> None:
     """Let other nodes have these turns (id → epoch) at once."""
-    await database.fetch("release", list(claims), list(claims.values()), within_seconds=2.0, for_journal=True)
+    await database.fetch("release", list(claims), list(claims.values()), within_seconds=2.0, line="beat")
 
 
 async def take_over(database: Database, *, node: str, lease_seconds: float, limit: int) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch."""
-    rows = await database.fetch("take_over", node, lease_seconds, limit, within_seconds=2.0, for_journal=True)
+    rows = await database.fetch("take_over", node, lease_seconds, limit, within_seconds=2.0, line="beat")
     return [
         TakenTurn(
             row["id"],
@@ -70,4 +70,4 @@ async def request_cancel(
 
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:
     """Delete the events of at most `limit` turns that ended longer ago than that. Returns how many turns."""
-    return len(await database.fetch("delete_expired_events", retention_seconds, limit, for_journal=True))
+    return len(await database.fetch("delete_expired_events", retention_seconds, limit, line="beat"))

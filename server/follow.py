@@ -92,6 +92,8 @@ class Follows:
 
     def end_log(self, conversation_id: UUID, log: Log) -> None:
         """The turn is over, or no longer this node's. Followers that are behind keep the log until they are done."""
+        if log.is_over:
+            return
         log.is_over = True
         channel = self._channels.get(conversation_id)
         if channel is not None:

@@ -160,10 +160,13 @@ class Node:
         prompt = system_prompt or self._settings.system_prompt
         history = [HistoryMessage("system", prompt)] if prompt else []
         for message in visible(stored):
-            calls = tool_calls_of(message.tool_calls)
-            history.append(
-                HistoryMessage(message.role, message.content, calls, message.tool_name, message.tool_call_id)
-            )
+            if message.tool_calls is None and message.tool_call_id is None:
+                history.append(HistoryMessage(message.role, message.content))
+            else:
+                calls = tool_calls_of(message.tool_calls)
+                history.append(
+                    HistoryMessage(message.role, message.content, calls, message.tool_name, message.tool_call_id)
+                )
         return history
 
     def _start(self, turn: Turn, events: Sequence[Event], trusted_until: float) -> RunningTurn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,11 @@ from server.embedded_postgres import embedded_postgres
 from tests.harness import NodeProcess, running_node, sql, with_database
 
 TEMPLATE = "anynode_template"
+
+
+def pytest_configure() -> None:
+    """Let a SIGTERM end the run as Ctrl-C does, so that fixtures stop what they started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,29 @@ CREATE TABLE events (
 );
 """
 
+# The newest messages of a conversation as arrays, the newest first: one row is several times cheaper to hand over
+# than a row a message. What plain messages do not have is null as a whole.
+HISTORY = """
+CREATE FUNCTION anynode_history(
+    p_conversation_id uuid, p_messages_max integer,
+    OUT roles text[], OUT contents text[], OUT statuses text[], OUT turn_ids uuid[],
+    OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
+) LANGUAGE plpgsql STABLE AS $function$
+BEGIN
+    SELECT array_agg(h.role), array_agg(h.content),
+           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.status) END,
+           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.turn_id) END,
+           CASE WHEN bool_or(h.tool_calls IS NOT NULL) THEN array_agg(h.tool_calls) END,
+           CASE WHEN bool_or(h.tool_name IS NOT NULL) THEN array_agg(h.tool_name) END,
+           CASE WHEN bool_or(h.tool_call_id IS NOT NULL) THEN array_agg(h.tool_call_id) END
+    INTO roles, contents, statuses, turn_ids, tool_calls, tool_names, tool_call_ids
+    FROM (SELECT m.role, m.content, m.status, m.turn_id, m.tool_calls, m.tool_name, m.tool_call_id
+          FROM messages m WHERE m.conversation_id = p_conversation_id
+          ORDER BY m.position DESC LIMIT p_messages_max) h;
+END
+$function$;
+"""
+
 # A function and not one statement of CTEs: it must see what committed while it waited for the
 # conversation's lock, and inside a function every statement takes a new snapshot. It is one round trip and
 # one transaction. Repeating it with the same ids is harmless.
@@ -82,34 +105,33 @@ CREATE FUNCTION anynode_admit(
     p_user_id text, p_conversation_id uuid, p_new_conversation_id uuid, p_title text,
     p_message_id uuid, p_client_id text, p_content text, p_created_at timestamptz,
     p_turn_id uuid, p_node text, p_lease_seconds double precision,
-    p_message_created jsonb, p_turn_started jsonb, p_history_messages_max integer
-) RETURNS TABLE (
-    outcome text, conversation_id uuid, turn_id uuid, seq bigint, "position" integer,
-    role text, content text, tool_calls jsonb, tool_name text, tool_call_id text, status text
+    p_message_created jsonb, p_turn_started jsonb, p_history_messages_max integer,
+    OUT outcome text, OUT conversation_id uuid, OUT turn_id uuid, OUT first_seq bigint,
+    OUT last_role text, OUT system_prompt text,
+    OUT roles text[], OUT contents text[], OUT statuses text[], OUT turn_ids uuid[],
+    OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
 ) LANGUAGE plpgsql AS $function$
 #variable_conflict use_column
 DECLARE
-    v_conversation_id uuid := p_conversation_id;
-    v_system_prompt text;
     v_seq bigint := 0;
     v_position integer := 0;
-    v_role text;
-    v_admitted_in uuid; -- the conversation, turn and position that the message has
-    v_turn_id uuid;
-    v_admitted_at integer;
+    v_conversation_id uuid := p_conversation_id;
+    v_system_prompt text;
+    v_last_role text;
+    v_is_admitted boolean := false;
 BEGIN
     IF v_conversation_id IS NOT NULL THEN
         SELECT c.last_seq, c.system_prompt INTO v_seq, v_system_prompt
         FROM conversations c WHERE c.id = v_conversation_id AND c.user_id = p_user_id
         FOR NO KEY UPDATE;
         IF NOT FOUND THEN
-            RETURN QUERY SELECT 'not_found', v_conversation_id, NULL::uuid, NULL::bigint, NULL::integer,
-                NULL::text, NULL::text, NULL::jsonb, NULL::text, NULL::text, NULL::text;
+            outcome := 'not_found';
+            anynode_admit.conversation_id := v_conversation_id;
             RETURN;
         END IF;
     END IF;
 
-    SELECT m.conversation_id, m.turn_id, m.position INTO v_admitted_in, v_turn_id, v_admitted_at
+    SELECT m.conversation_id, m.turn_id INTO anynode_admit.conversation_id, anynode_admit.turn_id
     FROM messages m WHERE m.user_id = p_user_id AND m.client_id = p_client_id;
 
     IF NOT FOUND THEN
@@ -120,25 +142,25 @@ BEGIN
             VALUES (v_conversation_id, p_user_id, p_title, p_created_at, p_created_at);
         ELSE
             IF EXISTS (SELECT FROM turns t WHERE t.conversation_id = v_conversation_id AND t.status = 'running') THEN
-                RETURN QUERY SELECT 'conversation_busy', v_conversation_id, NULL::uuid, NULL::bigint, NULL::integer,
-                    NULL::text, NULL::text, NULL::jsonb, NULL::text, NULL::text, NULL::text;
+                outcome := 'conversation_busy';
+                anynode_admit.conversation_id := v_conversation_id;
                 RETURN;
             END IF;
-            SELECT m.position, m.role INTO v_position, v_role
+            SELECT m.position, m.role INTO v_position, v_last_role
             FROM messages m WHERE m.conversation_id = v_conversation_id ORDER BY m.position DESC LIMIT 1;
             IF NOT FOUND THEN
                 v_position := 0;
-            ELSIF v_role NOT IN ('assistant', 'system') THEN
-                RETURN QUERY SELECT 'role_order', v_conversation_id, NULL::uuid, NULL::bigint, NULL::integer,
-                    v_role, NULL::text, NULL::jsonb, NULL::text, NULL::text, NULL::text;
+            ELSIF v_last_role NOT IN ('assistant', 'system') THEN
+                outcome := 'role_order';
+                anynode_admit.conversation_id := v_conversation_id;
+                last_role := v_last_role;
                 RETURN;
             END IF;
         END IF;
 
-        v_position := v_position + 1;
         INSERT INTO messages
             (id, conversation_id, user_id, client_id, position, role, content, turn_id, status, created_at)
-        VALUES (p_message_id, v_conversation_id, p_user_id, p_client_id, v_position, 'user', p_content, p_turn_id,
+        VALUES (p_message_id, v_conversation_id, p_user_id, p_client_id, v_position + 1, 'user', p_content, p_turn_id,
                 'completed', p_created_at)
         ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO NOTHING;
 
@@ -150,39 +172,42 @@ BEGIN
                 (v_conversation_id, v_seq + 1, p_turn_id, 1, 'message.created', p_message_created),
                 (v_conversation_id, v_seq + 2, p_turn_id, 1, 'turn.started', p_turn_started);
             UPDATE conversations SET last_seq = v_seq + 2, updated_at = p_created_at WHERE id = v_conversation_id;
-            v_admitted_in := v_conversation_id;
-            v_turn_id := p_turn_id;
-            v_admitted_at := v_position;
+            v_is_admitted := true;
+            anynode_admit.conversation_id := v_conversation_id;
+            anynode_admit.turn_id := p_turn_id;
+            first_seq := v_seq + 1;
         ELSE
             -- The same message was admitted at the same instant elsewhere; it is committed by now.
             IF p_conversation_id IS NULL THEN
                 DELETE FROM conversations WHERE id = v_conversation_id;
             END IF;
-            SELECT m.conversation_id, m.turn_id, m.position INTO v_admitted_in, v_turn_id, v_admitted_at
+            SELECT m.conversation_id, m.turn_id INTO anynode_admit.conversation_id, anynode_admit.turn_id
             FROM messages m WHERE m.user_id = p_user_id AND m.client_id = p_client_id;
         END IF;
     END IF;
 
-    IF v_turn_id IS DISTINCT FROM p_turn_id THEN
-        RETURN QUERY SELECT
-            CASE WHEN p_conversation_id <> v_admitted_in THEN 'message_id_taken' ELSE 'repeated' END,
-            v_admitted_in, v_turn_id,
-            (SELECT t.first_seq FROM turns t WHERE t.id = v_turn_id), v_admitted_at,
-            NULL::text, NULL::text, NULL::jsonb, NULL::text, NULL::text, NULL::text;
-        RETURN;
+    IF NOT v_is_admitted THEN
+        SELECT t.first_seq INTO anynode_admit.first_seq FROM turns t WHERE t.id = anynode_admit.turn_id;
+        IF anynode_admit.turn_id IS DISTINCT FROM p_turn_id THEN
+            outcome := CASE WHEN p_conversation_id <> anynode_admit.conversation_id THEN 'message_id_taken'
+                            ELSE 'repeated' END;
+            RETURN;
+        END IF;
     END IF;
 
-    RETURN QUERY SELECT 'admitted', v_admitted_in, p_turn_id,
-        (SELECT t.first_seq FROM turns t WHERE t.id = p_turn_id), v_admitted_at, 'system',
-        coalesce((SELECT m.content FROM messages m WHERE m.conversation_id = v_admitted_in
-                  AND m.position = 1 AND m.role = 'system'), v_system_prompt),
-        NULL::jsonb, NULL::text, NULL::text, NULL::text;
-    RETURN QUERY SELECT NULL::text, NULL::uuid, h.turn_id, NULL::bigint, h.position,
-            h.role, h.content, h.tool_calls, h.tool_name, h.tool_call_id, h.status
-        FROM (SELECT m.turn_id, m.position, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status
-              FROM messages m WHERE m.conversation_id = v_admitted_in
-              ORDER BY m.position DESC LIMIT p_history_messages_max) h
-        ORDER BY h.position;
+    outcome := 'admitted';
+    system_prompt := v_system_prompt;
+    IF v_is_admitted AND v_position = 0 THEN
+        roles := ARRAY['user'];
+        contents := ARRAY[p_content];
+        RETURN;
+    END IF;
+    SELECT coalesce(m.content, v_system_prompt) INTO anynode_admit.system_prompt
+    FROM (VALUES (true)) AS always LEFT JOIN messages m
+        ON m.conversation_id = anynode_admit.conversation_id AND m.position = 1 AND m.role = 'system';
+    SELECT h.* INTO anynode_admit.roles, anynode_admit.contents, anynode_admit.statuses, anynode_admit.turn_ids,
+        anynode_admit.tool_calls, anynode_admit.tool_names, anynode_admit.tool_call_ids
+    FROM anynode_history(anynode_admit.conversation_id, p_history_messages_max) h;
 END
 $function$;
 """
@@ -193,5 +218,6 @@ class Migration(Migration):  # type: ignore[no-redef]
 
     operations = [  # noqa: RUF012
         RunSQL(TABLES, reverse_sql="DROP TABLE events, turns, messages, conversations, users"),
+        RunSQL(HISTORY, reverse_sql="DROP FUNCTION anynode_history"),
         RunSQL(ADMIT, reverse_sql="DROP FUNCTION anynode_admit"),
     ]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 from uuid import UUID
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True)
-class HistoryMessage:
+
+class HistoryMessage(Struct, frozen=True):
     """One message as the agent sees it; ``tool_calls`` is a JSON list, the tool fields are for role ``tool``."""
 
     role: str

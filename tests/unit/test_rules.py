@@ -111,7 +111,7 @@ def test_a_completed_answer_is_seen_even_if_it_is_empty() -> None:
 
 def test_messages_without_a_turn_are_not_lost_with_a_silent_one() -> None:
     imported = [Said(None, "user"), Said(None, "assistant", "", FAILED)]
-    assert visible([*imported, Said(1, "user")])[-1] == Said(1, "user")
+    assert visible([*imported, Said(1, "user")]) == [*imported, Said(1, "user")]
 
 
 def test_a_superseded_answer_is_left_out() -> None:

@@ -1,0 +1,140 @@
+"""PROTOCOL.md is the wire: every frame, field, code and limit of the code stands in it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import msgspec
+import pytest
+from msgspec.structs import FieldInfo, fields
+
+from server import connection, errors, listener
+from server.errors import CLIENT_ERRORS, AgentFailed
+from server.protocol import (
+    JOURNAL_FRAMES,
+    SUBPROTOCOL,
+    AnyClientFrame,
+    AnyServerFrame,
+    JournalFrame,
+    Message,
+    Usage,
+    decode_frame,
+    encode,
+)
+from server.settings import Settings
+
+PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
+CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)
+SERVER_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyServerFrame)
+LIBRARY_CLOSE_CODES = {1007, 1009}  # those that the WebSocket library sends by itself
+
+
+def tag_of(frame: type[msgspec.Struct]) -> str:
+    """The `type` of a frame."""
+    return str(frame.__struct_config__.tag)
+
+
+def sections(level: int) -> dict[str, str]:
+    """The text under each heading of a level, by its title."""
+    parts = re.split(rf"^{'#' * level} (.+)$", PROTOCOL, flags=re.MULTILINE)
+    return {
+        title: re.split(rf"^#{{1,{level}}} ", text, flags=re.M)[0]
+        for title, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+def rows(section: str) -> list[list[str]]:
+    """The cells of a section's table, without its head."""
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def documented(heading: str) -> dict[str, bool]:
+    """The fields of a table, and whether each may be absent."""
+    return {row[0].strip("`"): "optional" in row[2] for row in rows(sections(3)[heading])}
+
+
+def declared(of: list[FieldInfo]) -> dict[str, bool]:
+    """The fields of a struct, and whether each may be absent."""
+    return {field.encode_name: not field.required for field in of}
+
+
+FRAME_SECTIONS = {title.strip("`") for title in sections(3) if title.startswith("`")}
+EXAMPLES: list[dict[str, Any]] = [
+    json.loads(text) for text in re.findall(r"^```json\n(.+?)\n```$", PROTOCOL, re.M | re.S)
+]
+
+
+def test_every_frame_has_a_section_and_no_other_has() -> None:
+    assert {tag_of(frame) for frame in CLIENT_FRAMES + SERVER_FRAMES} == FRAME_SECTIONS
+
+
+def test_frames_stand_under_the_heading_of_who_sends_them() -> None:
+    by_heading = {title: re.findall(r"^### `(.+)`$", text, re.M) for title, text in sections(2).items()}
+    others = [frame for frame in SERVER_FRAMES if frame not in JOURNAL_FRAMES]
+    assert by_heading["Client frames"] == [tag_of(frame) for frame in CLIENT_FRAMES]
+    assert by_heading["Server frames from the journal"] == [tag_of(frame) for frame in JOURNAL_FRAMES]
+    assert set(by_heading["Server frames not from the journal"]) == {tag_of(frame) for frame in others}
+
+
+@pytest.mark.parametrize("frame", CLIENT_FRAMES + SERVER_FRAMES, ids=tag_of)
+def test_a_frame_has_exactly_the_fields_of_its_table(frame: type[msgspec.Struct]) -> None:
+    expected = declared(list(fields(frame)))
+    if issubclass(frame, JournalFrame):
+        for field in fields(JournalFrame):
+            del expected[field.name]
+    assert documented(f"`{tag_of(frame)}`") == expected
+
+
+def test_a_message_and_a_usage_have_exactly_the_fields_of_their_tables() -> None:
+    assert documented("A message") == declared(list(fields(Message)))
+    assert documented("A usage") == declared(list(fields(Usage)))
+
+
+def test_every_frame_has_an_example() -> None:
+    assert {example["type"] for example in EXAMPLES} == FRAME_SECTIONS
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: str(example["type"]))
+def test_an_example_is_a_frame(example: dict[str, Any]) -> None:
+    if example["type"] in {tag_of(frame) for frame in CLIENT_FRAMES}:
+        assert tag_of(type(decode_frame(json.dumps(example)))) == example["type"]
+    else:
+        # Through the struct and back: what it does not know, or spells otherwise, would not come back.
+        assert json.loads(encode(msgspec.convert(example, AnyServerFrame))) == example
+
+
+def test_every_error_code_is_there_with_whether_to_try_again() -> None:
+    words = {True: "yes", False: "no"}
+    table = {row[0].strip("`"): row[2] for row in rows(sections(2)["Error codes"])}
+    assert table == {
+        error.code: "varies" if error is AgentFailed else words[error.retryable] for error in CLIENT_ERRORS
+    }
+
+
+def test_every_close_code_is_there() -> None:
+    own = {value for name, value in vars(errors).items() if name.startswith("CLOSE_")}
+    assert {int(row[0]) for row in rows(sections(2)["Close codes"])} == own | LIBRARY_CLOSE_CODES
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    limits = {row[0]: row[1] for row in rows(sections(2)["Limits"])}
+    assert limits["fragments of a frame"] == f"{listener.FRAGMENTS_MAX}"
+    assert limits["frames in a burst"] == f"{connection.FRAMES_BURST}"
+    assert limits["frames per second"] == f"{connection.FRAMES_PER_SECOND}"
+    assert limits["refused frames of that kind"] == f"{connection.REFUSALS_MAX}"
+    assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
+    assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
+    assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{listener.KEEPALIVE_SECONDS:g}"
+    assert limits["`content`"] == f"`MESSAGE_BYTES_MAX` ({Settings().message_bytes_max:,}) bytes of UTF-8"
+    assert f"({6 * Settings().message_bytes_max + 16_384:,} by default)" in limits["a frame"]
+    assert f"{connection.EXPIRING_SECONDS:g} seconds before its token's end" in PROTOCOL
+
+
+def test_no_frame_is_named_that_does_not_exist() -> None:
+    named = set(re.findall(r"`((?:message|conversation|turn|auth)\.[a-z_]+)`", PROTOCOL))
+    assert named - {"message.id"} <= FRAME_SECTIONS
+    assert f"`{SUBPROTOCOL}`" in PROTOCOL

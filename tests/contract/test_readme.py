@@ -1,0 +1,77 @@
+"""The README says what is so: the settings, and the commands that CI runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from server.settings import Settings
+
+TOP = Path(__file__).parents[2]
+README = (TOP / "README.md").read_text()
+RUN_COMMAND = "pip install uv && uv run anynode dev"
+TEST_COMMAND = "pip install uv && uv run pytest"
+
+
+def shown(default: object) -> str:
+    """A default as the table shows it."""
+    if default is None or default == ():
+        return ""
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def test_the_table_has_every_setting_with_its_default_and_meaning_and_no_other() -> None:
+    section = README.split("\n## Settings\n")[1].split("\n## ")[0]
+    rows = [
+        tuple(cell.strip() for cell in line.strip("|").split("|"))
+        for line in section.splitlines()
+        if line.startswith("| `")
+    ]
+    assert rows == [
+        (f"`{setting.name.upper()}`", shown(setting.default), setting.metadata["doc"]) for setting in fields(Settings)
+    ]
+
+
+def test_every_setting_that_the_documents_name_exists() -> None:
+    known = {setting.name.upper() for setting in fields(Settings)}
+    for name in ("README.md", "PROTOCOL.md", "ARCHITECTURE.md"):
+        named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", (TOP / name).read_text()))
+        assert named <= known, name
+
+
+def test_the_first_two_commands_run_it_and_test_it() -> None:
+    commands = re.findall(r"^```\n(.+?)\n```$", README, re.MULTILINE | re.DOTALL)
+    assert commands[:2] == [RUN_COMMAND, TEST_COMMAND]
+
+
+def test_ci_runs_the_tests_by_the_readmes_command_and_stops_where_they_fail() -> None:
+    lines = (TOP / ".ci" / "run").read_text().splitlines()
+    assert f"{TEST_COMMAND} || exit" in lines
+
+
+def test_make_check_is_what_ci_runs() -> None:
+    makefile = (TOP / "Makefile").read_text()
+    (targets,) = re.findall(r"^check: (.+)$", makefile, re.MULTILINE)
+    recipes = {
+        target: re.findall(r"^\t(.+)$", recipe, re.MULTILINE)
+        for target, recipe in re.findall(r"^(\w+):[^\n]*\n((?:\t[^\n]+\n)*)", makefile, re.MULTILINE)
+    }
+    checked = [command for target in targets.split() for command in recipes[target]]
+    ran = re.findall(r"uv run (?!anynode)[^|\n]+[^|\n ]", (TOP / ".ci" / "run").read_text())
+    assert checked == ran
+
+
+@pytest.mark.parametrize("name", ["README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
+    text = (TOP / name).read_text()
+    headings = {
+        re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (TOP / target).exists(), target

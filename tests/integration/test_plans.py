@@ -1,0 +1,223 @@
+"""The plans of the hot statements on filled tables: index scans only, and no more rows than are needed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import asyncpg
+import pytest
+
+from models.queries import query, statements
+from tests.conftest import TEMPLATE
+from tests.harness import sql, with_database
+
+TABLES = ("conversations", "messages", "turns", "events")
+# 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
+# twentieth another turn runs. Around them 60,000 empty ones: of a small table, reading all of it is right.
+# `md5` makes ids that are the same in every run, in no order.
+FILL = """
+INSERT INTO users (id) SELECT 'user' || n FROM generate_series(0, 9) n;
+INSERT INTO users (id) SELECT 'other' || n FROM generate_series(0, 999) n;
+INSERT INTO conversations (id, user_id, title, last_seq, updated_at)
+    SELECT md5('c' || c)::uuid, 'user' || c % 10, 'title', 100, now() - make_interval(secs => c)
+    FROM generate_series(1, 2000) c;
+INSERT INTO conversations (id, user_id, updated_at)
+    SELECT md5('e' || c)::uuid, 'other' || c % 1000, now() - make_interval(secs => c) FROM generate_series(1, 60000) c;
+INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, finished_at)
+    SELECT md5('t' || c || '.' || t)::uuid, md5('c' || c)::uuid, 'completed', 'n', 1, now() - interval '1 hour',
+           2 * t - 1, now() - interval '1 hour', now() - make_interval(secs => 50 * c - t)
+    FROM generate_series(1, 2000) c, generate_series(1, 50) t;
+INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq)
+    SELECT md5('r' || c)::uuid, md5('c' || c)::uuid, 'running', 'n', 1, now() + interval '1 hour', 101
+    FROM generate_series(20, 2000, 20) c;
+INSERT INTO messages (id, conversation_id, user_id, client_id, position, role, content, turn_id)
+    SELECT md5('m' || c || '.' || p)::uuid, md5('c' || c)::uuid, 'user' || c % 10,
+           CASE WHEN p % 2 = 1 THEN 'client' || c || '.' || p END, p,
+           CASE WHEN p % 2 = 1 THEN 'user' ELSE 'assistant' END, 'content', md5('t' || c || '.' || (p + 1) / 2)::uuid
+    FROM generate_series(1, 2000) c, generate_series(1, 100) p;
+INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT md5('c' || c)::uuid, s, md5('t' || c || '.' || (s + 1) / 2)::uuid, 1, 'turn.delta', '{"text": "x"}'
+    FROM generate_series(1, 2000) c, generate_series(1, 100) s;
+INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+    SELECT md5('c' || c)::uuid, s, md5('r' || c)::uuid, 1, 'turn.delta', '{"text": "x"}'
+    FROM generate_series(20, 2000, 20) c, generate_series(101, 110) s;
+ANALYZE;
+"""
+
+
+def id_of(name: str) -> uuid.UUID:
+    """The id that FILL makes of a name."""
+    return uuid.UUID(hashlib.md5(name.encode()).hexdigest())
+
+
+MINE, RUNNING = id_of("c20"), id_of("r20")
+NEW = [uuid.UUID(int=number) for number in range(1, 10)]
+NOW = datetime.now(UTC)
+HUNDRED = [id_of(f"r{number}") for number in range(20, 2001, 20)]
+FLUSH: list[Any] = [
+    HUNDRED,
+    [1] * 100,
+    HUNDRED,
+    [111] * 100,
+    ["turn.delta"] * 100,
+    ['{"text": "y"}'] * 100,
+]
+ENDINGS: list[Any] = [
+    *(HUNDRED, [uuid.UUID(int=1000 + number) for number in range(100)], ["user0"] * 100, [1] * 100),
+    *(["assistant"] * 100, ["y"] * 100, [None] * 100, [None] * 100, [None] * 100, ["completed"] * 100, [NOW] * 100),
+    *(HUNDRED, ["completed"] * 100, [None] * 100, [None] * 100, [111] * 100),
+]
+QUESTION = (
+    *(NEW[0], "title", NEW[1], "new", "question", NOW, NEW[2], "n", 5.0),
+    '{"message": {}}',
+    '{"message_id": "m"}',
+)
+
+# What each statement is asked, and how many rows of each table it may touch for that.
+CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
+    "admit": (["user1", id_of("c1"), *QUESTION, 20], {"messages": 30, "conversations": 5, "turns": 5, "events": 5}),
+    "flush": (FLUSH, {"turns": 300}),
+    "flush_one": ([HUNDRED[0], 1, 111, "turn.delta", '{"text": "y"}'], {"turns": 3}),
+    "flush_with_endings": ([*FLUSH, *ENDINGS], {"turns": 500, "conversations": 300, "messages": 300}),
+    "turn_states": ([HUNDRED], {"turns": 100}),
+    "read_events": (["user0", MINE, 50, 10], {"conversations": 1, "events": 11}),
+    "snapshot": (["user0", MINE, 20], {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
+    "list_conversations": (["user0", 20, 20], {"conversations": 41}),
+    "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
+    "release": ([HUNDRED, [1] * 100], {"turns": 200}),
+    "take_over": (["n2", 5.0, 100], {"turns": 300, "events": 5, "conversations": 5}),
+    "read_history": ([MINE, 20], {"messages": 20}),
+    "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
+    "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),
+}
+
+
+@pytest.fixture(scope="module")
+def filled_database_url(postgres_url: str) -> Iterator[str]:
+    """A database with 200,000 messages, as many events and 100,000 turns, analysed."""
+    name = f"test_{uuid.uuid4().hex}"
+    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
+    url = with_database(postgres_url, name)
+    asyncio.run(_fill(url))
+    yield url
+    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+async def _fill(url: str) -> None:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(FILL)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def connection(filled_database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection whose writes are taken back at the end."""
+    connection = await asyncpg.connect(filled_database_url)
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        yield connection
+    finally:
+        await transaction.rollback()
+        await connection.close()
+
+
+async def read_rows(connection: asyncpg.Connection) -> dict[str, tuple[int, int]]:
+    """Sequential scans, and rows fetched through an index, of this connection so far, by table."""
+    rows = await connection.fetch(
+        "SELECT relname, seq_scan, coalesce(idx_tup_fetch, 0) AS fetched FROM pg_stat_xact_user_tables"
+    )
+    return {row["relname"]: (row["seq_scan"], row["fetched"]) for row in rows}
+
+
+def scans(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every (table, kind of scan) of a plan in JSON."""
+    if "Relation Name" in plan and plan["Node Type"] != "ModifyTable":
+        yield plan["Relation Name"], plan["Node Type"]
+    for inner in plan.get("Plans", ()):
+        yield from scans(inner)
+
+
+async def test_every_statement_has_a_case_here() -> None:
+    assert set(CASES) == set(statements())
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"admit", "read_history"}))  # functions
+async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connection, name: str) -> None:
+    rows = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *CASES[name][0])
+    plan = json.loads(rows[0][0])[0]["Plan"]
+    found = [(table, kind) for table, kind in scans(plan) if table in TABLES]
+    assert found
+    assert {kind for _, kind in found} <= {"Index Scan", "Index Only Scan", "Bitmap Heap Scan"}, found
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+async def test_a_statement_touches_no_more_rows_than_it_needs(connection: asyncpg.Connection, name: str) -> None:
+    arguments, rows_max = CASES[name]
+    # After five executions Postgres may change to a plan that does not look at the arguments.
+    for _ in range(7):
+        transaction = connection.transaction()
+        await transaction.start()
+        before = await read_rows(connection)
+        await connection.fetch(query(name), *arguments)
+        after = await read_rows(connection)
+        await transaction.rollback()
+        reads = {table: after[table][1] - before[table][1] for table in TABLES}
+        assert [table for table in TABLES if after[table][0] > before[table][0]] == []
+        assert {table: read for table, read in reads.items() if read > rows_max.get(table, 0)} == {}
+
+
+async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index(
+    connection: asyncpg.Connection,
+) -> None:
+    for conversation_id, client_id, outcome in (
+        (MINE, "new", "conversation_busy"),
+        (NEW[5], "new", "not_found"),
+        (id_of("c1"), "client1.1", "repeated"),
+    ):
+        user = "user0" if conversation_id == MINE else "user1"
+        arguments = [user, conversation_id, *QUESTION, 20]
+        arguments[5] = client_id
+        before = await read_rows(connection)
+        rows = await connection.fetch(query("admit"), *arguments)
+        after = await read_rows(connection)
+        assert rows[0]["outcome"] == outcome
+        assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(TABLES, 0)
+
+
+async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connection) -> None:
+    """A statement that finds nothing would have an easy plan."""
+    counts = {}
+    for name in ("read_events", "snapshot", "list_conversations", "renew", "turn_states"):
+        counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
+    counts["delete_expired_events"] = len(
+        await connection.fetch(query("delete_expired_events"), *CASES["delete_expired_events"][0])
+    )
+    counts["admitted"] = sum(
+        row["outcome"] == "admitted" for row in await connection.fetch(query("admit"), *CASES["admit"][0])
+    )
+    assert counts == {
+        "read_events": 10,
+        "snapshot": 20,
+        "list_conversations": 20,
+        "renew": 100,
+        "turn_states": 100,
+        "delete_expired_events": 20,
+        "admitted": 1,
+    }
+    (history,) = await connection.fetch(query("read_history"), *CASES["read_history"][0])
+    assert len(history["contents"]) == 20
+    assert await connection.fetch(query("flush_one"), *CASES["flush_one"][0]) == []
+    assert await connection.fetch(query("flush_with_endings"), *CASES["flush_with_endings"][0]) == []
+    (row,) = await connection.fetch(
+        "SELECT count(*) AS ended FROM turns WHERE id = ANY ($1) AND status = 'completed'", HUNDRED
+    )
+    assert row["ended"] == 100
