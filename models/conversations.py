@@ -95,17 +95,12 @@ async def admit(
         first_seq=row["first_seq"],
         last_role=row["last_role"],
         system_prompt=row["system_prompt"],
-        history=_history(row),
+        history=history_of(row),
     )
 
 
-async def read_history(database: Database, conversation_id: UUID, *, messages_max: int) -> Sequence[StoredMessage]:
-    """The newest messages, oldest first."""
-    rows = await database.fetch("read_history", conversation_id, messages_max, line="beat")
-    return _history(rows[0])
-
-
-def _history(row: asyncpg.Record) -> list[StoredMessage]:
+def history_of(row: asyncpg.Record) -> list[StoredMessage]:
+    """The history in a row that has the columns of `anynode_history`, oldest message first."""
     roles: Sequence[str] = row["roles"] or ()
     optional = [row[name] for name in ("statuses", "turn_ids", "tool_calls", "tool_names", "tool_call_ids")]
     if all(column is None for column in optional):

@@ -25,6 +25,7 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # asyncpg when its connection breaks in the middle of a statement's end
     asyncpg.PostgresConnectionError,  # class 08
     asyncpg.OperatorInterventionError,  # class 57: shutdown, crash, starting up, statement cancelled
     asyncpg.InsufficientResourcesError,  # class 53: too many connections, disk full
@@ -192,8 +193,9 @@ async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[as
         rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments)
     except BaseException as error:
         # asyncpg would wait for the server to confirm a cancelled statement; a server that does not answer would
-        # then hold the connection for ever. An error that the server itself reported is harmless.
-        if not isinstance(error, asyncpg.PostgresError):
+        # then hold the connection for ever. An error that the server itself reported is harmless,
+        # unless it is the last thing that it says.
+        if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.OperatorInterventionError):
             connection.terminate()
         raise
     return rows

@@ -142,7 +142,9 @@ FROM unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch)
 WHERE t.id = c.turn_id AND t.epoch = c.epoch AND t.status = 'running';
 
 -- name: take_over
--- Turns whose lease has run out become this node's, under the next epoch; `turn.restarted` commits with it.
+-- Turns whose lease has run out become this node's, under the next epoch; `turn.restarted` commits with it. A turn
+-- that is only to be ended keeps what it has said. Then all that an attempt needs.
+-- ($1 node, $2 seconds of lease, $3 turns, $4 attempts, $5 messages of history)
 WITH lapsed AS (
     SELECT t.id FROM turns t
     WHERE t.status = 'running' AND t.lease_expires_at < clock_timestamp()
@@ -152,19 +154,30 @@ WITH lapsed AS (
     UPDATE turns t
     SET node = $1, epoch = t.epoch + 1, lease_expires_at = clock_timestamp() + make_interval(secs => $2)
     FROM lapsed WHERE t.id = lapsed.id
-    RETURNING t.id, t.conversation_id, t.epoch, t.cancel_requested_at IS NOT NULL AS cancel_requested
+    RETURNING t.id, t.conversation_id, t.epoch, t.first_seq, t.cancel_requested_at IS NOT NULL AS cancel_requested
 ), journal AS (
-    SELECT t.*, (SELECT max(e.seq) FROM events e WHERE e.conversation_id = t.conversation_id) + 1 AS seq FROM taken t
+    SELECT t.*, said.seq + 1 AS seq, CASE WHEN t.cancel_requested OR t.epoch > $4 THEN said.text ELSE '' END AS text
+    FROM taken t CROSS JOIN LATERAL (
+        SELECT max(e.seq) AS seq,
+               coalesce(string_agg(e.payload ->> 'text', '' ORDER BY e.seq) FILTER (
+                   WHERE e.type IN ('turn.delta', 'turn.restarted') AND e.seq >= coalesce((
+                       SELECT max(r.seq) FROM events r
+                       WHERE r.conversation_id = t.conversation_id AND r.seq >= t.first_seq
+                         AND r.type = 'turn.restarted'), 0)
+               ), '') AS text
+        FROM events e WHERE e.conversation_id = t.conversation_id AND e.seq >= t.first_seq
+    ) said
 ), restarted AS (
     INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
-    SELECT j.conversation_id, j.seq, j.id, j.epoch, 'turn.restarted', jsonb_build_object('epoch', j.epoch, 'text', '')
+    SELECT j.conversation_id, j.seq, j.id, j.epoch, 'turn.restarted',
+           jsonb_build_object('epoch', j.epoch, 'text', j.text)
     FROM journal j
 )
-SELECT j.id, j.conversation_id, j.epoch, j.cancel_requested, j.seq, c.user_id, c.system_prompt
-FROM journal j JOIN conversations c ON c.id = j.conversation_id;
-
--- name: read_history
-SELECT * FROM anynode_history($1, $2);
+SELECT j.id, j.conversation_id, j.epoch, j.cancel_requested, j.seq, j.text, c.user_id,
+       coalesce((SELECT m.content FROM messages m WHERE m.conversation_id = c.id AND m.position = 1
+                 AND m.role = 'system'), c.system_prompt) AS system_prompt, h.*
+FROM journal j JOIN conversations c ON c.id = j.conversation_id
+CROSS JOIN LATERAL anynode_history(j.conversation_id, $5) h;
 
 -- name: request_cancel
 -- Ask the node that runs the turn to stop it. No row: not your conversation; a null id: no such turn in it.

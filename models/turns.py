@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+import asyncpg
+
+from models.conversations import StoredMessage, history_of
 from models.database import Database
 
 
 @dataclass(frozen=True, slots=True)
 class TakenTurn:
-    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so."""
+    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so, with the `text`."""
 
     turn_id: UUID
     conversation_id: UUID
     user_id: str
     epoch: int
     seq: int
-    system_prompt: str | None
+    text: str
     cancel_requested: bool
+    system_prompt: str | None
+    history: Sequence[StoredMessage]
 
 
 async def renew_leases(
@@ -42,18 +47,27 @@ async def release_leases(database: Database, claims: Mapping[UUID, int]) -> None
     await database.fetch("release", list(claims), list(claims.values()), within_seconds=2.0, line="beat")
 
 
-async def take_over(database: Database, *, node: str, lease_seconds: float, limit: int) -> list[TakenTurn]:
-    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch."""
-    rows = await database.fetch("take_over", node, lease_seconds, limit, within_seconds=2.0, line="beat")
+async def take_over(
+    database: Database, *, node: str, lease_seconds: float, limit: int, max_attempts: int, history_messages_max: int
+) -> list[TakenTurn]:
+    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch. Raises Unavailable."""
+    limits = (limit, max_attempts, history_messages_max)
+    try:
+        rows = await database.fetch("take_over", node, lease_seconds, *limits, within_seconds=2.0, line="beat")
+    except asyncpg.UniqueViolationError:
+        # The old owner's last flush committed between this statement's snapshot and its locks. Next time, then.
+        return []
     return [
         TakenTurn(
-            row["id"],
-            row["conversation_id"],
-            row["user_id"],
-            row["epoch"],
-            row["seq"],
-            row["system_prompt"],
-            row["cancel_requested"],
+            turn_id=row["id"],
+            conversation_id=row["conversation_id"],
+            user_id=row["user_id"],
+            epoch=row["epoch"],
+            seq=row["seq"],
+            text=row["text"],
+            cancel_requested=row["cancel_requested"],
+            system_prompt=row["system_prompt"],
+            history=history_of(row),
         )
         for row in rows
     ]

@@ -157,6 +157,8 @@ def _log(level: int) -> None:
     # At INFO uvicorn logs the path of every WebSocket with its query, in which some client may put a token.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("anynode").setLevel(level)
+    # It also logs a traceback for every peer that sends invalid UTF-8, and any peer can.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Invalid UTF-8"))
 
 
 if __name__ == "__main__":

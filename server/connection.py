@@ -254,6 +254,8 @@ class Connection:
         earned = (now - self._allowed_at) * FRAMES_PER_SECOND
         self._allowance = min(FRAMES_BURST, self._allowance + earned)
         self._allowed_at = now
+        if self._allowance == FRAMES_BURST:
+            self._refusals = 0
         if self._allowance >= 1:
             self._allowance -= 1
             return

@@ -35,6 +35,7 @@ COMMAND_SECONDS = 60.0
 # Fast shutdown, then immediate shutdown, then force. In an immediate shutdown the postmaster itself kills after 5 s
 # the children that do not obey; it gets the time to, for nobody could find them after its own death.
 STOP_SIGNALS = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 7.0), (signal.SIGKILL, 5.0))
+PASSING_FAILURES = ("still in use", "already exists", "unexpected postmaster exit")
 LOG_BYTES_MAX = 10 * 1024 * 1024
 SOCKET_PATH_BYTES_MAX = 100  # the kernel's limit is 108 on Linux, 104 on macOS
 SOCKET_NAME = ".s.PGSQL.5432"
@@ -112,15 +113,17 @@ class _Cluster:
                 continue  # it was just stopping
             _remove_sockets(self.socket_directory)
             failure = self._failure_since(log_start)
-            # Backends that outlived a killed postmaster hold the shared memory; a postmaster whose starter was
-            # killed writes its pid file between our look and our start.
-            passing = "still in use" in failure or "already exists" in failure
+            # Backends that outlived a killed postmaster hold the shared memory, and may still say so in the log; a
+            # postmaster whose starter was killed writes its pid file between our look and our start.
+            passing = any(sign in failure for sign in PASSING_FAILURES)
             if not passing or time.monotonic() > retry_until:
                 raise ConfigurationError(f"The embedded PostgreSQL does not start: {failure}")
             time.sleep(POLL_SECONDS)
 
     def leave(self, holders: IO[bytes]) -> None:
         """Give up this holder's lock, and stop the server if there is no other holder."""
+        if self.process is not None:
+            self.process.poll()  # reaps it if somebody else has ended it
         try:
             fcntl.flock(holders, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

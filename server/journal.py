@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Final
 from uuid import UUID
 
-import asyncpg
-
 from models.database import Database, Unavailable
 from models.events import DELTA, Ending, Entry, Event, delta_payload, ended_under, flush
 from server import metrics
@@ -204,7 +202,7 @@ class Journal:
                 # A turn leaves the batch when its lease has run out by this node's own clock.
                 logger.warning("a flush of %d turns waits for Postgres: %s", len(batch), error)
                 continue
-            except asyncpg.PostgresError:
+            except Exception:  # noqa: BLE001  (logged where it is found whose it is)
                 await self._isolate(batch)
                 return
             metrics.flushes.inc()

@@ -26,6 +26,7 @@ WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but neve
 KEEPALIVE_SECONDS: Final = 20.0
 LINGERING_SECONDS: Final = 1.0  # how long a peer may take to read why its connection fails …
 LINGERING_BYTES_MAX: Final = 16_777_216  # … and what it may send in the meantime
+LETTING_GO_SECONDS: Final = 2.0  # how long what is cancelled at the very end may take
 CLOSING_SECONDS: Final = 3  # how long closing handshakes may take at the end
 
 
@@ -88,6 +89,10 @@ class Server(uvicorn.Server):
             self.force_exit = True
         self.should_exit = True
 
+    def exit_soon(self) -> None:
+        """As at a signal."""
+        self.should_exit = True
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then shut down."""
         logger.info("draining")
@@ -105,9 +110,10 @@ class Server(uvicorn.Server):
 
 def listen(settings: Settings, *, stop_with_input: bool = False) -> None:
     """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent dies.
-    Raises ConfigurationError."""
+    Raises ConfigurationError, or SystemExit when the node has failed."""
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(settings, stop_with_input))
+        runner.run(_let_go())
 
 
 async def _serve(settings: Settings, stop_with_input: bool) -> None:
@@ -134,15 +140,31 @@ async def _serve(settings: Settings, stop_with_input: bool) -> None:
             server.anynode = anynode
             if stop_with_input:
                 asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _stop, server)
+            anynode.node.on_failure(server.exit_soon)
             await server.serve()
+            if not anynode.node.is_running:
+                sys.exit(1)
     except Unavailable as error:
         raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+
+
+async def _let_go() -> None:
+    """End what is left; an agent that does not stop when it is cancelled does not hold up the exit."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        _, stuck = await asyncio.wait(left, timeout=LETTING_GO_SECONDS)
+        if stuck:
+            logger.error("%d tasks do not stop when they are cancelled", len(stuck))
+            logging.shutdown()
+            os._exit(0)
 
 
 def _stop(server: Server) -> None:
     if not os.read(sys.stdin.fileno(), 4096):
         asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        server.should_exit = True
+        server.exit_soon()
 
 
 def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:

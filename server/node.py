@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
-from models.conversations import Admission, Question, StoredMessage, admit, read_history
+from models.conversations import Admission, Question, StoredMessage, admit
 from models.database import Database, Unavailable
 from models.events import Event
 from models.ids import uuid7
@@ -66,6 +66,7 @@ class Node:
         self._journal = Journal(database, flush_interval_seconds=settings.flush_interval_ms / 1000)
         self._turns: dict[UUID, RunningTurn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._tell_failure: Callable[[], None] = lambda: None
         # A node trusts a lease for less than it lasts: clocks drift, and the agent takes a moment to stop.
         self._trusted_seconds = settings.lease_seconds * 0.8
 
@@ -79,8 +80,13 @@ class Node:
                 group.create_task(self._delete_expired())
         except Exception:
             logger.critical("the node has failed and must be restarted", exc_info=True)
+            self._tell_failure()
         finally:
             self.is_running = False
+
+    def on_failure(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called when the node has failed for good."""
+        self._tell_failure = tell
 
     # Messages.
 
@@ -251,26 +257,26 @@ class Node:
             node=self.node_id,
             lease_seconds=self._settings.lease_seconds,
             limit=TAKEOVERS_AT_ONCE,
+            max_attempts=self._settings.max_attempts,
+            history_messages_max=self._settings.history_messages_max,
         )
         for taken in taken_turns:
             logger.info("taking over turn %s, attempt %d", taken.turn_id, taken.epoch)
             metrics.turns_taken_over.inc()
-            await self._continue(taken, trusted_until)
+            self._continue(taken, trusted_until)
 
-    async def _continue(self, taken: TakenTurn, trusted_until: float) -> None:
-        stored = await read_history(
-            self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
-        )
-        restarted = encode({"epoch": taken.epoch, "text": ""})
+    def _continue(self, taken: TakenTurn, trusted_until: float) -> None:
+        restarted = encode({"epoch": taken.epoch, "text": taken.text})
         turn = Turn(
             taken.turn_id,
             taken.conversation_id,
             taken.user_id,
-            self._history(taken.system_prompt, stored),
+            self._history(taken.system_prompt, taken.history),
             attempt=taken.epoch,
         )
         event = Event(taken.seq, "turn.restarted", taken.turn_id, restarted)
         running = self._start(turn, [event], trusted_until)
+        running.keep(taken.text)
         if taken.cancel_requested:
             running.cancel()
         elif taken.epoch > self._settings.max_attempts:

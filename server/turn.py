@@ -72,6 +72,8 @@ class RunningTurn:
             await asyncio.wait((answering, self._stopped), return_when=asyncio.FIRST_COMPLETED)
             answering.cancel()
             self._watchdog.cancel()
+            if answering.done() and not self._stopped.done():
+                self.fail("The agent's answer could not be ended.")
             return await self.journal.closed
         finally:
             # By now the end is committed: an agent that is slow to let go keeps nobody waiting.
@@ -89,7 +91,12 @@ class RunningTurn:
 
     def fail(self, message: str, *, retryable: bool = False) -> None:
         """Stop with an error, and keep what was said."""
-        self._end(FAILED, ErrorDetail(AgentFailed.code, message, retryable))
+        self._end(FAILED, ErrorDetail(AgentFailed.code, clean(message), retryable))
+
+    def keep(self, text: str) -> None:
+        """Begin with what an earlier attempt has said."""
+        self._said.texts.append(text)
+        self._said.bytes += len(text.encode())
 
     def lose(self) -> None:
         """The right to the turn is gone: stop without an end."""
@@ -131,12 +138,16 @@ class RunningTurn:
             case ToolCall():
                 call = ToolCall(clean(event.tool_call_id), clean(event.tool_name), clean(dict(event.arguments)))
                 self._said.calls.append(call)
-                self.journal.add_event("turn.tool_call", encode(call))
+                payload = encode(call)
+                if self._count(payload):
+                    self.journal.add_event("turn.tool_call", payload)
             case ToolResult():
                 result = ToolResult(
                     clean(event.tool_call_id), clean(event.tool_name), clean(event.content), event.is_error
                 )
                 self._said.results.append(result)
+                if not self._count(result.content):
+                    return
                 self.journal.add_event("turn.tool_result", encode(result))
             case StepEnd():
                 if self._said.calls:
@@ -150,14 +161,18 @@ class RunningTurn:
         text = self._cleaner.clean(text)
         if not text:
             return
-        said = self._said
-        is_first = said.bytes == 0
-        said.bytes += len(text) if text.isascii() else len(text.encode())
-        if said.bytes > self._answer_bytes_max:
-            self.fail(f"The answer is longer than {self._answer_bytes_max} bytes (ANSWER_BYTES_MAX).")
-            return
-        said.texts.append(text)
-        self.journal.add_text(text, is_urgent=is_first)
+        is_first = self._said.bytes == 0
+        if self._count(text):
+            self._said.texts.append(text)
+            self.journal.add_text(text, is_urgent=is_first)
+
+    def _count(self, text: str) -> bool:
+        """Whether the turn may say this much more; where not, it has failed."""
+        self._said.bytes += len(text) if text.isascii() else len(text.encode())
+        if self._said.bytes <= self._answer_bytes_max:
+            return True
+        self.fail(f"The answer is longer than {self._answer_bytes_max} bytes (ANSWER_BYTES_MAX).")
+        return False
 
     def _complete_step(self) -> None:
         said = self._said
@@ -209,7 +224,8 @@ class RunningTurn:
         usage = None
         if self._usage is not None:
             seconds = round(time.monotonic() - self._started_at, 3)
-            usage = TurnUsage(self._usage.input_tokens, self._usage.output_tokens, self._usage.model, seconds)
+            model = clean(self._usage.model)
+            usage = TurnUsage(self._usage.input_tokens, self._usage.output_tokens, model, seconds)
         shown = Message(
             message.id, message.role, message.content, None, None, None, status, self.turn.turn_id, message.created_at
         )

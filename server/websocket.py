@@ -65,4 +65,5 @@ class WebSocketEndpoint:
             own = urlsplit(origin).netloc.lower()
         except ValueError:
             return False
-        return own == headers.get(b"host", "").lower() or origin.lower() in self.settings.allowed_origins
+        is_own = own != "" and own == headers.get(b"host", "").lower()
+        return is_own or origin.lower() in self.settings.allowed_origins

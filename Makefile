@@ -1,0 +1,38 @@
+# `make check` is what CI runs (.ci/run).
+.PHONY: check test lint types layers format lock upgrade bench dev
+
+check: test lint types layers
+
+test:
+	uv run pytest
+
+lint:
+	uv run ruff check
+	uv run ruff format --check
+
+types:
+	uv run mypy
+
+layers:
+	uv run lint-imports
+
+format:
+	uv run ruff check --fix
+	uv run ruff format
+
+# Writes the resolved versions to requirements.txt and into pyproject.toml; what is locked already stays as it is.
+lock:
+	uv export --quiet --all-extras --group dev --no-emit-project --no-header --no-annotate --output-file requirements.txt
+	python3 scripts/lock.py
+
+# The same, with the newest versions.
+upgrade:
+	python3 scripts/lock.py --clear
+	uv lock --quiet --upgrade
+	$(MAKE) lock
+
+bench:
+	uv run anynode bench
+
+dev:
+	uv run anynode dev

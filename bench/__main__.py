@@ -1,0 +1,131 @@
+"""`anynode bench`: the product and the floor in turn, and the ratio."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import click
+import uvloop
+
+from bench.load import LoadError
+from bench.measures import DEFAULT, MEASURES, QUICK, Scale
+from bench.report import Figure, lines, table
+from bench.servers import SIDES, Bench, Side
+from server.embedded_postgres import embedded_postgres
+from server.errors import ConfigurationError
+
+REASON_SHOWN_MAX: Final = 500  # characters of why a measurement failed,
+LOG_SHOWN_MAX: Final = 2000  # and of what its server said first
+
+
+class Progress:
+    """One line that says what is being measured; on a terminal it replaces itself."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._step = 0
+        self._started = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+
+    def step(self, text: str) -> None:
+        """The next step begins."""
+        self._step += 1
+        said = f"[{self._step}/{self._steps}] {time.monotonic() - self._started:4.0f} s  {text}"
+        click.echo(f"\r\x1b[K{said}" if self._is_terminal else said, err=True, nl=not self._is_terminal)
+
+    def clear(self) -> None:
+        """Leave nothing of the line behind."""
+        if self._is_terminal:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, metavar="[NAME]…", type=click.Choice(list(MEASURES)))
+@click.option("--rounds", type=click.IntRange(1, 100), help="Rounds of each measure.  [default: 5; with --quick 1]")
+@click.option("--quick", is_flag=True, help="Less of everything: does it work, and roughly how well?")
+def bench(names: Sequence[str], rounds: int | None, quick: bool) -> None:
+    """Measure this product and the floor in turn: turn_cpu, first_token, idle, flush; all of them by default."""
+    scale = QUICK if quick else DEFAULT
+    scale = dataclasses.replace(scale, rounds=rounds or scale.rounds)
+    _raise_file_limit()
+    directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
+    try:
+        # No settings: fsync and all else are Postgres' own defaults.
+        with (
+            embedded_postgres(directory / "postgres") as postgres,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            failures = runner.run(_run(Bench(postgres, directory), list(names) or list(MEASURES), scale))
+    except ConfigurationError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if failures:
+        raise click.ClickException(f"{failures} of the measurements failed and are not in the table")
+
+
+async def _run(bench: Bench, names: Sequence[str], scale: Scale) -> int:
+    """Measure and print; returns how many measurements failed."""
+    # A server must not outlive the benchmark: SIGTERM unwinds it as Ctrl-C does.
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+    progress = Progress(1 + scale.rounds * len(names) * len(SIDES))
+    progress.step("seeding")
+    await bench.prepare(scale.conversations)
+    found: dict[tuple[str, Side], list[list[Figure]]] = {(name, side): [] for name in names for side in SIDES}
+    failures = 0
+    for number in range(scale.rounds):
+        for name in names:
+            both = {}
+            for side in SIDES if number % 2 == 0 else reversed(SIDES):
+                progress.step(f"round {number + 1}: {name}, {side}")
+                both[side] = await _measure(bench, name, side, scale)
+            if None in both.values():  # a ratio needs both sides in the same round
+                failures += 1
+                continue
+            for side, figures in both.items():
+                found[name, side].append(figures or [])
+    progress.clear()
+    click.echo(table({name: lines(found[name, "product"], found[name, "floor"]) for name in names}))
+    return failures
+
+
+async def _measure(bench: Bench, name: str, side: Side, scale: Scale) -> list[Figure] | None:
+    gc.collect()
+    figures = None
+    try:
+        figures = await MEASURES[name](bench, side, scale)
+    except* (LoadError, OSError) as errors:  # a timeout is an OSError too
+        error = _first(errors)
+        reason = str(error)[:REASON_SHOWN_MAX] or type(error).__name__
+        click.echo(f"\n{name} of the {side} failed: {reason}\n{bench.log()[:LOG_SHOWN_MAX]}", err=True)
+    return figures
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    bench()

@@ -1,0 +1,126 @@
+"""Figures, and the table that they end in. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Target:
+    """The most that is hoped for, of the ratio product/floor or of the product's own figure."""
+
+    of: Literal["ratio", "product"]
+    most: float
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of one round; the label names the unit."""
+
+    label: str
+    value: float
+    target: Target | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of the rounds, and how far they are apart."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return short(self.median)
+        return f"{short(self.median)} ({short(self.low)}–{short(self.high)})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One label over all rounds; `ratio` is product/floor of each round, None where the floor has no such figure."""
+
+    label: str
+    product: Spread
+    floor: Spread | None
+    ratio: Spread | None
+    target: Target | None
+
+    @property
+    def verdict(self) -> str:
+        """The target and whether the median meets it; empty without one."""
+        if self.target is None:
+            return ""
+        reached = self.product if self.target.of == "product" else self.ratio
+        unit = "×" if self.target.of == "ratio" else ""
+        if reached is None:
+            return ""
+        return f"≤ {short(self.target.most)}{unit} {'met' if reached.median <= self.target.most else 'MISSED'}"
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that so many percent of the values do not exceed (nearest rank)."""
+    if not values:
+        raise ValueError("no values")
+    rank = math.ceil(len(values) * percent / 100)
+    return sorted(values)[max(rank, 1) - 1]
+
+
+def lines(product: Sequence[Sequence[Figure]], floor: Sequence[Sequence[Figure]]) -> list[Line]:
+    """One line for each label of the product's, from the figures of each round."""
+    ours, theirs = _by_label(product), _by_label(floor)
+    targets = {figure.label: figure.target for figures in product for figure in figures}
+    found = []
+    for label, values in ours.items():
+        beside = theirs.get(label)
+        ratios = [] if beside is None else [mine / its for mine, its in zip(values, beside, strict=True) if its]
+        found.append(
+            Line(
+                label,
+                Spread.of(values),
+                None if beside is None else Spread.of(beside),
+                Spread.of(ratios) if ratios else None,
+                targets[label],
+            )
+        )
+    return found
+
+
+def table(measures: Mapping[str, Sequence[Line]]) -> str:
+    """The lines of all measures, by name, in columns."""
+    rows = [("", "product", "floor", "product/floor", "target")]
+    for name, found in measures.items():
+        rows.append((name, "", "", "", ""))
+        for line in found:
+            floor, ratio = str(line.floor or "–"), str(line.ratio or "–")
+            rows.append((f"  {line.label}", str(line.product), floor, ratio, line.verdict))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def short(number: float) -> str:
+    """Three significant digits, no exponent."""
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
+    digits = 2 - math.floor(math.log10(abs(number)))
+    text = f"{round(number, digits):,.{max(digits, 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _by_label(rounds: Sequence[Sequence[Figure]]) -> dict[str, list[float]]:
+    by_label: dict[str, list[float]] = {}
+    for figures in rounds:
+        for figure in figures:
+            by_label.setdefault(figure.label, []).append(figure.value)
+    return by_label

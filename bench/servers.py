@@ -1,0 +1,234 @@
+"""What is measured: Postgres with its default durability, and the product or the floor on a fresh database of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal, TypeAlias
+from urllib.parse import urlsplit, urlunsplit
+from uuid import UUID
+
+import asyncpg
+import psutil
+
+from bench import floor
+from bench.load import LoadError
+from models.ids import uuid7
+from models.migrate import migrate
+from server.auth import make_token
+from server.embedded_postgres import EmbeddedPostgres
+
+Side: TypeAlias = Literal["product", "floor"]
+SIDES: Final[tuple[Side, Side]] = ("product", "floor")
+
+ROOT: Final = Path(__file__).parent.parent
+USER: Final = "bench"
+READY_SECONDS: Final = 30.0
+STOP_SECONDS: Final = 8.0
+CONTENT: Final = "a message of a hundred characters, which is about what people and models say to each other in chats"
+
+COMMANDS: Final[Mapping[Side, Sequence[str]]] = {
+    "product": ("-m", "server.cli", "serve", "--stop-with-input", "--quiet"),
+    "floor": ("-m", "bench.floor"),
+}
+SEEDS: Final[Mapping[Side, Sequence[str]]] = {
+    "product": (
+        f"INSERT INTO users (id) VALUES ('{USER}') ON CONFLICT DO NOTHING",
+        f"INSERT INTO conversations (id, user_id) SELECT unnest($1::uuid[]), '{USER}'",
+        f"""INSERT INTO messages (id, conversation_id, user_id, client_id, position, role, content, turn_id)
+            SELECT gen_random_uuid(), c, '{USER}', CASE WHEN p % 2 = 1 THEN gen_random_uuid()::text END, p,
+                   CASE WHEN p % 2 = 1 THEN 'user' ELSE 'assistant' END, '{CONTENT}',
+                   md5(c::text || (p + 1) / 2)::uuid
+            FROM unnest($1::uuid[]) c, generate_series(1, $2::integer) p ORDER BY c, p""",
+    ),
+    "floor": (
+        f"""INSERT INTO messages (conversation_id, position, role, content)
+            SELECT c, p, CASE WHEN p % 2 = 1 THEN 'user' ELSE 'assistant' END, '{CONTENT}'
+            FROM unnest($1::uuid[]) c, generate_series(1, $2::integer) p ORDER BY c, p""",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that runs."""
+
+    side: Side
+    port: int
+    process: psutil.Process
+    database_url: str
+
+    def cpu_seconds(self) -> float:
+        """CPU of the process and its children so far, user and system."""
+        return cpu_seconds(self.process)
+
+    def private_bytes(self) -> int:
+        """Memory that would be free without it (USS), of the process and its children."""
+        processes = (self.process, *self.process.children(recursive=True))
+        return sum(int(process.memory_full_info().uss) for process in processes)
+
+    async def metric(self, name: str) -> float:
+        """One number of a node's `/metrics`."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        answer = (await reader.read()).decode()
+        writer.close()
+        for line in answer.splitlines():
+            if line.startswith(name + " "):
+                return float(line.split()[1])
+        raise LoadError(f"the node counts no {name}")
+
+
+class Bench:
+    """A Postgres, a seeded template for each side, and conversations by the length of their history."""
+
+    def __init__(self, postgres: EmbeddedPostgres, directory: Path) -> None:
+        self.conversations: dict[int, list[UUID]] = {}
+        self.postgres = psutil.Process(postgres.pid)
+        self._url = postgres.url
+        self._log = directory / "server.log"
+        self._secret = secrets.token_urlsafe(48)
+        self.token = make_token(self._secret, user_id=USER, audience="anynode", issuer="anynode", ttl_seconds=86_400)
+
+    async def prepare(self, conversations: Mapping[int, int]) -> None:
+        """Make the templates; `conversations` says how many there are of each length."""
+        self.conversations = {length: [uuid7() for _ in range(count)] for length, count in conversations.items()}
+        for side in SIDES:
+            await self._execute(f"CREATE DATABASE {side}_template")
+            url = _with_database(self._url, f"{side}_template")
+            connection = await asyncpg.connect(url)
+            try:
+                if side == "product":
+                    await migrate(url)
+                else:
+                    await connection.execute(floor.SCHEMA)
+                for length, ids in self.conversations.items():
+                    for statement in SEEDS[side]:
+                        arguments = (ids, length)[: statement.count("$1") + statement.count("$2")]
+                        await connection.execute(statement, *arguments)
+                await connection.execute("VACUUM ANALYZE")
+            finally:
+                await connection.close()
+
+    @asynccontextmanager
+    async def serve(self, side: Side, **environment: object) -> AsyncIterator[Server]:
+        """A server in a process of its own, on a copy of its template; the settings are the product's for both."""
+        name = f"{side}_{secrets.token_hex(4)}"
+        await self._execute(f"CREATE DATABASE {name} TEMPLATE {side}_template STRATEGY file_copy")
+        try:
+            url = _with_database(self._url, name)
+            async with self._process(side, url, environment) as server:
+                yield server
+        finally:
+            await self._execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+    @asynccontextmanager
+    async def _process(self, side: Side, url: str, environment: Mapping[str, object]) -> AsyncIterator[Server]:
+        port = _free_port()
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        settings = {
+            "HOST": "127.0.0.1",
+            "PORT": str(port),
+            "DATABASE_URL": url,
+            "JWT_SECRET": self._secret,
+            "DRAIN_SECONDS": "0",
+            "PYTHONPATH": str(ROOT),
+            **{name: str(value) for name, value in environment.items()},
+        }
+        with self._log.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *COMMANDS[side],
+                env=inherited | settings,
+                cwd=ROOT,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            await self._wait_until_ready(process, port)
+            yield Server(side, port, psutil.Process(process.pid), url)
+        finally:
+            await _stop(process)
+
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process, port: int) -> None:
+        # Both listen only when their pools are open.
+        deadline = time.monotonic() + READY_SECONDS
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.close()
+                return
+            except OSError:
+                pass
+            if process.returncode is not None or time.monotonic() > deadline:
+                raise LoadError("the server does not start")
+            await asyncio.sleep(0.03)
+
+    def log(self) -> str:
+        """What the newest server has said."""
+        return self._log.read_text() if self._log.exists() else ""
+
+    def postgres_cpu_seconds(self) -> float:
+        """CPU of Postgres so far, with all of its processes, those included that have ended."""
+        return cpu_seconds(self.postgres)
+
+    async def wal_bytes(self) -> int:
+        """How much WAL has been written so far."""
+        connection = await asyncpg.connect(self._url)
+        try:
+            written: int = await connection.fetchval(
+                "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
+            )
+        finally:
+            await connection.close()
+        return written
+
+    async def _execute(self, statement: str) -> None:
+        connection = await asyncpg.connect(self._url)
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU of a process, its children and those that it has outlived, so far."""
+    total = 0.0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            times = one.cpu_times()
+        except psutil.NoSuchProcess:
+            continue  # it has just ended, and its parent counts it
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
+
+
+async def _stop(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        process.terminate()
+    try:
+        async with asyncio.timeout(STOP_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+def _with_database(url: str, name: str) -> str:
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
