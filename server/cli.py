@@ -158,7 +158,7 @@ def _log(level: int) -> None:
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     logging.getLogger("anynode").setLevel(level)
     # It also logs a traceback for every peer that sends invalid UTF-8, and any peer can.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not record.msg.startswith("Invalid UTF-8"))
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Invalid UTF-8"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, Final
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from server.errors import CLOSE_FORBIDDEN, CLOSE_UNAUTHORIZED
+from server.errors import CloseCode
 from server.protocol import SUBPROTOCOL
 
 TERMINAL: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
@@ -228,7 +228,7 @@ class Client:
 
     def _raise_if_final(self, error: Exception) -> None:
         close = error.rcvd if isinstance(error, websockets.ConnectionClosed) else None
-        if close is not None and close.code in (CLOSE_UNAUTHORIZED, CLOSE_FORBIDDEN):
+        if close is not None and close.code in (CloseCode.UNAUTHORIZED, CloseCode.FORBIDDEN):
             raise Refused("unauthorized", close.reason) from error
         if isinstance(error, websockets.InvalidURI):
             raise Refused("invalid_url", str(error)) from error

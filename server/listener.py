@@ -16,7 +16,7 @@ from websockets.frames import Frame
 
 from models.database import Unavailable
 from server.app import Anynode, open_anynode
-from server.errors import CLOSE_LIMITS, ConfigurationError
+from server.errors import CloseCode, ConfigurationError
 from server.settings import Settings
 
 logger = logging.getLogger("anynode")
@@ -60,7 +60,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         if self.lingered_bytes:
             return
         if len(self.frames) >= FRAGMENTS_MAX:
-            self.conn.fail(CLOSE_LIMITS, "too many fragments")
+            self.conn.fail(CloseCode.LIMITS, "too many fragments")
             self.handle_parser_exception()
             return
         super().handle_cont(event)

@@ -27,6 +27,7 @@ from models.turns import (
 )
 from server import metrics
 from server.agents.agent import Agent, HistoryMessage, Turn
+from server.encoding import encode, tool_calls_of
 from server.errors import (
     ConversationBusy,
     DatabaseUnavailable,
@@ -39,7 +40,7 @@ from server.errors import (
 )
 from server.follow import Follows, Log
 from server.journal import Journal
-from server.protocol import Message, MessageSend, encode, tool_calls_of
+from server.protocol import Message, MessageSend
 from server.settings import Settings
 from server.turn import RunningTurn
 

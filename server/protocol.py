@@ -11,9 +11,8 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from models.events import DELTA, Event, delta_text
 from models.text import is_storable
-from server.errors import ClientError, InvalidFrame
+from server.errors import InvalidFrame
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
@@ -323,55 +322,3 @@ AnyServerFrame: TypeAlias = (
     | Goaway
     | Pong
 )
-
-_encoder = msgspec.json.Encoder()
-
-
-def encode(value: Any) -> str:
-    """Any frame, or part of one, as JSON text."""
-    return _encoder.encode(value).decode()
-
-
-def tool_calls_of(stored: str | None) -> Any:
-    """The `tool_calls` of a message, as stored."""
-    return None if stored is None else msgspec.json.decode(stored)
-
-
-def error_frame(error: ClientError, request_id: str | None) -> str:
-    """The `error` frame of a refusal."""
-    return encode(
-        Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
-    )
-
-
-def event_frames(conversation_id: UUID, events: Sequence[Event]) -> list[str]:
-    """The frames that show `events`, adjacent deltas of a turn merged into one."""
-    if len(events) == 1:
-        return [_event_frame(conversation_id, events[0])]
-    frames = []
-    start = 0
-    while start < len(events):
-        first = events[start]
-        end = start + 1
-        if first.type == DELTA:
-            while end < len(events) and events[end].type == DELTA and events[end].turn_id == first.turn_id:
-                end += 1
-        if end - start == 1:
-            frames.append(_event_frame(conversation_id, first))
-        else:
-            text = "".join(map(delta_text, events[start:end]))
-            frames.append(_head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}")
-        start = end
-    return frames
-
-
-def _event_frame(conversation_id: UUID, event: Event) -> str:
-    # The payload is a JSON object already: its fields are put behind those that every frame has.
-    if event.frame is None:
-        event.frame = _head(conversation_id, event) + "," + event.payload[1:]
-    return event.frame
-
-
-def _head(conversation_id: UUID, event: Event) -> str:
-    turn = f',"turn_id":"{event.turn_id}"' if event.type.startswith("turn.") else ""
-    return f'{{"type":"{event.type}","conversation_id":"{conversation_id}","seq":{event.seq}{turn}'

@@ -19,9 +19,10 @@ from models.rules import CANCELLED, COMPLETED, FAILED, TERMINAL_EVENTS
 from models.text import TextCleaner, clean
 from server import metrics
 from server.agents.agent import Agent, AgentError, AgentEvent, StepEnd, TextDelta, ToolCall, ToolResult, Turn, Usage
+from server.encoding import encode
 from server.errors import AgentFailed
 from server.journal import TurnJournal
-from server.protocol import ErrorDetail, Message, encode
+from server.protocol import ErrorDetail, Message
 from server.protocol import Usage as TurnUsage
 
 logger = logging.getLogger("anynode.turn")

@@ -10,9 +10,10 @@ from starlette.types import Receive, Scope, Send
 from server import metrics
 from server.auth import Authenticator
 from server.connection import Connection
-from server.errors import CLOSE_FORBIDDEN, CLOSE_OVERLOADED, CLOSE_RESTARTING
+from server.encoding import encode
+from server.errors import CloseCode
 from server.node import Node
-from server.protocol import Goaway, encode
+from server.protocol import Goaway
 from server.settings import Settings
 
 
@@ -45,15 +46,15 @@ class WebSocketEndpoint:
         pause = over_seconds / max(len(leaving), 1)
         for connection in leaving:
             await asyncio.sleep(pause)
-            connection.close_soon(CLOSE_RESTARTING, "restarting")
+            connection.close_soon(CloseCode.RESTARTING, "restarting")
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         if not self._is_origin_allowed(scope):
-            return CLOSE_FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
+            return CloseCode.FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
         if self.node.is_draining:
-            return CLOSE_RESTARTING, "restarting"
+            return CloseCode.RESTARTING, "restarting"
         if len(self.connections) >= self.settings.connections_max:
-            return CLOSE_OVERLOADED, "this node has as many connections as it may"
+            return CloseCode.OVERLOADED, "this node has as many connections as it may"
         return None
 
     def _is_origin_allowed(self, scope: Scope) -> bool:

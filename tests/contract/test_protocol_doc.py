@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import FieldInfo, fields
 
 from server import connection, errors, listener
+from server.encoding import encode
 from server.errors import CLIENT_ERRORS, AgentFailed
 from server.protocol import (
     JOURNAL_FRAMES,
@@ -22,7 +23,6 @@ from server.protocol import (
     Message,
     Usage,
     decode_frame,
-    encode,
 )
 from server.settings import Settings
 
@@ -116,7 +116,7 @@ def test_every_error_code_is_there_with_whether_to_try_again() -> None:
 
 
 def test_every_close_code_is_there() -> None:
-    own = {value for name, value in vars(errors).items() if name.startswith("CLOSE_")}
+    own = {int(code) for code in errors.CloseCode}
     assert {int(row[0]) for row in rows(sections(2)["Close codes"])} == own | LIBRARY_CLOSE_CODES
 
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.events import Event, delta_payload
+from server.encoding import encode, error_frame, event_frames
 from server.errors import CLIENT_ERRORS, InvalidFrame, NotFound
 from server.protocol import (
     JOURNAL_FRAMES,
@@ -43,9 +44,6 @@ from server.protocol import (
     TurnStarted,
     Usage,
     decode_frame,
-    encode,
-    error_frame,
-    event_frames,
     request_id_of,
 )
 

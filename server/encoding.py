@@ -1,0 +1,89 @@
+"""Encodes what clients are sent; what the journal holds as JSON is put into frames as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET
+
+from models.conversations import Snapshot
+from models.events import DELTA, Event, delta_text
+from server.errors import ClientError
+from server.protocol import ConversationSnapshot, Error, Message, RunningTurn
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode(value: Any) -> str:
+    """Any frame, or part of one, as JSON text."""
+    return _encoder.encode(value).decode()
+
+
+def tool_calls_of(stored: str | None) -> Any:
+    """The `tool_calls` of a message, as stored."""
+    return None if stored is None else msgspec.json.decode(stored)
+
+
+def error_frame(error: ClientError, request_id: str | None) -> str:
+    """The `error` frame of a refusal."""
+    return encode(
+        Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
+    )
+
+
+def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
+    """The frame that shows a conversation at one instant."""
+    messages = [
+        Message(
+            row["id"],
+            row["role"],
+            row["content"],
+            tool_calls_of(row["tool_calls"]),
+            row["tool_name"],
+            row["tool_call_id"],
+            row["status"],
+            row["turn_id"],
+            row["created_at"],
+        )
+        for row in snapshot.messages
+    ]
+    turn = None
+    if snapshot.running_turn_id is not None:
+        turn = RunningTurn(snapshot.running_turn_id, snapshot.running_text)
+    return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq))
+
+
+def event_frames(conversation_id: UUID, events: Sequence[Event]) -> list[str]:
+    """The frames that show `events`, adjacent deltas of a turn merged into one."""
+    if len(events) == 1:
+        return [_event_frame(conversation_id, events[0])]
+    frames = []
+    start = 0
+    while start < len(events):
+        first = events[start]
+        end = start + 1
+        if first.type == DELTA:
+            while end < len(events) and events[end].type == DELTA and events[end].turn_id == first.turn_id:
+                end += 1
+        if end - start == 1:
+            frames.append(_event_frame(conversation_id, first))
+        else:
+            text = "".join(map(delta_text, events[start:end]))
+            frames.append(_head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}")
+        start = end
+    return frames
+
+
+def _event_frame(conversation_id: UUID, event: Event) -> str:
+    # The payload is a JSON object already: its fields are put behind those that every frame has.
+    if event.frame is None:
+        event.frame = _head(conversation_id, event) + "," + event.payload[1:]
+    return event.frame
+
+
+def _head(conversation_id: UUID, event: Event) -> str:
+    turn = f',"turn_id":"{event.turn_id}"' if event.type.startswith("turn.") else ""
+    return f'{{"type":"{event.type}","conversation_id":"{conversation_id}","seq":{event.seq}{turn}'
