@@ -75,9 +75,9 @@ async def flush(database: Database, entries: Sequence[Entry], *, within_seconds:
         return {row["turn_id"] for row in rows}
     ends = [(entry, entry.ending) for entry in entries if entry.ending is not None]
     arguments: list[Sequence[object]] = [
-        [entry.turn_id for entry in entries],
+        [str(entry.turn_id) for entry in entries],
         [entry.epoch for entry in entries],
-        [entry.turn_id for entry in entries for _ in entry.events],
+        [number for number, entry in enumerate(entries, 1) for _ in entry.events],
         [event.seq for entry in entries for event in entry.events],
         [event.type for entry in entries for event in entry.events],
         [event.payload for entry in entries for event in entry.events],

@@ -9,11 +9,12 @@ SELECT * FROM anynode_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $
 -- name: flush
 -- Append what the turns of a node have said. A turn whose epoch is stale, or that has ended, is refused as a
 -- whole, in this very statement; returned are the turns that were refused.
+-- Turns go over as text, and events by their turn's number among them: asyncpg is slow at arrays of UUIDs.
 -- Turns are locked in the order of their ids, as `renew` does, so that the two never wait for each other.
 WITH claims AS (
-    SELECT * FROM unnest($1::uuid[], $2::integer[]) AS claim (turn_id, epoch)
+    SELECT * FROM unnest($1::text[]::uuid[], $2::integer[]) WITH ORDINALITY AS claim (turn_id, epoch, number)
 ), owned AS MATERIALIZED (
-    SELECT t.id, t.conversation_id, t.epoch
+    SELECT t.id, t.conversation_id, t.epoch, c.number
     FROM turns t JOIN claims c ON t.id = c.turn_id
     WHERE t.epoch = c.epoch AND t.status = 'running'
     ORDER BY t.id
@@ -21,8 +22,8 @@ WITH claims AS (
 ), appended AS (
     INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
     SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
-    FROM unnest($3::uuid[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (turn_id, seq, type, payload)
-    JOIN owned o ON o.id = e.turn_id
+    FROM unnest($3::integer[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (number, seq, type, payload)
+    JOIN owned o ON o.number = e.number
     ON CONFLICT (conversation_id, seq) DO NOTHING
 )
 SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
@@ -30,9 +31,9 @@ SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
 -- name: flush_with_endings
 -- The same, where some of the turns end: their messages, status and the conversation's last_seq commit with it.
 WITH claims AS (
-    SELECT * FROM unnest($1::uuid[], $2::integer[]) AS claim (turn_id, epoch)
+    SELECT * FROM unnest($1::text[]::uuid[], $2::integer[]) WITH ORDINALITY AS claim (turn_id, epoch, number)
 ), owned AS MATERIALIZED (
-    SELECT t.id, t.conversation_id, t.epoch
+    SELECT t.id, t.conversation_id, t.epoch, c.number
     FROM turns t JOIN claims c ON t.id = c.turn_id
     WHERE t.epoch = c.epoch AND t.status = 'running'
     ORDER BY t.id
@@ -40,8 +41,8 @@ WITH claims AS (
 ), appended AS (
     INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
     SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
-    FROM unnest($3::uuid[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (turn_id, seq, type, payload)
-    JOIN owned o ON o.id = e.turn_id
+    FROM unnest($3::integer[], $4::bigint[], $5::text[], $6::jsonb[]) AS e (number, seq, type, payload)
+    JOIN owned o ON o.number = e.number
     ON CONFLICT (conversation_id, seq) DO NOTHING
 ), said AS (
     INSERT INTO messages (id, conversation_id, user_id, position, role, content, tool_calls, tool_name,

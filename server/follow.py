@@ -43,9 +43,10 @@ class Log:
 class Channel:
     """A conversation that somebody follows here, or whose turn runs here."""
 
-    __slots__ = ("_waiting", "followers", "log")
+    __slots__ = ("_loop", "_waiting", "followers", "log")
 
     def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
         self.log: Log | None = None
         self.followers = 0
         self._waiting: set[asyncio.Future[None]] = set()
@@ -58,7 +59,7 @@ class Channel:
 
     def look_out(self) -> asyncio.Future[None]:
         """A future that is done at the next wake-up; give it back with `look_away`."""
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[None] = self._loop.create_future()
         self._waiting.add(future)
         return future
 

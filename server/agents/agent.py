@@ -24,15 +24,13 @@ class HistoryMessage(Struct, frozen=True):
     tool_call_id: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(Struct, frozen=True):
     """Some more text of the answer; none at all is a sign of life of an agent that thinks."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
+class ToolCall(Struct, frozen=True):
     """The model asks for a tool; ``arguments`` is the JSON object that the model gave."""
 
     tool_call_id: str
@@ -40,8 +38,7 @@ class ToolCall:
     arguments: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class ToolResult:
+class ToolResult(Struct, frozen=True):
     """A tool has answered."""
 
     tool_call_id: str
@@ -50,13 +47,11 @@ class ToolResult:
     is_error: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class StepEnd:
+class StepEnd(Struct, frozen=True):
     """One model request of the turn is complete; what came before is not produced again after a takeover."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """What a model request cost, in tokens; several in a turn add up."""
 
     input_tokens: int

@@ -61,9 +61,9 @@ NEW = [uuid.UUID(int=number) for number in range(1, 10)]
 NOW = datetime.now(UTC)
 HUNDRED = [id_of(f"r{number}") for number in range(20, 2001, 20)]
 FLUSH: list[Any] = [
-    HUNDRED,
+    [str(turn_id) for turn_id in HUNDRED],
     [1] * 100,
-    HUNDRED,
+    list(range(1, 101)),
     [111] * 100,
     ["turn.delta"] * 100,
     ['{"text": "y"}'] * 100,
