@@ -24,7 +24,7 @@ class Event(Struct, gc=False):
 
     seq: int
     type: str
-    turn_id: UUID | None
+    turn_id: str | None
     payload: str
     frame: str | None = None
 

@@ -87,7 +87,7 @@ SELECT id, epoch, status FROM turns WHERE id = ANY ($1::uuid[]);
 
 -- name: read_events
 -- The journal from a cursor, the cursor's own event included; one row with a null seq when there is none.
-SELECT c.last_seq, e.seq, e.turn_id, e.type, e.payload
+SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload
 FROM conversations c
 LEFT JOIN LATERAL (
     SELECT seq, turn_id, type, payload FROM events

@@ -277,7 +277,7 @@ class Connection:
 
     async def _show(self, conversation_id: UUID, after: int | None, is_own: bool, request_id: str | None) -> None:
         assert self._identity is not None
-        user_id, follows = self._identity.user_id, self._node.follows
+        user_id, follows, shown_id = self._identity.user_id, self._node.follows, str(conversation_id)
         try:
             while True:
                 try:
@@ -287,7 +287,7 @@ class Connection:
                                 await self._send(snapshot_frame(conversation_id, step))
                                 after = step.seq
                             else:
-                                for frame in event_frames(conversation_id, step):
+                                for frame in event_frames(shown_id, step):
                                     await self._send(frame)
                                 after = step[-1].seq
                 except Unavailable:

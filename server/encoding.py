@@ -56,7 +56,7 @@ def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
     return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq))
 
 
-def event_frames(conversation_id: UUID, events: Sequence[Event]) -> list[str]:
+def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[str]:
     """The frames that show `events`, adjacent deltas of a turn merged into one."""
     if len(events) == 1:
         return [_event_frame(conversation_id, events[0])]
@@ -77,13 +77,13 @@ def event_frames(conversation_id: UUID, events: Sequence[Event]) -> list[str]:
     return frames
 
 
-def _event_frame(conversation_id: UUID, event: Event) -> str:
+def _event_frame(conversation_id: UUID | str, event: Event) -> str:
     # The payload is a JSON object already: its fields are put behind those that every frame has.
     if event.frame is None:
         event.frame = _head(conversation_id, event) + "," + event.payload[1:]
     return event.frame
 
 
-def _head(conversation_id: UUID, event: Event) -> str:
+def _head(conversation_id: UUID | str, event: Event) -> str:
     turn = f',"turn_id":"{event.turn_id}"' if event.type.startswith("turn.") else ""
     return f'{{"type":"{event.type}","conversation_id":"{conversation_id}","seq":{event.seq}{turn}'

@@ -22,14 +22,16 @@ Step: TypeAlias = Sequence[Event] | Snapshot
 
 
 class Log:
-    """The committed events of one turn that runs on this node, without a gap; `is_over` when none will follow."""
+    """The committed events of one turn that runs on this node, without a gap; `is_over` when none will follow here, and
+    `over_at` then says at which of its channel's changes."""
 
-    __slots__ = ("events", "first_seq", "is_over")
+    __slots__ = ("events", "first_seq", "is_over", "over_at")
 
     def __init__(self, events: Sequence[Event]) -> None:
         self.events = list(events)
         self.first_seq = self.events[0].seq
         self.is_over = False
+        self.over_at = 0
 
     def covers(self, cursor: int) -> bool:
         """Whether what comes after the cursor is here, or will be."""
@@ -41,31 +43,32 @@ class Log:
 
 
 class Channel:
-    """A conversation that somebody follows here, or whose turn runs here."""
+    """A conversation that somebody follows here, or whose turn runs here; `changes` counts what may be news."""
 
-    __slots__ = ("_loop", "_waiting", "followers", "log")
+    __slots__ = ("_loop", "_waiting", "changes", "followers", "log")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
         self.log: Log | None = None
         self.followers = 0
+        self.changes = 0
         self._waiting: set[asyncio.Future[None]] = set()
 
     def wake(self) -> None:
         """Let everybody look again."""
+        self.changes += 1
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
 
-    def look_out(self) -> asyncio.Future[None]:
-        """A future that is done at the next wake-up; give it back with `look_away`."""
+    async def change(self) -> None:
+        """Wait for the next change from now on."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._waiting.add(future)
-        return future
-
-    def look_away(self, future: asyncio.Future[None]) -> None:
-        """The future is not needed any more."""
-        self._waiting.discard(future)
+        try:
+            await future
+        finally:
+            self._waiting.discard(future)
 
 
 class Follows:
@@ -101,6 +104,7 @@ class Follows:
             if channel.log is log:
                 channel.log = None
             channel.wake()
+            log.over_at = channel.changes
             self._drop_if_unused(conversation_id, channel)
 
     async def follow(
@@ -112,7 +116,7 @@ class Follows:
         channel = self._channels.setdefault(conversation_id, Channel())
         channel.followers += 1
         log: Log | None = None  # where this follower reads while the turn runs, or ran, here
-        is_current = False  # whether all that was committed before the last wake-up has been read
+        read_at = -1  # at which of the channel's changes all that was committed had been read
         try:
             if after is None:
                 snapshot = await self._snapshot(user_id, conversation_id)
@@ -125,32 +129,27 @@ class Follows:
                     if events := log.after(after):
                         after = events[-1].seq
                         yield events
+                    elif log.is_over:
+                        read_at = log.over_at
+                        log = None
+                    else:
+                        await channel.change()
+                elif read_at == channel.changes:
+                    await channel.change()
+                else:
+                    changes = channel.changes  # what commits during the reading is not known to be in it
+                    reading = await self._read(user_id, conversation_id, after)
+                    is_own = True
+                    if reading.is_broken:
+                        snapshot = await self._snapshot(user_id, conversation_id)
+                        after = snapshot.seq
+                        yield snapshot
                         continue
-                    if log.is_over:
-                        log, is_current = None, True
-                        continue
-                # The look-out comes before the reading: what commits in between is then not missed.
-                wake_up = channel.look_out()
-                try:
-                    if log is None and (not is_current or channel.log is not None):
-                        reading = await self._read(user_id, conversation_id, after)
-                        is_own = True
-                        if reading.is_broken:
-                            snapshot = await self._snapshot(user_id, conversation_id)
-                            after = snapshot.seq
-                            yield snapshot
-                            continue
-                        is_current = reading.is_complete
-                        if reading.events:
-                            after = reading.events[-1].seq
-                            yield reading.events
-                            continue
-                        if channel.log is not None and channel.log.covers(after):
-                            continue
-                    await wake_up
-                    is_current = False
-                finally:
-                    channel.look_away(wake_up)
+                    if reading.is_complete:
+                        read_at = changes
+                    if reading.events:
+                        after = reading.events[-1].seq
+                        yield reading.events
         finally:
             channel.followers -= 1
             self._drop_if_unused(conversation_id, channel)

@@ -42,6 +42,7 @@ class TurnJournal:
         "_on_committed",
         "_pending",
         "_texts",
+        "_turn_id_text",
         "closed",
         "epoch",
         "turn_id",
@@ -49,6 +50,7 @@ class TurnJournal:
 
     def __init__(self, journal: Journal, turn_id: UUID, epoch: int, next_seq: int, on_committed: OnCommitted) -> None:
         self.turn_id = turn_id
+        self._turn_id_text = str(turn_id)
         self.epoch = epoch
         self.closed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._journal = journal
@@ -111,7 +113,7 @@ class TurnJournal:
         self._close_text()
         events = []
         for seq, (type, payload) in enumerate(self._pending, self._next_seq):
-            events.append(Event(seq, type, self.turn_id, payload))
+            events.append(Event(seq, type, self._turn_id_text, payload))
         self._next_seq += len(events)
         self._pending.clear()
         self._is_dirty = False

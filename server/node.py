@@ -130,8 +130,8 @@ class Node:
             raise DatabaseUnavailable(conversation_id=question.conversation_id) from error
         if admission.outcome == "admitted" and admission.first_seq is not None:
             events = [
-                Event(admission.first_seq, "message.created", question.turn_id, question.message_created),
-                Event(admission.first_seq + 1, "turn.started", question.turn_id, question.turn_started),
+                Event(admission.first_seq, "message.created", str(question.turn_id), question.message_created),
+                Event(admission.first_seq + 1, "turn.started", str(question.turn_id), question.turn_started),
             ]
             turn = Turn(
                 question.turn_id,
@@ -275,7 +275,7 @@ class Node:
             self._history(taken.system_prompt, taken.history),
             attempt=taken.epoch,
         )
-        event = Event(taken.seq, "turn.restarted", taken.turn_id, restarted)
+        event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
         running = self._start(turn, [event], trusted_until)
         running.keep(taken.text)
         if taken.cancel_requested:

@@ -280,11 +280,11 @@ def test_a_frame_without_a_usable_request_id_has_none(text: str) -> None:
 
 
 def event(seq: int, type: str, payload: object, turn_id: UUID | None = TURN) -> Event:
-    return Event(seq, type, turn_id, encode(payload))
+    return Event(seq, type, None if turn_id is None else str(turn_id), encode(payload))
 
 
 def delta(seq: int, text: str, turn_id: UUID = TURN) -> Event:
-    return Event(seq, "turn.delta", turn_id, delta_payload(text))
+    return Event(seq, "turn.delta", str(turn_id), delta_payload(text))
 
 
 def message() -> dict[str, Any]:
