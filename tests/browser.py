@@ -137,8 +137,8 @@ class Page:
         """Wait for an expression to become true, and return its value."""
         deadline = time.monotonic() + within_seconds
         while True:
-            # Between two documents there is nothing to ask.
-            value = await self.evaluate(f"document.body ? ({expression}) : null")
+            # Between two documents, and in a half of one, there is nothing to ask.
+            value = await self.evaluate(f"document.readyState !== 'loading' && document.body ? ({expression}) : null")
             if value:
                 return value
             if time.monotonic() > deadline:
