@@ -57,8 +57,9 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
     """Run until a signal. Raises ConfigurationError."""
     settings = read_settings(environment)
     check_agent(settings.agent)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    # SIGINT too: a shell that starts us in the background has it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         with _database(settings, data_directory) as database_url:
             applied = on_database(database_url, migrate)
