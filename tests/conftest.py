@@ -8,7 +8,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,13 +40,27 @@ def postgres_url() -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-@pytest.fixture
-def database_url(postgres_url: str) -> Iterator[str]:
-    """A fresh, migrated database."""
+@contextmanager
+def fresh_database(postgres_url: str) -> Iterator[str]:
+    """A fresh, migrated database, dropped at the end."""
     name = f"test_{uuid.uuid4().hex}"
     asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
     yield with_database(postgres_url, name)
     asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> Iterator[str]:
+    """The test's own database."""
+    with fresh_database(postgres_url) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def module_database_url(postgres_url: str) -> Iterator[str]:
+    """A database that the tests of a module share, as users of their own."""
+    with fresh_database(postgres_url) as url:
+        yield url
 
 
 StartNode = Callable[..., NodeProcess]
@@ -64,13 +78,10 @@ def start_node(database_url: str, tmp_path: Path) -> Iterator[StartNode]:
 
 
 @pytest.fixture(scope="module")
-def shared_node(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+def shared_node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node with default settings and a fast echo agent, shared by a module whose tests use users of their own."""
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    with running_node(with_database(postgres_url, name), tmp_path_factory.mktemp("node")) as node:
+    with running_node(module_database_url, tmp_path_factory.mktemp("node")) as node:
         yield node
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import TEMPLATE
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
+from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 from tests.provider import DONE, Provider, Reply, answer, delta, event, serve_provider
 from tests.scripted_agents import Strings, eventually, script_of
 
@@ -26,14 +25,6 @@ FINE = script_of(("text", "fine"))
 @pytest.fixture(scope="module")
 def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
     return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
-def module_database_url(postgres_url: str) -> Iterator[str]:
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")

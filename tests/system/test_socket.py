@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from tests.conftest import TEMPLATE, StartNode
+from tests.conftest import StartNode
 from tests.harness import (
     TERMINAL,
     Frame,
@@ -27,22 +27,12 @@ from tests.harness import (
     sql,
     text_of,
     token_for,
-    with_database,
 )
 
 MESSAGE_FIELDS = {
     *("id", "role", "content", "tool_calls", "tool_name", "tool_call_id", "status", "turn_id", "created_at")
 }
 MESSAGE_BYTES_MAX = 65_536
-
-
-@pytest.fixture(scope="module")
-def module_database_url(postgres_url: str) -> Iterator[str]:
-    """The database behind all nodes of this module."""
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture(scope="module")
