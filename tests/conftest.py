@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import tempfile
@@ -17,7 +18,7 @@ from models.migrate import migrate
 from server.embedded_postgres import embedded_postgres
 from tests.harness import NodeProcess, running_node, sql, with_database
 
-TEMPLATE = "anynode_template"
+TEMPLATE = f"anynode_template_{os.getpid()}"
 
 
 def pytest_configure() -> None:
@@ -25,19 +26,33 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
+    parser.addoption("--postgres-url", help="a superuser's URL of the PostgreSQL server to run the tests on")
+
+
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """A Postgres of our own, with a migrated template database."""
+def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A Postgres with a migrated template database."""
+    given: str | None = request.config.getoption("--postgres-url")
+    if given is not None:
+        _make_template(given)
+        yield given
+        return
     directory = Path(tempfile.mkdtemp(prefix="anynode-"))
     # A crash of the machine is not among the faults that tests inject, so the disk need not be waited for.
     settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
     try:
         with embedded_postgres(directory / "postgres", settings=settings) as postgres:
-            asyncio.run(sql(postgres.url, f"CREATE DATABASE {TEMPLATE}"))
-            asyncio.run(migrate(with_database(postgres.url, TEMPLATE)))
+            _make_template(postgres.url)
             yield postgres.url
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _make_template(url: str) -> None:
+    asyncio.run(sql(url, f"CREATE DATABASE {TEMPLATE}"))
+    asyncio.run(migrate(with_database(url, TEMPLATE)))
 
 
 @contextmanager
