@@ -1,10 +1,13 @@
 # `make check` is what CI runs (.ci/run).
-.PHONY: check test lint types layers format lock upgrade bench dev
+.PHONY: check test system-postgres lint types layers format lock upgrade bench dev
 
-check: test lint types layers
+check: test system-postgres lint types layers
 
 test:
 	uv run pytest
+
+system-postgres:
+	scripts/on_system_postgres
 
 lint:
 	uv run ruff check
