@@ -107,8 +107,15 @@ class _Cluster:
             log_start = 0 if adopted else self._launch()
             server = self._wait_until_ready()
             if server is not None:
-                self._create_database(server)
-                return server
+                try:
+                    self._create_database(server)
+                    return server
+                except ConfigurationError:
+                    # A server that was adopted may have been just dying, killed by somebody else.
+                    if time.monotonic() > retry_until or (not adopted and self._is_alive(server.pid)):
+                        raise
+                    time.sleep(POLL_SECONDS)
+                    continue
             if adopted:
                 continue  # it was just stopping
             _remove_sockets(self.socket_directory)
