@@ -89,7 +89,6 @@ class Database:
     """
 
     def __init__(self, requests: Line, journal: Line, beat: Line) -> None:
-        self._requests = requests
         self._lines: Mapping[str, Line] = {"requests": requests, "journal": journal, "beat": beat}
 
     @classmethod
@@ -138,7 +137,7 @@ class Database:
     async def is_reachable(self) -> bool:
         """Whether Postgres answers within 2 s."""
         try:
-            await self._requests.run("SELECT 1", (), 2.0)
+            await self._lines["requests"].run("SELECT 1", (), 2.0)
         except UNAVAILABLE:
             return False
         return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
@@ -61,7 +61,7 @@ class Entry:
 
     turn_id: UUID
     epoch: int
-    events: Sequence[Event] = field(default=())
+    events: Sequence[Event]
     ending: Ending | None = None
 
 

@@ -72,7 +72,6 @@ class RunningTurn:
         try:
             await asyncio.wait((answering, self._stopped), return_when=asyncio.FIRST_COMPLETED)
             answering.cancel()
-            self._watchdog.cancel()
             if answering.done() and not self._stopped.done():
                 self.fail("The agent's answer could not be ended.")
             return await self.journal.closed

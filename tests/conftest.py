@@ -36,7 +36,7 @@ def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A Postgres with a migrated template database."""
     given: str | None = request.config.getoption("--postgres-url")
     if given is not None:
-        _make_template(given)
+        make_template(given)
         yield given
         return
     directory = Path(tempfile.mkdtemp(prefix="anynode-"))
@@ -44,13 +44,14 @@ def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
     settings = {"fsync": "off", "full_page_writes": "off", "max_connections": "300"}
     try:
         with embedded_postgres(directory / "postgres", settings=settings) as postgres:
-            _make_template(postgres.url)
+            make_template(postgres.url)
             yield postgres.url
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _make_template(url: str) -> None:
+def make_template(url: str) -> None:
+    """Make the migrated database that fresh ones are copies of."""
     asyncio.run(sql(url, f"CREATE DATABASE {TEMPLATE}"))
     asyncio.run(migrate(with_database(url, TEMPLATE)))
 

@@ -14,8 +14,7 @@ import asyncpg
 import pytest
 
 from models.queries import query, statements
-from tests.conftest import TEMPLATE
-from tests.harness import sql, with_database
+from tests.conftest import fresh_database
 
 TABLES = ("conversations", "messages", "turns", "events")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
@@ -100,12 +99,9 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
 @pytest.fixture(scope="module")
 def filled_database_url(postgres_url: str) -> Iterator[str]:
     """A database with 200,000 messages, as many events and 100,000 turns, analysed."""
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    url = with_database(postgres_url, name)
-    asyncio.run(_fill(url))
-    yield url
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+    with fresh_database(postgres_url) as url:
+        asyncio.run(_fill(url))
+        yield url
 
 
 async def _fill(url: str) -> None:

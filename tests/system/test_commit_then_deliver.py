@@ -17,9 +17,8 @@ import asyncpg
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from models.migrate import migrate
 from server.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from tests.conftest import TEMPLATE
+from tests.conftest import TEMPLATE, make_template
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
 from tests.scripted_agents import Strings, eventually, script_of
 
@@ -96,8 +95,7 @@ def stoppable_postgres() -> Iterator[StoppablePostgres]:
     try:
         postgres = StoppablePostgres(directory / "postgres")
         with postgres.running():
-            asyncio.run(sql(postgres.server.url, f"CREATE DATABASE {TEMPLATE}"))
-            asyncio.run(migrate(with_database(postgres.server.url, TEMPLATE)))
+            make_template(postgres.server.url)
             yield postgres
     finally:
         shutil.rmtree(directory, ignore_errors=True)
