@@ -9,7 +9,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +77,13 @@ class StoppablePostgres:
                 pass
 
     def crash(self) -> None:
-        """kill -9 of the postmaster; its backends see that and end."""
-        os.kill(self.server.pid, signal.SIGKILL)
+        """kill -9 of all of its processes: a backend whose postmaster has just died may still answer."""
+        processes = self._processes()
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(processes[1:], timeout=10)  # the postmaster waits for its parent, the launcher
+        assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
     def _processes(self) -> list[psutil.Process]:
         try:
