@@ -52,9 +52,10 @@ class Question:
 class Admission:
     """What became of a question.
 
-    `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order` or `message_id_taken`.
-    `first_seq` is the seq of the turn's first event, None when its events have been deleted; `last_role` is the
-    role that stands in the way of `role_order`.
+    `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order`, `message_id_taken` or, where an
+    old question was to be answered again, `not_last`. `turn_id` is its turn, or the one that keeps the conversation
+    busy. `first_seq` is the seq of the turn's first event, None when its events have been deleted; `last_role` is the
+    role that stands in the way of `role_order`; `client_id` that of a question that is answered again.
     """
 
     outcome: str
@@ -64,6 +65,7 @@ class Admission:
     last_role: str | None = None
     system_prompt: str | None = None
     history: Sequence[StoredMessage] = ()
+    client_id: str | None = None
 
 
 async def admit(
@@ -87,7 +89,28 @@ async def admit(
         question.turn_started,
         history_messages_max,
     )
-    row = rows[0]
+    return _admission(rows[0])
+
+
+async def regenerate(
+    database: Database,
+    user_id: str,
+    conversation_id: UUID,
+    client_id: str | None,
+    *,
+    turn_id: UUID,
+    created_at: datetime,
+    node: str,
+    lease_seconds: float,
+    history_messages_max: int,
+) -> Admission:
+    """Admit a turn that answers the last question again (`client_id`: only if that is its id). Raises Unavailable."""
+    arguments = (user_id, conversation_id, client_id, turn_id, created_at, node, lease_seconds, history_messages_max)
+    rows = await database.fetch("regenerate", *arguments)
+    return _admission(rows[0])
+
+
+def _admission(row: asyncpg.Record) -> Admission:
     return Admission(
         outcome=row["outcome"],
         conversation_id=row["conversation_id"],
@@ -96,6 +119,7 @@ async def admit(
         last_role=row["last_role"],
         system_prompt=row["system_prompt"],
         history=history_of(row),
+        client_id=row.get("client_id"),
     )
 
 

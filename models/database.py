@@ -1,14 +1,15 @@
 """The connections to Postgres: timeouts that hold, and repetition of what a broken connection left unknown.
 
-A pool serves requests. The journal and the beat have a connection of their own each, so that a crowd of requests
-cannot keep a running turn from being committed or its lease from being renewed.
+A pool serves requests. The journal, the beat and the watch have a connection of their own each, so that a crowd of
+requests cannot keep a running turn from being committed, its lease from being renewed, or other nodes from being heard.
+None is opened before it is needed, and whether a pooler stands in between is found out before the first statement.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -17,6 +18,7 @@ import asyncpg
 from models.queries import query
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
+CONTACT_SECONDS_MAX = 5.0
 _BACKOFF_SECONDS = (0.02, 0.5)  # the first and the longest wait between attempts
 _OPTIONS: dict[str, Any] = {"timeout": 5.0, "server_settings": {"application_name": "anynode"}}
 
@@ -33,7 +35,10 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     asyncpg.DeadlockDetectedError,  # 40P01
 )
 
-# Parameters of a URL that are meant for other clients, and what asyncpg would take for server settings.
+_LAST_WORDS = (asyncpg.OperatorInterventionError, asyncpg.PostgresConnectionError)
+
+# Parameters of a URL that are meant for other clients (or for `says_pooled`), and that asyncpg would take for server
+# settings.
 _FOREIGN_PARAMETERS = frozenset(
     {
         *("channel_binding", "gssencmode", "tcp_user_timeout"),
@@ -69,6 +74,12 @@ def normalise_url(url: str) -> str:
     return urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(kept), ""))
 
 
+def says_pooled(url: str) -> bool:
+    """Whether a parameter of the URL says that there is a pooler which no prepared statement survives."""
+    parameters = dict(parse_qsl(urlsplit(url).query))
+    return parameters.get("pgbouncer", "").lower() == "true" or parameters.get("statement_cache_size") == "0"
+
+
 class Line(Protocol):
     """A way to Postgres on which statements run."""
 
@@ -85,22 +96,39 @@ class Line(Protocol):
 class Database:
     """The lines to one Postgres; made by `connect`, ended by `close`.
 
-    The statements of the journal and of the beat have a line of their own each.
+    The statements of the journal, of the beat and of the watch have a line of their own each.
     """
 
-    def __init__(self, requests: Line, journal: Line, beat: Line) -> None:
-        self._lines: Mapping[str, Line] = {"requests": requests, "journal": journal, "beat": beat}
+    def __init__(self, source: _Source, requests: Line, journal: Line, beat: Line, watch: Line) -> None:
+        self._source = source
+        self._lines: Mapping[str, Line] = {"requests": requests, "journal": journal, "beat": beat, "watch": watch}
 
     @classmethod
-    async def connect(cls, url: str, *, pool_max: int) -> Database:
-        """Open the first connections. Raises Unavailable, or asyncpg's errors when the server refuses the login."""
-        dsn = normalise_url(url)
+    async def connect(
+        cls, url: str, *, pool_max: int, check: Callable[[str], Awaitable[None]] | None = None
+    ) -> Database:
+        """Lines that open their connections when they need them. No statement runs before `check(url)` has passed once.
+        Raises BadDatabaseUrl."""
+        source = _Source(normalise_url(url), check, is_pooled=says_pooled(url) or None)
+        pool = await asyncpg.create_pool(connect=source.connect, min_size=0, max_size=pool_max, reset=_keep)
+        singles = [_SingleLine(source) for _ in ("journal", "beat", "watch")]
+        return cls(source, _PoolLine(pool), *singles)
+
+    async def contact(self) -> None:
+        """Do now what precedes the first statement, unless it is done. Raises Unavailable, what the check raises, or
+        asyncpg's errors when the server refuses the login."""
         try:
-            async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
-                pool = await asyncpg.create_pool(dsn, min_size=1, max_size=pool_max, reset=_keep, **_OPTIONS)
+            async with asyncio.timeout(CONTACT_SECONDS_MAX):
+                await self._source.contact()
         except UNAVAILABLE as error:
-            raise Unavailable(f"{type(error).__name__}: {error}") from error
-        return cls(_PoolLine(pool), _SingleLine(dsn), _SingleLine(dsn))
+            if isinstance(error, ValueError):  # of a parameter or a certificate: waiting for the server does not help
+                raise
+            raise _unavailable(error) from error
+
+    @property
+    def is_pooled(self) -> bool | None:
+        """Whether a pooler stands in between; None before the first contact, unless the URL says so."""
+        return self._source.is_pooled
 
     async def close(self) -> None:
         """Close all connections; what is still under way after 5 s is cut."""
@@ -116,7 +144,7 @@ class Database:
         name: str,
         *arguments: Any,
         within_seconds: float = 5.0,
-        line: Literal["requests", "journal", "beat"] = "requests",
+        line: Literal["requests", "journal", "beat", "watch"] = "requests",
     ) -> list[asyncpg.Record]:
         """Run the named statement, again and again while the server is away. Raises Unavailable after `within_seconds`.
 
@@ -130,7 +158,7 @@ class Database:
                 return await self._lines[line].run(query(name), arguments, min(deadline - now(), ATTEMPT_SECONDS_MAX))
             except UNAVAILABLE as error:
                 if deadline - now() <= pause:
-                    raise Unavailable(f"{type(error).__name__}: {error}") from error
+                    raise _unavailable(error) from error
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
             pause = min(pause * 2, _BACKOFF_SECONDS[1])
 
@@ -140,7 +168,49 @@ class Database:
             await self._lines["requests"].run("SELECT 1", (), 2.0)
         except UNAVAILABLE:
             return False
+        except Unavailable:  # the check has not passed
+            return False
         return True
+
+
+class _Source:
+    """Opens connections: with prepared statements, unless a pooler stands in between.
+
+    A pooler of transactions may run each on another connection of the server, where nothing is known of what was
+    prepared. Without its cache asyncpg sends a statement twice: first to be described, up to a Flush, at which a pooler
+    may not yet give the server's connection to another client; then once more, with its arguments, up to a Sync. So it
+    is one transaction, which the server ends by itself. With BEGIN and COMMIT around it, it would take two more round
+    trips, and a node that is stopped before its COMMIT would keep rows locked for as long as it is stopped.
+    """
+
+    def __init__(self, dsn: str, check: Callable[[str], Awaitable[None]] | None, *, is_pooled: bool | None) -> None:
+        self.is_pooled = is_pooled
+        self._dsn = dsn
+        self._check = check
+        self._contacting = asyncio.Lock()
+
+    async def contact(self) -> None:
+        async with self._contacting:
+            if self._check is not None:
+                await self._check(self._dsn)
+                self._check = None
+            if self.is_pooled is None:
+                self.is_pooled = await self._find_out()
+
+    async def connect(self, *_: Any, **__: Any) -> asyncpg.Connection:
+        """Open one. The pool would hand over what it knows of it, which is nothing."""
+        await self.contact()
+        options = {**_OPTIONS, "statement_cache_size": 0} if self.is_pooled else _OPTIONS
+        connection: asyncpg.Connection = await asyncpg.connect(self._dsn, **options)
+        return connection
+
+    async def _find_out(self) -> bool:
+        """A pooler cannot know which server process a client will get, so it makes up the one that it tells."""
+        connection = await asyncpg.connect(self._dsn, **_OPTIONS, statement_cache_size=0)
+        try:
+            return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
+        finally:
+            connection.terminate()
 
 
 class _PoolLine:
@@ -167,15 +237,15 @@ class _PoolLine:
 class _SingleLine:
     """One statement at a time, on a connection that is opened when it is needed; cheaper than a pool's."""
 
-    def __init__(self, dsn: str) -> None:
-        self._dsn = dsn
+    def __init__(self, source: _Source) -> None:
+        self._source = source
         self._connection: asyncpg.Connection | None = None
         self._turn = asyncio.Lock()
 
     async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
         async with asyncio.timeout(seconds), self._turn:
             if self._connection is None or self._connection.is_closed():
-                self._connection = await asyncpg.connect(self._dsn, **_OPTIONS)
+                self._connection = await self._source.connect()
             return await _fetch(self._connection, sql, arguments)
 
     async def close(self) -> None:
@@ -187,14 +257,18 @@ class _SingleLine:
             self._connection.terminate()
 
 
+def _unavailable(error: BaseException) -> Unavailable:
+    return Unavailable(" ".join(f"{type(error).__name__}: {error}".split()).rstrip(":"))
+
+
 async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[asyncpg.Record]:
     try:
         rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments)
     except BaseException as error:
         # asyncpg would wait for the server to confirm a cancelled statement; a server that does not answer would
         # then hold the connection for ever. An error that the server itself reported is harmless,
-        # unless it is the last thing that it says.
-        if not isinstance(error, asyncpg.PostgresError) or isinstance(error, asyncpg.OperatorInterventionError):
+        # unless it is the last thing that it, or a pooler in its place, says.
+        if not isinstance(error, asyncpg.PostgresError) or isinstance(error, _LAST_WORDS):
             connection.terminate()
         raise
     return rows

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
+import asyncpg
 import msgspec
 from msgspec import Struct
 
@@ -122,6 +123,8 @@ class Reading:
     events: list[Event]
     is_broken: bool
     is_complete: bool  # nothing committed was left out for the limit
+    is_running: bool  # a turn is not over yet
+    has_lapsed: bool = False  # … but its lease is
 
 
 async def read_events(
@@ -129,15 +132,33 @@ async def read_events(
 ) -> Reading | None:
     """At most `limit` events with a seq greater than `after`. None: not this user's conversation."""
     rows = await database.fetch("read_events", user_id, conversation_id, after, limit + 1)
-    if not rows:
-        return None
+    return _reading(rows, after, limit) if rows else None
+
+
+async def read_running(
+    database: Database, cursors: Mapping[UUID, int], *, limit: int, within_seconds: float
+) -> dict[UUID, Reading]:
+    """The same for many conversations (id → cursor) in one statement, whoever's they are. Raises Unavailable."""
+    arguments = ([str(conversation_id) for conversation_id in cursors], list(cursors.values()), limit + 1)
+    rows = await database.fetch("read_running", *arguments, within_seconds=within_seconds, line="watch")
+    by_number: dict[int, list[asyncpg.Record]] = {}
+    for row in rows:
+        by_number.setdefault(row["number"], []).append(row)
+    return {
+        conversation_id: _reading(by_number[number], after, limit)
+        for number, (conversation_id, after) in enumerate(cursors.items(), 1)
+    }
+
+
+def _reading(rows: Sequence[asyncpg.Record], after: int, limit: int) -> Reading:
     found = [row for row in rows if row["seq"] is not None]
     events = [Event(row["seq"], row["type"], row["turn_id"], row["payload"]) for row in found if row["seq"] > after]
     if events:
         is_broken = any(event.seq != seq for seq, event in enumerate(events, after + 1))
     else:
         is_broken = not found and after != rows[0]["last_seq"]
-    return Reading(events, is_broken, len(found) <= limit)
+    has_lapsed = rows[0].get("has_lapsed", False)
+    return Reading(events, is_broken, len(found) <= limit, rows[0]["is_running"], has_lapsed)
 
 
 def delta_payload(text: str) -> str:

@@ -6,6 +6,10 @@
 -- See models/migrations.
 SELECT * FROM anynode_admit($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14);
 
+-- name: regenerate
+-- Own it? busy? the last question? supersede its answer, insert turn and event; read the history.
+SELECT * FROM anynode_regenerate($1, $2, $3, $4, $5, $6, $7, $8);
+
 -- name: flush
 -- Append what the turns of a node have said. A turn whose epoch is stale, or that has ended, is refused as a
 -- whole, in this very statement; returned are the turns that were refused.
@@ -87,14 +91,41 @@ SELECT id, epoch, status FROM turns WHERE id = ANY ($1::uuid[]);
 
 -- name: read_events
 -- The journal from a cursor, the cursor's own event included; one row with a null seq when there is none.
-SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload
+SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running
 FROM conversations c
+LEFT JOIN turns t ON t.conversation_id = c.id AND t.status = 'running'
 LEFT JOIN LATERAL (
     SELECT seq, turn_id, type, payload FROM events
     WHERE conversation_id = c.id AND seq >= $3 ORDER BY seq LIMIT $4
 ) e ON true
 WHERE c.id = $2 AND c.user_id = $1
 ORDER BY e.seq;
+
+-- name: read_running
+-- The same for many conversations in which turns run on other nodes; and whether a lease has run out.
+SELECT w.number, c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running,
+       coalesce(t.lease_expires_at < clock_timestamp(), false) AS has_lapsed
+FROM unnest($1::text[]::uuid[], $2::bigint[]) WITH ORDINALITY AS w (conversation_id, cursor, number)
+LEFT JOIN conversations c ON c.id = w.conversation_id
+LEFT JOIN turns t ON t.conversation_id = w.conversation_id AND t.status = 'running'
+LEFT JOIN LATERAL (
+    SELECT seq, turn_id, type, payload FROM events
+    WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT $3
+) e ON true
+ORDER BY w.number, e.seq;
+
+-- name: watch
+-- What a node must hear of: its turns that are to be cancelled, and the conversations in which turns have begun since
+-- an earlier watch, whose horizon is $2 (null: none). All transactions before a horizon have ended, so that none is
+-- ever missed; some are told of twice.
+SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
+       ARRAY(SELECT id FROM turns WHERE node = $1 AND status = 'running' AND cancel_requested_at IS NOT NULL)
+           AS cancelled,
+       changed.ids, changed.last_seqs
+FROM (
+    SELECT array_agg(c.id) AS ids, array_agg(c.last_seq) AS last_seqs
+    FROM (SELECT id, last_seq FROM conversations WHERE changed_xid >= $2 ORDER BY changed_xid DESC LIMIT $3) c
+) changed;
 
 -- name: snapshot
 -- The newest messages, the running turn with its text so far, and the cursor, all of one instant.
@@ -143,42 +174,9 @@ FROM unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch)
 WHERE t.id = c.turn_id AND t.epoch = c.epoch AND t.status = 'running';
 
 -- name: take_over
--- Turns whose lease has run out become this node's, under the next epoch; `turn.restarted` commits with it. A turn
--- that is only to be ended keeps what it has said. Then all that an attempt needs.
--- ($1 node, $2 seconds of lease, $3 turns, $4 attempts, $5 messages of history)
-WITH lapsed AS (
-    SELECT t.id FROM turns t
-    WHERE t.status = 'running' AND t.lease_expires_at < clock_timestamp()
-    ORDER BY t.id LIMIT $3
-    FOR NO KEY UPDATE SKIP LOCKED
-), taken AS (
-    UPDATE turns t
-    SET node = $1, epoch = t.epoch + 1, lease_expires_at = clock_timestamp() + make_interval(secs => $2)
-    FROM lapsed WHERE t.id = lapsed.id
-    RETURNING t.id, t.conversation_id, t.epoch, t.first_seq, t.cancel_requested_at IS NOT NULL AS cancel_requested
-), journal AS (
-    SELECT t.*, said.seq + 1 AS seq, CASE WHEN t.cancel_requested OR t.epoch > $4 THEN said.text ELSE '' END AS text
-    FROM taken t CROSS JOIN LATERAL (
-        SELECT max(e.seq) AS seq,
-               coalesce(string_agg(e.payload ->> 'text', '' ORDER BY e.seq) FILTER (
-                   WHERE e.type IN ('turn.delta', 'turn.restarted') AND e.seq >= coalesce((
-                       SELECT max(r.seq) FROM events r
-                       WHERE r.conversation_id = t.conversation_id AND r.seq >= t.first_seq
-                         AND r.type = 'turn.restarted'), 0)
-               ), '') AS text
-        FROM events e WHERE e.conversation_id = t.conversation_id AND e.seq >= t.first_seq
-    ) said
-), restarted AS (
-    INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
-    SELECT j.conversation_id, j.seq, j.id, j.epoch, 'turn.restarted',
-           jsonb_build_object('epoch', j.epoch, 'text', j.text)
-    FROM journal j
-)
-SELECT j.id, j.conversation_id, j.epoch, j.cancel_requested, j.seq, j.text, c.user_id,
-       coalesce((SELECT m.content FROM messages m WHERE m.conversation_id = c.id AND m.position = 1
-                 AND m.role = 'system'), c.system_prompt) AS system_prompt, h.*
-FROM journal j JOIN conversations c ON c.id = j.conversation_id
-CROSS JOIN LATERAL anynode_history(j.conversation_id, $5) h;
+-- ($1 node, $2 seconds of lease, $3 turns, $4 attempts, $5 whether the agent can continue, $6 messages of history)
+-- See models/migrations.
+SELECT * FROM anynode_take_over($1, $2, $3, $4, $5, $6);
 
 -- name: request_cancel
 -- Ask the node that runs the turn to stop it. No row: not your conversation; a null id: no such turn in it.

@@ -22,7 +22,8 @@ class User(Model):
 
 
 class Conversation(Model):
-    """A conversation; `last_seq` is the seq of its last event, or of `turn.started` while a turn runs."""
+    """A conversation; `last_seq` is the seq of its last event, or of `turn.started` while a turn runs; `changed_xid`
+    the transaction that last began a turn."""
 
     id = fields.UUIDField(primary_key=True)
     user_id = fields.TextField()
@@ -31,6 +32,7 @@ class Conversation(Model):
     system_prompt = fields.TextField(null=True)
     metadata: fields.JSONField[Any] = fields.JSONField()
     last_seq = fields.BigIntField()
+    changed_xid = fields.BigIntField()
     created_at = fields.DatetimeField()
     updated_at = fields.DatetimeField()
 

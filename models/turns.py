@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-import asyncpg
-
 from models.conversations import StoredMessage, history_of
 from models.database import Database
 
 
 @dataclass(frozen=True, slots=True)
 class TakenTurn:
-    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so, with the `text`."""
+    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so. What stands of the turn
+    is the `text` that it shows, and in `journal` the events (type, JSON payload) that said it, tools included."""
 
     turn_id: UUID
     conversation_id: UUID
@@ -22,9 +21,27 @@ class TakenTurn:
     epoch: int
     seq: int
     text: str
+    journal: Sequence[tuple[str, str]]
     cancel_requested: bool
     system_prompt: str | None
     history: Sequence[StoredMessage]
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What a watch has found: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
+    `begun`, and the `horizon` from which the next watch goes on."""
+
+    horizon: int
+    to_cancel: Sequence[UUID]
+    begun: Mapping[UUID, int]
+
+
+async def watch(database: Database, *, node: str, since: int | None, limit: int, within_seconds: float) -> News:
+    """Look what other nodes have done. `since`: the horizon of an earlier watch. Raises Unavailable."""
+    (row,) = await database.fetch("watch", node, since, limit, within_seconds=within_seconds, line="watch")
+    begun = dict(zip(row["ids"] or (), row["last_seqs"] or (), strict=True))
+    return News(row["horizon"], row["cancelled"], begun)
 
 
 async def renew_leases(
@@ -48,23 +65,27 @@ async def release_leases(database: Database, claims: Mapping[UUID, int]) -> None
 
 
 async def take_over(
-    database: Database, *, node: str, lease_seconds: float, limit: int, max_attempts: int, history_messages_max: int
+    database: Database,
+    *,
+    node: str,
+    lease_seconds: float,
+    limit: int,
+    max_attempts: int,
+    can_continue: bool,
+    history_messages_max: int,
 ) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch. Raises Unavailable."""
-    limits = (limit, max_attempts, history_messages_max)
-    try:
-        rows = await database.fetch("take_over", node, lease_seconds, *limits, within_seconds=2.0, line="beat")
-    except asyncpg.UniqueViolationError:
-        # The old owner's last flush committed between this statement's snapshot and its locks. Next time, then.
-        return []
+    arguments = (node, lease_seconds, limit, max_attempts, can_continue, history_messages_max)
+    rows = await database.fetch("take_over", *arguments, within_seconds=2.0, line="beat")
     return [
         TakenTurn(
-            turn_id=row["id"],
+            turn_id=row["turn_id"],
             conversation_id=row["conversation_id"],
             user_id=row["user_id"],
             epoch=row["epoch"],
             seq=row["seq"],
             text=row["text"],
+            journal=list(zip(row["types"] or (), row["payloads"] or (), strict=True)),
             cancel_requested=row["cancel_requested"],
             system_prompt=row["system_prompt"],
             history=history_of(row),

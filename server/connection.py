@@ -16,7 +16,7 @@ from uuid import UUID
 
 from starlette.types import Receive, Scope, Send
 
-from models.conversations import Snapshot
+from models.conversations import Admission, Snapshot
 from models.database import Unavailable
 from server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
 from server.encoding import encode, error_frame, event_frames, snapshot_frame
@@ -41,6 +41,7 @@ from server.protocol import (
     Pong,
     Ready,
     TurnCancel,
+    TurnRegenerate,
     decode_frame,
     request_id_of,
 )
@@ -210,11 +211,7 @@ class Connection:
         match frame:
             case MessageSend():
                 self._may_follow(frame.conversation_id)
-                admission = await node.send(user_id, frame)
-                is_followed = admission.conversation_id in self._follows
-                if admission.outcome == "repeated" or not is_followed:
-                    after = None if admission.first_seq is None else admission.first_seq - 1
-                    await self._follow(admission.conversation_id, after, is_own=True)
+                await self._follow_admitted(await node.send(user_id, frame))
             case ConversationFollow():
                 self._may_follow(frame.conversation_id)
                 await self._follow(frame.conversation_id, frame.after, request_id=frame.request_id)
@@ -222,6 +219,9 @@ class Connection:
                 await self._unfollow(frame.conversation_id)
             case TurnCancel():
                 await node.cancel(user_id, frame.conversation_id, frame.turn_id)
+            case TurnRegenerate():
+                self._may_follow(frame.conversation_id)
+                await self._follow_admitted(await node.regenerate(user_id, frame))
             case Ping():
                 pong = Pong() if frame.request_id is None else Pong(frame.request_id)
                 await self._send(encode(pong))
@@ -261,6 +261,11 @@ class Connection:
     def _may_follow(self, conversation_id: UUID | None) -> None:
         if len(self._follows) >= FOLLOWS_MAX and conversation_id not in self._follows:
             raise RateLimited(f"A connection follows at most {FOLLOWS_MAX} conversations: unfollow one.")
+
+    async def _follow_admitted(self, admission: Admission) -> None:
+        if admission.outcome == "repeated" or admission.conversation_id not in self._follows:
+            after = None if admission.first_seq is None else admission.first_seq - 1
+            await self._follow(admission.conversation_id, after, is_own=True)
 
     async def _follow(
         self, conversation_id: UUID, after: int | None, *, is_own: bool = False, request_id: str | None = None

@@ -1,41 +1,56 @@
 """Following: one conversation's journal from a cursor, then live. The rows are the truth; a wake-up is a hint.
 
-A follower is a cursor, not a queue: whoever is slow reads on later, from this node's memory while the turn runs
-here and from Postgres otherwise, so nothing is dropped and nothing piles up.
+A follower is a cursor, not a queue: whoever is slow reads on later, so nothing is dropped and nothing piles up. While a
+turn runs, its followers on a node share one log: what this node has committed, where the turn runs here, and otherwise
+what one statement reads for all conversations whose turns run elsewhere. Whoever is behind the log reads Postgres
+until he has come up with it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 from uuid import UUID
 
 from models.conversations import Snapshot, read_snapshot
-from models.database import Database
-from models.events import Event, Reading, read_events
+from models.database import Database, Unavailable
+from models.events import Event, Reading, read_events, read_running
+from models.rules import TERMINAL_EVENTS
 from server.errors import NotFound
 
-EVENTS_READ_MAX: Final = 1000  # rows of one read from Postgres
+logger = logging.getLogger("anynode.follow")
+
+EVENTS_READ_MAX: Final = 1000  # rows of one read from Postgres, for each conversation
+READ_SECONDS: Final = 0.05  # from one reading of the turns that run elsewhere to the next
+READ_TIMEOUT_SECONDS: Final = 2.0
 
 Step: TypeAlias = Sequence[Event] | Snapshot
 
+_TERMINAL: Final = frozenset(TERMINAL_EVENTS.values())
+
 
 class Log:
-    """The committed events of one turn that runs on this node, without a gap; `is_over` when none will follow here, and
-    `over_at` then says at which of its channel's changes."""
+    """The committed events of a turn from `first_seq` on, without a gap; `is_over` when none will follow here.
+    `over_at` then says at which of its channel's changes, if all that was committed is here."""
 
     __slots__ = ("events", "first_seq", "is_over", "over_at")
 
-    def __init__(self, events: Sequence[Event]) -> None:
+    def __init__(self, first_seq: int, events: Sequence[Event] = ()) -> None:
         self.events = list(events)
-        self.first_seq = self.events[0].seq
+        self.first_seq = first_seq
         self.is_over = False
-        self.over_at = 0
+        self.over_at = -1
+
+    @property
+    def last_seq(self) -> int:
+        """The seq of the last event that is here, or that came before the first."""
+        return self.first_seq + len(self.events) - 1
 
     def covers(self, cursor: int) -> bool:
         """Whether what comes after the cursor is here, or will be."""
-        return self.first_seq <= cursor + 1 <= self.first_seq + len(self.events)
+        return self.first_seq - 1 <= cursor <= self.last_seq
 
     def after(self, cursor: int) -> list[Event]:
         """The events after a cursor that is covered."""
@@ -43,15 +58,18 @@ class Log:
 
 
 class Channel:
-    """A conversation that somebody follows here, or whose turn runs here; `changes` counts what may be news."""
+    """A conversation that somebody follows here, or whose turn runs here; `changes` counts what may be news.
+    What is committed up to `heard_seq` is no news: whoever has not seen it is on the way."""
 
-    __slots__ = ("_loop", "_waiting", "changes", "followers", "log")
+    __slots__ = ("_loop", "_waiting", "changes", "followers", "heard_seq", "log", "readings")
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
         self.log: Log | None = None
         self.followers = 0
         self.changes = 0
+        self.heard_seq = 0
+        self.readings: dict[tuple[str, int, int], asyncio.Task[Reading | None]] = {}
         self._waiting: set[asyncio.Future[None]] = set()
 
     def wake(self) -> None:
@@ -78,11 +96,17 @@ class Follows:
         self._database = database
         self._snapshot_messages_max = snapshot_messages_max
         self._channels: dict[UUID, Channel] = {}
+        self._remote: dict[UUID, Log] = {}  # the logs of turns that run on other nodes
+        self._has_remote = asyncio.Event()
+
+    # Turns that run here.
 
     def start_log(self, conversation_id: UUID, events: Sequence[Event]) -> Log:
         """A turn runs here from now on; `events` are committed. Its followers are woken."""
         channel = self._channels.setdefault(conversation_id, Channel())
-        channel.log = Log(events)
+        if (remote := self._remote.pop(conversation_id, None)) is not None:
+            remote.is_over = True
+        channel.log = Log(events[0].seq, events)
         channel.wake()
         return channel.log
 
@@ -94,18 +118,94 @@ class Follows:
         elif (channel := self._channels.get(conversation_id)) is not None:
             channel.wake()
 
-    def end_log(self, conversation_id: UUID, log: Log) -> None:
-        """The turn is over, or no longer this node's. Followers that are behind keep the log until they are done."""
+    def end_log(self, conversation_id: UUID, log: Log, *, is_whole: bool = True) -> None:
+        """The turn is over; or it is no longer this node's, and the log is not the whole of it. Followers that are
+        behind keep the log until they are done."""
         if log.is_over:
             return
         log.is_over = True
+        if self._remote.get(conversation_id) is log:
+            del self._remote[conversation_id]
         channel = self._channels.get(conversation_id)
-        if channel is not None:
-            if channel.log is log:
-                channel.log = None
+        if channel is None:
+            return
+        if channel.log is log:
+            channel.log = None
+        channel.wake()
+        if is_whole:
+            if channel.heard_seq <= log.last_seq:  # else the next turn has begun already
+                log.over_at = channel.changes
+            channel.heard_seq = max(channel.heard_seq, log.last_seq)
+        self._drop_if_unused(conversation_id, channel)
+
+    # Turns that run on other nodes.
+
+    def hear(self, begun: Mapping[UUID, int]) -> None:
+        """Turns have begun somewhere, in conversations (id → last seq) that may be followed here."""
+        for conversation_id, last_seq in begun.items():
+            channel = self._channels.get(conversation_id)
+            if channel is not None and last_seq > channel.heard_seq:
+                channel.heard_seq = last_seq
+                channel.wake()
+
+    def look_again(self) -> None:
+        """Anything may have happened in the meantime, also that Postgres has lost something."""
+        for channel in self._channels.values():
+            channel.heard_seq = 0
             channel.wake()
-            log.over_at = channel.changes
-            self._drop_if_unused(conversation_id, channel)
+
+    async def read_remote(self, on_lapsed: Callable[[], object]) -> None:
+        """Read what other nodes commit, for ever; `on_lapsed` is told of a turn whose node has lost its lease."""
+        now = asyncio.get_running_loop().time
+        while True:
+            await self._has_remote.wait()
+            if not self._remote:
+                self._has_remote.clear()
+                continue
+            started = now()
+            logs = dict(self._remote)
+            try:
+                readings = await read_running(
+                    self._database,
+                    {conversation_id: log.last_seq for conversation_id, log in logs.items()},
+                    limit=EVENTS_READ_MAX,
+                    within_seconds=READ_TIMEOUT_SECONDS,
+                )
+            except Exception as error:
+                if not isinstance(error, Unavailable):
+                    logger.exception("the turns of other nodes could not be read")
+                for conversation_id, log in logs.items():
+                    # Its followers read by themselves, and tell their clients what is wrong.
+                    self.end_log(conversation_id, log, is_whole=False)
+                continue
+            for conversation_id, log in logs.items():
+                self._take(conversation_id, log, readings[conversation_id])
+            if any(reading.has_lapsed for reading in readings.values()):
+                on_lapsed()
+            took = now() - started
+            await asyncio.sleep(max(READ_SECONDS - took, took))  # at most half of the time, however much there is
+
+    def _take(self, conversation_id: UUID, log: Log, reading: Reading) -> None:
+        channel = self._channels.get(conversation_id)
+        if channel is None or self._remote.get(conversation_id) is not log:
+            return  # nobody follows any more, or the turn runs here by now
+        if reading.is_broken:
+            self.end_log(conversation_id, log, is_whole=False)
+            return
+        log.events.extend(reading.events)
+        is_over = reading.is_complete and not reading.is_running
+        if is_over or any(event.type in _TERMINAL for event in reading.events):
+            self.end_log(conversation_id, log)
+            if not is_over:
+                self._open_remote(conversation_id, channel, log.last_seq)
+        elif reading.events:
+            channel.wake()
+
+    def _open_remote(self, conversation_id: UUID, channel: Channel, cursor: int) -> None:
+        channel.log = self._remote[conversation_id] = Log(cursor + 1)
+        self._has_remote.set()
+
+    # Followers.
 
     async def follow(
         self, user_id: str, conversation_id: UUID, after: int | None, *, is_own: bool = False
@@ -115,7 +215,7 @@ class Follows:
         Raises NotFound, or Unavailable (then follow again)."""
         channel = self._channels.setdefault(conversation_id, Channel())
         channel.followers += 1
-        log: Log | None = None  # where this follower reads while the turn runs, or ran, here
+        log: Log | None = None  # where this follower reads while a turn runs, or ran
         read_at = -1  # at which of the channel's changes all that was committed had been read
         try:
             if after is None:
@@ -138,24 +238,36 @@ class Follows:
                     await channel.change()
                 else:
                     changes = channel.changes  # what commits during the reading is not known to be in it
-                    reading = await self._read(user_id, conversation_id, after)
+                    reading = await self._read(channel, user_id, conversation_id, after)
                     is_own = True
                     if reading.is_broken:
                         snapshot = await self._snapshot(user_id, conversation_id)
                         after = snapshot.seq
                         yield snapshot
                         continue
-                    if reading.is_complete:
-                        read_at = changes
                     if reading.events:
                         after = reading.events[-1].seq
+                    if reading.is_complete:
+                        read_at = changes
+                        if reading.is_running and channel.log is None:
+                            self._open_remote(conversation_id, channel, after)
+                    if reading.events:
                         yield reading.events
         finally:
             channel.followers -= 1
             self._drop_if_unused(conversation_id, channel)
 
-    async def _read(self, user_id: str, conversation_id: UUID, after: int) -> Reading:
-        reading = await read_events(self._database, user_id, conversation_id, after, limit=EVENTS_READ_MAX)
+    async def _read(self, channel: Channel, user_id: str, conversation_id: UUID, after: int) -> Reading:
+        """What lies after the cursor; those who ask the same at the same change share one reading."""
+        key = (user_id, after, channel.changes)
+        task = channel.readings.get(key)
+        if task is None:
+            task = asyncio.create_task(
+                read_events(self._database, user_id, conversation_id, after, limit=EVENTS_READ_MAX)
+            )
+            channel.readings[key] = task
+            task.add_done_callback(lambda done: (channel.readings.pop(key), done.cancelled() or done.exception()))
+        reading = await asyncio.shield(task)  # it is not only this follower's
         if reading is None:
             raise NotFound(conversation_id=conversation_id)
         return reading
@@ -169,5 +281,10 @@ class Follows:
         return snapshot
 
     def _drop_if_unused(self, conversation_id: UUID, channel: Channel) -> None:
-        if channel.followers == 0 and channel.log is None and self._channels.get(conversation_id) is channel:
+        if channel.followers or self._channels.get(conversation_id) is not channel:
+            return
+        if (remote := self._remote.get(conversation_id)) is not None and channel.log is remote:
+            del self._remote[conversation_id]
+            channel.log = None
+        if channel.log is None:
             del self._channels[conversation_id]

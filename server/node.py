@@ -7,16 +7,15 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
-from models.conversations import Admission, Question, StoredMessage, admit
+from models.conversations import Admission, admit, regenerate
 from models.database import Database, Unavailable
 from models.events import Event
 from models.ids import uuid7
-from models.rules import visible
 from models.turns import (
     TakenTurn,
     delete_expired_events,
@@ -24,33 +23,40 @@ from models.turns import (
     renew_leases,
     request_cancel,
     take_over,
+    watch,
 )
 from server import metrics
-from server.agents.agent import Agent, HistoryMessage, Turn
-from server.encoding import encode, tool_calls_of
-from server.errors import (
-    ConversationBusy,
-    DatabaseUnavailable,
-    Draining,
-    InvalidFrame,
-    MessageTooLarge,
-    NotFound,
-    RateLimited,
-    RoleOrder,
-)
+from server.admission import history_of, question_of, raise_refusal
+from server.agents.agent import Agent, Turn, can_continue
+from server.encoding import encode
+from server.errors import DatabaseUnavailable, Draining, NotFound, RateLimited
 from server.follow import Follows, Log
 from server.journal import Journal
-from server.protocol import Message, MessageSend
+from server.protocol import MessageSend, TurnRegenerate
 from server.settings import Settings
+from server.steps import history_of_steps, steps_in
 from server.turn import RunningTurn
 
 logger = logging.getLogger("anynode.node")
 
 BEAT_SECONDS: Final = 1.0
+WATCH_SECONDS: Final = 0.25
+WATCH_TIMEOUT_SECONDS: Final = 2.0
+BEGUN_MAX: Final = 10_000  # turns of the whole cluster in one watch
 TAKEOVERS_AT_ONCE: Final = 100
 EXPIRIES_AT_ONCE: Final = 100
-TITLE_LENGTH: Final = 80
 INTERRUPT_SECONDS: Final = 5.0  # how long `if_busy: interrupt` waits for the running turn to end
+INTERRUPT_POLL_SECONDS: Final = 0.05
+
+Answer = TypeVar("Answer")
+
+
+class AdmissionTerms(TypedDict):
+    """What every admission by this node has in common."""
+
+    node: str
+    lease_seconds: float
+    history_messages_max: int
 
 
 class Node:
@@ -67,6 +73,7 @@ class Node:
         self._journal = Journal(database, flush_interval_seconds=settings.flush_interval_ms / 1000)
         self._turns: dict[UUID, RunningTurn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._take_over_soon = asyncio.Event()
         self._tell_failure: Callable[[], None] = lambda: None
         # A node trusts a lease for less than it lasts: clocks drift, and the agent takes a moment to stop.
         self._trusted_seconds = settings.lease_seconds * 0.8
@@ -77,6 +84,9 @@ class Node:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._journal.run())
                 group.create_task(self._beat())
+                group.create_task(self._watch())
+                group.create_task(self._take_over_lapsed())
+                group.create_task(self.follows.read_remote(self._take_over_soon.set))
                 group.create_task(self._watch_leases())
                 group.create_task(self._delete_expired())
         except Exception:
@@ -93,62 +103,89 @@ class Node:
 
     async def send(self, user_id: str, frame: MessageSend) -> Admission:
         """Admit a message and start its turn, or find the turn that a repeated one has. Raises ClientError."""
-        if self.is_draining:
-            raise Draining(conversation_id=frame.conversation_id)
-        if not frame.content.strip():
-            raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
-        if len(frame.content.encode()) > self._settings.message_bytes_max:
-            raise MessageTooLarge(
-                f"The message is longer than {self._settings.message_bytes_max} bytes.",
-                conversation_id=frame.conversation_id,
-            )
-        if len(self._turns) >= self._settings.turns_max:
-            raise RateLimited("This node runs as many turns as it may.", conversation_id=frame.conversation_id)
-        question = _question(user_id, frame)
-        give_up_at = time.monotonic() + INTERRUPT_SECONDS
+        self._may_start(frame.conversation_id)
+        question = question_of(user_id, frame, message_bytes_max=self._settings.message_bytes_max)
+        # A turn whose node has died cannot be stopped before its lease has run out.
+        give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
+        interrupted: UUID | None = None
         while True:
-            admission = await self._admit(question)
-            if not (admission.outcome == "conversation_busy" and frame.if_busy == "interrupt"):
+            trusted_until = self._trust()
+            admission = await self._ask(admit(self._database, question, **self._terms()), question.conversation_id)
+            if admission.outcome != "conversation_busy" or frame.if_busy != "interrupt":
                 break
             if time.monotonic() > give_up_at:
                 break
-            await self._interrupt(user_id, admission.conversation_id)
-        _raise_refusal(admission, frame)
+            if admission.turn_id != interrupted:
+                interrupted = admission.turn_id
+                await self.cancel(user_id, admission.conversation_id, interrupted)
+            await asyncio.sleep(INTERRUPT_POLL_SECONDS)
+        if admission.outcome == "admitted":
+            assert admission.turn_id == question.turn_id
+            events = [("message.created", question.message_created), ("turn.started", question.turn_started)]
+            self._start_admitted(user_id, admission, events, trusted_until)
+        raise_refusal(admission, frame)
         return admission
 
-    async def _admit(self, question: Question) -> Admission:
-        trusted_until = time.monotonic() + self._trusted_seconds
-        try:
-            admission = await admit(
-                self._database,
-                question,
-                node=self.node_id,
-                lease_seconds=self._settings.lease_seconds,
-                history_messages_max=self._settings.history_messages_max,
-            )
-        except Unavailable as error:
-            raise DatabaseUnavailable(conversation_id=question.conversation_id) from error
-        if admission.outcome == "admitted" and admission.first_seq is not None:
-            events = [
-                Event(admission.first_seq, "message.created", str(question.turn_id), question.message_created),
-                Event(admission.first_seq + 1, "turn.started", str(question.turn_id), question.turn_started),
-            ]
-            turn = Turn(
-                question.turn_id,
-                admission.conversation_id,
-                question.user_id,
-                self._history(admission.system_prompt, admission.history),
-            )
-            self._start(turn, events, trusted_until)
+    async def regenerate(self, user_id: str, frame: TurnRegenerate) -> Admission:
+        """Start a turn that answers the last question again; its old answer is superseded. Raises ClientError."""
+        self._may_start(frame.conversation_id)
+        trusted_until = self._trust()
+        asked = regenerate(
+            self._database,
+            user_id,
+            frame.conversation_id,
+            frame.message_id,
+            turn_id=uuid7(),
+            created_at=datetime.now(UTC),
+            **self._terms(),
+        )
+        admission = await self._ask(asked, frame.conversation_id)
+        if admission.outcome == "admitted":
+            events = [("turn.started", encode({"message_id": admission.client_id}))]
+            self._start_admitted(user_id, admission, events, trusted_until)
+        raise_refusal(admission, frame)
         return admission
+
+    def _may_start(self, conversation_id: UUID | None) -> None:
+        if self.is_draining:
+            raise Draining(conversation_id=conversation_id)
+        if len(self._turns) >= self._settings.turns_max:
+            raise RateLimited("This node runs as many turns as it may.", conversation_id=conversation_id)
+
+    def _terms(self) -> AdmissionTerms:
+        return {
+            "node": self.node_id,
+            "lease_seconds": self._settings.lease_seconds,
+            "history_messages_max": self._settings.history_messages_max,
+        }
+
+    def _trust(self) -> float:
+        """Until when, by the monotonic clock, this node will trust a lease that it asks for now."""
+        return time.monotonic() + self._trusted_seconds
+
+    async def _ask(self, asked: Coroutine[Any, Any, Answer], conversation_id: UUID | None) -> Answer:
+        try:
+            return await asked
+        except Unavailable as error:
+            raise DatabaseUnavailable(conversation_id=conversation_id) from error
+
+    def _start_admitted(
+        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], trusted_until: float
+    ) -> None:
+        assert admission.turn_id is not None
+        if admission.first_seq is None:  # it is over, and its events are gone
+            return
+        turn_id = str(admission.turn_id)
+        events = [Event(seq, type, turn_id, payload) for seq, (type, payload) in enumerate(said, admission.first_seq)]
+        history = history_of(admission.history, admission.system_prompt or self._settings.system_prompt)
+        turn = Turn(admission.turn_id, admission.conversation_id, user_id, history)
+        self._start(turn, events, trusted_until)
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> None:
         """Ask for a turn to be stopped, wherever it runs. Where it has ended already, or none runs, that is all.
         Raises ClientError."""
-        try:
-            found = await request_cancel(self._database, user_id, conversation_id, turn_id)
-        except Unavailable as error:
-            raise DatabaseUnavailable(conversation_id=conversation_id) from error
+        asked = request_cancel(self._database, user_id, conversation_id, turn_id)
+        found = await self._ask(asked, conversation_id)
         if not found:
             raise NotFound(conversation_id=conversation_id)
         if found[0] is None:
@@ -157,24 +194,7 @@ class Node:
         elif (running := self._turns.get(found[0])) is not None:
             running.cancel()
 
-    async def _interrupt(self, user_id: str, conversation_id: UUID) -> None:
-        await self.cancel(user_id, conversation_id, None)
-        await asyncio.sleep(0.02)
-
     # Turns.
-
-    def _history(self, system_prompt: str | None, stored: Sequence[StoredMessage]) -> list[HistoryMessage]:
-        prompt = system_prompt or self._settings.system_prompt
-        history = [HistoryMessage("system", prompt)] if prompt else []
-        for message in visible(stored):
-            if message.tool_calls is None and message.tool_call_id is None:
-                history.append(HistoryMessage(message.role, message.content))
-            else:
-                calls = tool_calls_of(message.tool_calls)
-                history.append(
-                    HistoryMessage(message.role, message.content, calls, message.tool_name, message.tool_call_id)
-                )
-        return history
 
     def _start(self, turn: Turn, events: Sequence[Event], trusted_until: float) -> RunningTurn:
         log = self.follows.start_log(turn.conversation_id, events)
@@ -207,33 +227,75 @@ class Node:
             logger.warning("turn %s was given up: its lease is lost", running.turn.turn_id)
 
     def _forget(self, running: RunningTurn, log: Log) -> None:
-        self.follows.end_log(running.turn.conversation_id, log)
+        # Followers of a turn that is lost go on with what its next node commits.
+        self.follows.end_log(running.turn.conversation_id, log, is_whole=not running.journal.is_lost)
         metrics.turns_running.dec()
         # A turn that was lost and taken over again has another entry under the same id.
         if self._turns.get(running.turn.turn_id) is running:
             del self._turns[running.turn.turn_id]
 
-    # The beat.
+    # The beat, and the watch.
 
     async def _beat(self) -> None:
+        beat_seconds = min(BEAT_SECONDS, self._settings.lease_seconds / 5)
         while True:
             started = time.monotonic()
             try:
                 await self._renew()
-                if not self.is_draining:
-                    await self._take_over()
             except Unavailable as error:
                 logger.warning("the beat waits for Postgres: %s", error)
             except Exception:
                 logger.exception("a beat failed")
-            beat_seconds = min(BEAT_SECONDS, self._settings.lease_seconds / 5)
+            self._take_over_soon.set()
             await asyncio.sleep(max(0.0, started + beat_seconds - time.monotonic()))
+
+    async def _watch(self) -> None:
+        """Hear what other nodes want of this one's turns, and where turns have begun."""
+        horizon: int | None = None
+        while True:
+            started = time.monotonic()
+            try:
+                news = await watch(
+                    self._database,
+                    node=self.node_id,
+                    since=horizon,
+                    limit=BEGUN_MAX,
+                    within_seconds=WATCH_TIMEOUT_SECONDS,
+                )
+                for turn_id in news.to_cancel:
+                    if (running := self._turns.get(turn_id)) is not None:
+                        running.cancel()
+                if horizon is None or news.horizon < horizon:  # another server, which may know less
+                    self.follows.look_again()
+                else:
+                    self.follows.hear(news.begun)
+                horizon = news.horizon
+            except Unavailable as error:
+                logger.warning("the watch waits for Postgres: %s", error)
+                horizon = None
+            except Exception:
+                logger.exception("a watch failed")
+                horizon = None
+            await asyncio.sleep(max(0.0, started + WATCH_SECONDS - time.monotonic()))
+
+    async def _take_over_lapsed(self) -> None:
+        """At every beat, and at once where somebody here follows a turn whose node has died."""
+        while True:
+            await self._take_over_soon.wait()
+            self._take_over_soon.clear()
+            try:
+                if not self.is_draining:
+                    await self._take_over()
+            except Unavailable as error:
+                logger.warning("takeover waits for Postgres: %s", error)
+            except Exception:
+                logger.exception("a takeover failed")
 
     async def _renew(self) -> None:
         if not self._turns:
             return
         renewed = list(self._turns.values())
-        trusted_until = time.monotonic() + self._trusted_seconds
+        trusted_until = self._trust()
         held = await renew_leases(
             self._database,
             {running.turn.turn_id: running.turn.attempt for running in renewed},
@@ -252,13 +314,14 @@ class Node:
                 running.lose()
 
     async def _take_over(self) -> None:
-        trusted_until = time.monotonic() + self._trusted_seconds
+        trusted_until = self._trust()
         taken_turns = await take_over(
             self._database,
             node=self.node_id,
             lease_seconds=self._settings.lease_seconds,
             limit=TAKEOVERS_AT_ONCE,
             max_attempts=self._settings.max_attempts,
+            can_continue=can_continue(self._agent),
             history_messages_max=self._settings.history_messages_max,
         )
         for taken in taken_turns:
@@ -268,16 +331,19 @@ class Node:
 
     def _continue(self, taken: TakenTurn, trusted_until: float) -> None:
         restarted = encode({"epoch": taken.epoch, "text": taken.text})
+        steps, partial = steps_in(taken.journal)
         turn = Turn(
             taken.turn_id,
             taken.conversation_id,
             taken.user_id,
-            self._history(taken.system_prompt, taken.history),
+            history_of(taken.history, taken.system_prompt or self._settings.system_prompt),
             attempt=taken.epoch,
+            steps=history_of_steps(steps),
+            partial=partial,
         )
         event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
         running = self._start(turn, [event], trusted_until)
-        running.keep(taken.text)
+        running.keep(steps, partial)
         if taken.cancel_requested:
             running.cancel()
         elif taken.epoch > self._settings.max_attempts:
@@ -325,36 +391,3 @@ class Node:
                 logger.warning("the leases could not be released, and will lapse: %s", error)
         if self._tasks:
             await asyncio.wait(set(self._tasks), timeout=1.0)
-
-
-def _question(user_id: str, frame: MessageSend) -> Question:
-    turn_id, message_id, now = uuid7(), uuid7(), datetime.now(UTC)
-    message = Message(message_id, "user", frame.content, None, None, None, "completed", turn_id, now)
-    return Question(
-        user_id=user_id,
-        conversation_id=frame.conversation_id,
-        new_conversation_id=uuid7(),
-        title=" ".join(frame.content.split())[:TITLE_LENGTH],
-        message_id=message_id,
-        client_id=frame.message_id,
-        content=frame.content,
-        created_at=now,
-        turn_id=turn_id,
-        message_created=encode({"message": message}),
-        turn_started=encode({"message_id": frame.message_id}),
-    )
-
-
-def _raise_refusal(admission: Admission, frame: MessageSend) -> None:
-    conversation_id = frame.conversation_id
-    match admission.outcome:
-        case "not_found":
-            raise NotFound(conversation_id=conversation_id)
-        case "conversation_busy":
-            raise ConversationBusy(conversation_id=conversation_id)
-        case "role_order":
-            raise RoleOrder(
-                f"After a message of role {admission.last_role} a user's may not come.", conversation_id=conversation_id
-            )
-        case "message_id_taken":
-            raise InvalidFrame("message_id names a message of another conversation", conversation_id=conversation_id)

@@ -64,13 +64,23 @@ class TurnCancel(ClientFrame, frozen=True, tag="turn.cancel"):
     request_id: ClientId | None = None
 
 
+class TurnRegenerate(ClientFrame, frozen=True, tag="turn.regenerate"):
+    """Answer the last question again; with `message_id`, only if that is the last question."""
+
+    conversation_id: UUID
+    message_id: ClientId | None = None
+    request_id: ClientId | None = None
+
+
 class Ping(ClientFrame, frozen=True, tag="ping"):
     """Answered with `pong`."""
 
     request_id: ClientId | None = None
 
 
-AnyClientFrame: TypeAlias = Auth | MessageSend | ConversationFollow | ConversationUnfollow | TurnCancel | Ping
+AnyClientFrame: TypeAlias = (
+    Auth | MessageSend | ConversationFollow | ConversationUnfollow | TurnCancel | TurnRegenerate | Ping
+)
 
 
 def decode_frame(text: str) -> AnyClientFrame:

@@ -44,6 +44,13 @@ def _number(low: float, high: float) -> Callable[[str, str], float]:
     return parse
 
 
+def _flag(name: str, value: str) -> bool:
+    flags = {"true": True, "1": True, "false": False, "0": False}
+    if value.lower() not in flags:
+        raise ConfigurationError(f"{name} must be true or false, not {value!r}")
+    return flags[value.lower()]
+
+
 def _http_url(name: str, value: str) -> str:
     try:
         parts = urlsplit(value)
@@ -84,7 +91,7 @@ class Settings:
         None, _text, "`postgresql://user:password@host:port/database`; required by `serve`."
     )
     database_pool_max: int = _setting(
-        10, _whole(1, 1000), "Connections to Postgres for requests; two more write the journal."
+        10, _whole(1, 1000), "Connections to Postgres for requests; three more serve the node itself."
     )
     jwt_secret: str | None = _setting(None, _text, "Secret of HS256 tokens, at least 32 bytes; this or `JWT_JWKS_URL`.")
     jwt_jwks_url: str | None = _setting(None, _http_url, "Where the public keys of RS256 and ES256 tokens are.")
@@ -101,6 +108,9 @@ class Settings:
     openai_base_url: str = _setting("https://api.openai.com/v1", _http_url, "Any server of the chat completions API.")
     openai_api_key: str | None = _setting(None, _text, "Sent to it as a bearer token.")
     model: str = _setting("gpt-4o-mini", _text, "The model that is asked for.")
+    continue_partial: bool = _setting(
+        False, _flag, "After a takeover, give the model what it had said as an assistant's prefix to go on from."
+    )
     system_prompt: str | None = _setting(
         None, _text, "Put before every history whose conversation has none of its own."
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final, assert_never
@@ -24,6 +25,7 @@ from server.errors import AgentFailed
 from server.journal import TurnJournal
 from server.protocol import ErrorDetail, Message
 from server.protocol import Usage as TurnUsage
+from server.steps import Step, tool_calls_json
 
 logger = logging.getLogger("anynode.turn")
 
@@ -36,9 +38,7 @@ class Said:
     """What the turn leaves behind so far: messages of completed steps, and the step that is being said."""
 
     messages: list[NewMessage] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    calls: list[ToolCall] = field(default_factory=list)
-    results: list[ToolResult] = field(default_factory=list)
+    step: Step = field(default_factory=Step)
     bytes: int = 0
 
 
@@ -60,6 +60,7 @@ class RunningTurn:
         self._started_at = time.monotonic()
         self._cleaner = TextCleaner()
         self._said = Said()
+        self._has_spoken = False
         self._usage: Usage | None = None
 
     async def run(self) -> bool:
@@ -93,9 +94,13 @@ class RunningTurn:
         """Stop with an error, and keep what was said."""
         self._end(FAILED, ErrorDetail(AgentFailed.code, clean(message), retryable))
 
-    def keep(self, text: str) -> None:
-        """Begin with what an earlier attempt has said."""
-        self._said.texts.append(text)
+    def keep(self, steps: Sequence[Step], text: str) -> None:
+        """Begin with what earlier attempts have left: completed steps, and the text of the step that was cut."""
+        for step in steps:
+            self._said.step = step
+            self._said.bytes += len(step.text.encode()) + sum(len(result.content.encode()) for result in step.results)
+            self._complete_step()
+        self._said.step.texts.append(text)
         self._said.bytes += len(text.encode())
 
     def lose(self) -> None:
@@ -137,7 +142,7 @@ class RunningTurn:
                 self._hear_text(text)
             case ToolCall():
                 call = ToolCall(clean(event.tool_call_id), clean(event.tool_name), clean(dict(event.arguments)))
-                self._said.calls.append(call)
+                self._said.step.calls.append(call)
                 payload = encode(call)
                 if self._count(payload):
                     self.journal.add_event("turn.tool_call", payload)
@@ -145,12 +150,12 @@ class RunningTurn:
                 result = ToolResult(
                     clean(event.tool_call_id), clean(event.tool_name), clean(event.content), event.is_error
                 )
-                self._said.results.append(result)
+                self._said.step.results.append(result)
                 if not self._count(result.content):
                     return
                 self.journal.add_event("turn.tool_result", encode(result))
             case StepEnd():
-                if self._said.calls:
+                if self._said.step.calls:
                     self._complete_step()
             case Usage():
                 self._usage = event if self._usage is None else _sum(self._usage, event)
@@ -161,10 +166,10 @@ class RunningTurn:
         text = self._cleaner.clean(text)
         if not text:
             return
-        is_first = self._said.bytes == 0
         if self._count(text):
-            self._said.texts.append(text)
-            self.journal.add_text(text, is_urgent=is_first)
+            self._said.step.texts.append(text)
+            self.journal.add_text(text, is_urgent=not self._has_spoken)
+            self._has_spoken = True
 
     def _count(self, text: str) -> bool:
         """Whether the turn may say this much more; where not, it has failed."""
@@ -175,23 +180,16 @@ class RunningTurn:
         return False
 
     def _complete_step(self) -> None:
-        said = self._said
-        calls = [
-            {
-                "id": call.tool_call_id,
-                "type": "function",
-                "function": {"name": call.tool_name, "arguments": encode(call.arguments)},
-            }
-            for call in said.calls
-        ]
-        said.messages.append(self._message("assistant", "".join(said.texts), COMPLETED, tool_calls=encode(calls)))
-        for result in said.results:
+        said, step = self._said, self._said.step
+        calls = encode(tool_calls_json(step.calls))
+        said.messages.append(self._message("assistant", step.text, COMPLETED, tool_calls=calls))
+        for result in step.results:
             said.messages.append(
                 self._message(
                     "tool", result.content, COMPLETED, tool_name=result.tool_name, tool_call_id=result.tool_call_id
                 )
             )
-        said.texts, said.calls, said.results = [], [], []
+        said.step = Step()
 
     def _message(
         self,
@@ -217,9 +215,9 @@ class RunningTurn:
             if self._stopped.done():  # the rest was too much
                 return
         said = self._said
-        if said.calls and len(said.results) == len(said.calls):
+        if said.step.calls and len(said.step.results) == len(said.step.calls):
             self._complete_step()
-        message = self._message("assistant", "".join(said.texts), status)
+        message = self._message("assistant", said.step.text, status)
         said.messages.append(message)
         usage = None
         if self._usage is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
 from msgspec import Struct
@@ -68,7 +68,8 @@ class Turn:
 
     ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``).
     ``attempt`` is 1, or more after a takeover; ``steps`` then holds the messages of the steps that were
-    completed before, which follow the history.
+    completed before, which follow the history: their tools are not to be run again. ``partial`` is what the step that
+    was cut had said, which is shown already and to be continued; always empty unless the agent ``can_continue``.
     """
 
     turn_id: UUID
@@ -77,9 +78,24 @@ class Turn:
     history: Sequence[HistoryMessage]
     attempt: int = 1
     steps: Sequence[HistoryMessage] = field(default=())
+    partial: str = ""
 
 
 Agent: TypeAlias = Callable[[Turn], AsyncIterator[AgentEvent]]
+
+AnyAgent = TypeVar("AnyAgent", bound=Agent)
+
+
+def continues(agent: AnyAgent) -> AnyAgent:
+    """Say of an agent, as a decorator, that it goes on from ``turn.partial`` after a takeover. The step that was cut is
+    otherwise started again."""
+    agent.can_continue = True  # type: ignore[attr-defined]
+    return agent
+
+
+def can_continue(agent: Agent) -> bool:
+    """Whether the agent has said that it goes on from ``turn.partial``."""
+    return bool(getattr(agent, "can_continue", False))
 
 
 class AgentError(Exception):

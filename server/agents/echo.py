@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from functools import lru_cache
 from itertools import chain
 
-from server.agents.agent import Agent, AgentError, AgentEvent, TextDelta, Turn, Usage
+from server.agents.agent import Agent, AgentError, AgentEvent, TextDelta, Turn, Usage, continues
 from server.settings import Settings
 
 _WORD = re.compile(r"\S+\s*|\s+")  # every character is in exactly one match, so that the words join to the text
@@ -20,11 +20,13 @@ def make_echo(settings: Settings) -> Agent:
     tokens = settings.echo_tokens
     fail_after = settings.echo_fail_after
 
+    @continues
     async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
         loop = asyncio.get_running_loop()
         start = loop.time()
         streamed = 0
-        for delta in map(_numbered, range(tokens)) if tokens else _echo(turn):
+        deltas = map(_numbered, range(tokens)) if tokens else _echo(turn)
+        for delta in _after(turn.partial, deltas):
             if tokens_per_second:
                 # Due times count from the start, so that lateness is caught up and does not add up.
                 delay = start + streamed / tokens_per_second - loop.time()
@@ -44,6 +46,15 @@ def make_echo(settings: Settings) -> Agent:
 def _echo(turn: Turn) -> Iterator[TextDelta]:
     words = _WORD.findall(turn.history[-1].content)
     return map(TextDelta, chain((f"[{len(turn.history)}] ",), words))
+
+
+def _after(partial: str, deltas: Iterator[TextDelta]) -> Iterator[TextDelta]:
+    """The deltas without those that have been said."""
+    left = len(partial)
+    for delta in deltas:
+        if left < len(delta.text):
+            yield TextDelta(delta.text[left:]) if left else delta
+        left = max(0, left - len(delta.text))
 
 
 @lru_cache(maxsize=10_000)

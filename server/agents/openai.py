@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage
+from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage, continues
 from server.agents.openai_stream import ProviderError, StepDecoder, quote
 from server.errors import ConfigurationError
 from server.settings import Settings
@@ -97,12 +97,15 @@ async def open_openai(settings: Settings) -> AsyncIterator[Agent]:
         )
 
         async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
+            messages = [*turn.history, *turn.steps]
+            if turn.partial:
+                messages.append(HistoryMessage("assistant", turn.partial))
             # aclosing: a generator that is left in the middle would keep its connection until it is collected.
-            async with aclosing(_stream_step(provider, [*turn.history, *turn.steps])) as step:
+            async with aclosing(_stream_step(provider, messages)) as step:
                 async for event in step:
                     yield event
 
-        yield answer
+        yield continues(answer) if settings.continue_partial else answer
 
 
 async def _stream_step(provider: _Provider, messages: Iterable[HistoryMessage]) -> AsyncGenerator[AgentEvent, None]:

@@ -20,6 +20,8 @@ def shown(default: object) -> str:
     """A default as the table shows it."""
     if default is None or default == ():
         return ""
+    if isinstance(default, bool):
+        return f"`{default}`".lower()
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
@@ -37,7 +39,7 @@ def test_the_table_has_every_setting_with_its_default_and_meaning_and_no_other()
 
 def test_every_setting_that_the_documents_name_exists() -> None:
     known = {setting.name.upper() for setting in fields(Settings)}
-    for name in ("README.md", "PROTOCOL.md", "ARCHITECTURE.md"):
+    for name in ("README.md", "PROTOCOL.md", "ARCHITECTURE.md", "docs/load-balancing.md"):
         named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", (TOP / name).read_text()))
         assert named <= known, name
 
@@ -64,7 +66,9 @@ def test_make_check_is_what_ci_runs() -> None:
     assert checked == ran
 
 
-@pytest.mark.parametrize("name", ["README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/load-balancing.md"]
+)
 def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
     text = (TOP / name).read_text()
     headings = {
@@ -74,4 +78,4 @@ def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("https://"):
-            assert (TOP / target).exists(), target
+            assert (TOP / name).parent.joinpath(target).exists(), target

@@ -85,12 +85,21 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "flush_one": ([HUNDRED[0], 1, 111, "turn.delta", '{"text": "y"}'], {"turns": 3}),
     "flush_with_endings": ([*FLUSH, *ENDINGS], {"turns": 500, "conversations": 300, "messages": 300}),
     "turn_states": ([HUNDRED], {"turns": 100}),
-    "read_events": (["user0", MINE, 50, 10], {"conversations": 1, "events": 11}),
+    "regenerate": (
+        ["user1", id_of("c1"), None, NEW[2], NOW, "n", 5.0, 20],
+        {"messages": 40, "conversations": 5, "turns": 5, "events": 5},
+    ),
+    "read_events": (["user0", MINE, 50, 10], {"conversations": 1, "events": 11, "turns": 1}),
+    "read_running": (
+        [[str(id_of(f"c{number}")) for number in range(20, 2001, 20)], [105] * 100, 10],
+        {"conversations": 100, "turns": 100, "events": 700},
+    ),
+    "watch": (["n", 2**40, 1000], {"conversations": 1, "turns": 1}),
     "snapshot": (["user0", MINE, 20], {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
     "list_conversations": (["user0", 20, 20], {"conversations": 41}),
     "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
     "release": ([HUNDRED, [1] * 100], {"turns": 200}),
-    "take_over": (["n2", 5.0, 100, 3, 20], {"turns": 300, "events": 5, "conversations": 5}),
+    "take_over": (["n2", 5.0, 100, 3, True, 20], {"turns": 300, "events": 5, "conversations": 5}),
     "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
     "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),
 }
@@ -145,7 +154,7 @@ async def test_every_statement_has_a_case_here() -> None:
     assert set(CASES) == set(statements())
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"admit"}))  # a function
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"admit", "regenerate", "take_over"}))  # functions
 async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connection, name: str) -> None:
     rows = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *CASES[name][0])
     plan = json.loads(rows[0][0])[0]["Plan"]
@@ -191,7 +200,7 @@ async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index
 async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connection) -> None:
     """A statement that finds nothing would have an easy plan."""
     counts = {}
-    for name in ("read_events", "snapshot", "list_conversations", "renew", "turn_states"):
+    for name in ("read_events", "read_running", "snapshot", "list_conversations", "renew", "turn_states"):
         counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
     counts["delete_expired_events"] = len(
         await connection.fetch(query("delete_expired_events"), *CASES["delete_expired_events"][0])
@@ -201,6 +210,7 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
     )
     assert counts == {
         "read_events": 10,
+        "read_running": 600,
         "snapshot": 20,
         "list_conversations": 20,
         "renew": 100,

@@ -562,7 +562,7 @@ async def test_a_conversation_goes_on_after_a_cancel(silent_node: NodeProcess, n
 @pytest.mark.parametrize(
     "text",
     [
-        '{"type":"turn.regenerate","conversation_id":"018f0000-0000-7000-8000-000000000000","request_id":"r"}',
+        '{"type":"turn.explain","conversation_id":"018f0000-0000-7000-8000-000000000000","request_id":"r"}',
         '{"type":"nonsense","request_id":"r"}',
         '{"request_id":"r"}',
         '{"type":"ping","request_id":"r","more":1}',

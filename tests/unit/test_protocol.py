@@ -137,7 +137,7 @@ def test_an_escaped_surrogate_pair_is_a_character() -> None:
         pytest.param("{'type':'ping'}", id="single quotes"),
         pytest.param("{}", id="no type"),
         pytest.param(frame("pong"), id="type of the server"),
-        pytest.param(frame("turn.regenerate", conversation_id=str(CONVERSATION)), id="type of a later version"),
+        pytest.param(frame("turn.explain", conversation_id=str(CONVERSATION)), id="type of a later version"),
         pytest.param('{"type":1}', id="type is a number"),
         pytest.param('{"type":["ping"]}', id="type is a list"),
         pytest.param('{"type":null}', id="type is null"),

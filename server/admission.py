@@ -1,0 +1,76 @@
+"""Admission: what a client asks for, as the database takes it; what the database says, as an error or a history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from models.conversations import Admission, Question, StoredMessage
+from models.ids import uuid7
+from models.rules import visible
+from server.agents.agent import HistoryMessage
+from server.encoding import encode, tool_calls_of
+from server.errors import ConversationBusy, InvalidFrame, MessageTooLarge, NotFound, RoleOrder
+from server.protocol import Message, MessageSend, TurnRegenerate
+
+TITLE_LENGTH: Final = 80
+
+
+def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> Question:
+    """The question in a frame, with the ids that it will have. Raises InvalidFrame or MessageTooLarge."""
+    if not frame.content.strip():
+        raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
+    if len(frame.content.encode()) > message_bytes_max:
+        raise MessageTooLarge(
+            f"The message is longer than {message_bytes_max} bytes.", conversation_id=frame.conversation_id
+        )
+    turn_id, message_id, now = uuid7(), uuid7(), datetime.now(UTC)
+    message = Message(message_id, "user", frame.content, None, None, None, "completed", turn_id, now)
+    return Question(
+        user_id=user_id,
+        conversation_id=frame.conversation_id,
+        new_conversation_id=uuid7(),
+        title=" ".join(frame.content.split())[:TITLE_LENGTH],
+        message_id=message_id,
+        client_id=frame.message_id,
+        content=frame.content,
+        created_at=now,
+        turn_id=turn_id,
+        message_created=encode({"message": message}),
+        turn_started=encode({"message_id": frame.message_id}),
+    )
+
+
+def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> None:
+    """Raise the ClientError that an admission's outcome is, if it is one."""
+    conversation_id = frame.conversation_id
+    match admission.outcome:
+        case "not_found":
+            raise NotFound(conversation_id=conversation_id)
+        case "conversation_busy":
+            raise ConversationBusy(conversation_id=conversation_id)
+        case "role_order" if admission.last_role is None:
+            raise RoleOrder("There is no question to answer again.", conversation_id=conversation_id)
+        case "not_last":
+            raise RoleOrder("Only the last question can be answered again.", conversation_id=conversation_id)
+        case "role_order":
+            raise RoleOrder(
+                f"After a message of role {admission.last_role} a user's may not come.", conversation_id=conversation_id
+            )
+        case "message_id_taken":
+            raise InvalidFrame("message_id names a message of another conversation", conversation_id=conversation_id)
+
+
+def history_of(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:
+    """What the agent sees of a conversation's newest messages."""
+    history = [HistoryMessage("system", system_prompt)] if system_prompt else []
+    for message in visible(stored):
+        if message.tool_calls is None and message.tool_call_id is None:
+            history.append(HistoryMessage(message.role, message.content))
+        else:
+            calls = tool_calls_of(message.tool_calls)
+            history.append(
+                HistoryMessage(message.role, message.content, calls, message.tool_name, message.tool_call_id)
+            )
+    return history

@@ -1,0 +1,88 @@
+"""What stands of a turn that is taken over: the steps that were completed, and the step that was cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from server.agents.agent import HistoryMessage, ToolCall, ToolResult
+from server.encoding import encode
+
+
+@dataclass(slots=True)
+class Step:
+    """What one model request has said, and what the tools that it called have answered."""
+
+    texts: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    results: list[ToolResult] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "".join(self.texts)
+
+
+def tool_calls_json(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """The calls as a message has them."""
+    return [
+        {
+            "id": call.tool_call_id,
+            "type": "function",
+            "function": {"name": call.tool_name, "arguments": encode(call.arguments)},
+        }
+        for call in calls
+    ]
+
+
+def history_of_steps(steps: Sequence[Step]) -> list[HistoryMessage]:
+    """The messages that completed steps leave in what the agent sees."""
+    messages = []
+    for step in steps:
+        messages.append(HistoryMessage("assistant", step.text, tool_calls_json(step.calls)))
+        messages += [
+            HistoryMessage("tool", result.content, None, result.tool_name, result.tool_call_id)
+            for result in step.results
+        ]
+    return messages
+
+
+def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
+    """The completed steps in the events (type, JSON payload) of a turn, and the text of the step that was cut.
+
+    A tool's result stands, with its call and all text before it; a call that has no result does not.
+    """
+    steps: list[Step] = []
+    step = Step()
+
+    def complete() -> None:
+        nonlocal step
+        if step.results:
+            answered = {result.tool_call_id for result in step.results}
+            step.calls = [call for call in step.calls if call.tool_call_id in answered]
+            steps.append(step)
+            step = Step()
+
+    for type, payload in journal:
+        value = msgspec.json.decode(payload)
+        is_answered = len(step.results) >= len(step.calls)
+        match type:
+            case "turn.delta":
+                if is_answered:
+                    complete()
+                step.texts.append(value["text"])
+            case "turn.tool_call":
+                if is_answered:
+                    complete()
+                step.calls.append(ToolCall(value["tool_call_id"], value["tool_name"], value["arguments"]))
+            case "turn.tool_result":
+                step.results.append(msgspec.convert(value, ToolResult))
+            case "turn.restarted":
+                complete()
+                said = sum(len(before.text) for before in steps)
+                step = Step([value["text"][said:]])
+    complete()
+    return steps, step.text
