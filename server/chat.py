@@ -52,7 +52,7 @@ class _Status:
 
     def __call__(self, text: str) -> None:
         if self._last and text != self._last:
-            click.secho(f"\n· {text}", fg="yellow", err=True)
+            _say(text)
         self._last = text
 
 
@@ -67,31 +67,56 @@ async def _answer(client: Client, line: str, conversation_id: str | None) -> str
     loop.add_signal_handler(signal.SIGINT, cancel)
     try:
         async with aclosing(client.send(line, conversation_id=conversation_id)) as frames:
+            shown = _Shown()
             async for frame in frames:
                 conversation_id = frame["conversation_id"]
-                _show(frame)
+                shown.show(frame)
     finally:
         loop.remove_signal_handler(signal.SIGINT)
     return conversation_id
 
 
-def _show(frame: Frame) -> None:
-    match frame["type"]:
-        case "turn.delta":
-            click.echo(frame["text"], nl=False)
-        case "turn.restarted":
-            click.secho("\n· continued on another node", fg="yellow", err=True)
-            click.echo(frame["text"], nl=False)
-        case "turn.tool_call":
-            click.secho(f"\n· {frame['tool_name']} …", dim=True, err=True)
-        case "conversation.snapshot" if frame["turn"] is not None:
-            click.echo("\n" + frame["turn"]["text"], nl=False)
-        case "turn.completed":
-            click.echo()
-        case "turn.cancelled":
-            click.secho("\n· stopped", fg="yellow", err=True)
-        case "turn.failed":
-            click.secho(f"\n{frame['error']['message']}" if "error" in frame else "\nfailed", fg="red", err=True)
+class _Shown:
+    """What the terminal shows of an answer."""
+
+    def __init__(self) -> None:
+        self._text = ""
+
+    def show(self, frame: Frame) -> None:
+        """Show what a frame adds."""
+        match frame["type"]:
+            case "turn.delta":
+                self._add(frame["text"])
+            case "turn.restarted":
+                self._replace(frame["text"], "continued on another node", "started again on another node")
+            case "turn.tool_call":
+                _say(f"{frame['tool_name']} …")
+            case "conversation.snapshot" if frame["turn"] is not None:
+                self._replace(frame["turn"]["text"], "caught up", "this is the answer so far")
+            case "turn.completed":
+                click.echo()
+            case "turn.cancelled":
+                _say("stopped")
+            case "turn.failed":
+                click.secho(f"\n{frame['error']['message']}" if "error" in frame else "\nfailed", fg="red", err=True)
+
+    def _add(self, text: str) -> None:
+        self._text += text
+        click.echo(text, nl=False)
+
+    def _replace(self, text: str, if_continued: str, otherwise: str) -> None:
+        """What is on a terminal stays there: go on behind it, or begin anew."""
+        if text.startswith(self._text):
+            _say(if_continued)
+            self._add(text[len(self._text) :])
+        else:
+            _say(otherwise)
+            self._text = ""
+            self._add(text)
+
+
+def _say(text: str) -> None:
+    click.secho(f"\n· {text}", fg="yellow", err=True)
 
 
 class _Lines:

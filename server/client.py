@@ -163,7 +163,7 @@ class Client:
                     yield frame
             except (OSError, TimeoutError, websockets.WebSocketException) as error:
                 self._raise_if_final(error)
-                self._on_status(f"connection lost: {_words(error)}")
+                self._on_status(f"the connection is lost{_words(error)}")
             self.abort()
             if loop.time() > give_up_at:
                 raise GivenUp(f"No node could be reached for {self._patience_seconds:g} seconds.")
@@ -204,7 +204,7 @@ class Client:
         self.node_id = ready["node_id"]
         self._inbox = asyncio.Queue(INBOX_FRAMES)
         self._reader = asyncio.create_task(self._read(connection, self._inbox))
-        self._on_status(f"connected to {url}")
+        self._on_status(f"connected to {url.removesuffix('/ws')}")
         return connection
 
     async def _next(self) -> Frame:
@@ -261,4 +261,7 @@ def _ending_in(snapshot: Frame, turn_id: str) -> Frame | None:
 
 
 def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    """Why, as far as it is worth saying: most connections just break."""
+    if isinstance(error, websockets.ConnectionClosed) and error.rcvd is None:
+        return ""
+    return f" ({str(error) or type(error).__name__})"

@@ -78,7 +78,7 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
             }
             with _running(shared, ports) as processes:
                 _wait_until_ready(host, ports, processes)
-                _say_where_to_go(settings, host, ports, secret)
+                _say_where_to_go(settings, host, ports, secret, processes)
                 _watch(dict(zip(ports, processes, strict=True)))
     except KeyboardInterrupt:
         click.secho("\n  stopped", dim=True)
@@ -183,7 +183,9 @@ def _url(host: str, port: int) -> str:
     return f"http://{shown}:{port}"
 
 
-def _say_where_to_go(settings: Settings, host: str, ports: Sequence[int], secret: str) -> None:
+def _say_where_to_go(
+    settings: Settings, host: str, ports: Sequence[int], secret: str, processes: Sequence[subprocess.Popen[bytes]]
+) -> None:
     urls = [_url(host, port) for port in ports]
     token = None
     if settings.jwt_jwks_url is None:
@@ -206,6 +208,10 @@ def _say_where_to_go(settings: Settings, host: str, ports: Sequence[int], secret
         click.secho(
             "    AGENT=openai OPENAI_BASE_URL=http://127.0.0.1:11434/v1 MODEL=llama3.2 uv run anynode dev", dim=True
         )
+    if len(urls) > 1:
+        click.echo("\n  Kill a node in mid-answer, and see it go on elsewhere:")
+        for url, process in zip(urls, processes, strict=True):
+            click.secho(f"    kill -9 {process.pid:<10} # {url}", dim=True)
     click.secho("\n  Ctrl-C stops everything.\n", dim=True)
 
 
