@@ -8,44 +8,61 @@ from typing import Any
 import asyncpg
 from tortoise import Tortoise
 from tortoise.backends.asyncpg.client import AsyncpgDBClient
-from tortoise.migrations.api import migrate as apply_migrations
+from tortoise.migrations.executor import MigrationExecutor
 from tortoise.migrations.loader import MigrationLoader
+from tortoise.migrations.schema_editor import AsyncpgSchemaEditor
+from tortoise.transactions import in_transaction
 
-from models.database import normalise_url
+from models.database import Unavailable, normalise_url
 
 APP = "models"
 _LOCK = 0x616E796E6F6465  # "anynode"
+_OPTIONS: dict[str, Any] = {"timeout": 10, "statement_cache_size": 0}  # see `database._Source`
+_APPS: dict[str, dict[str, Any]] = {APP: {"models": ["models.tables"], "migrations": "models.migrations"}}
+
+
+class SchemaBehind(Unavailable):
+    """The database has not seen all migrations that this code knows; the message names them."""
 
 
 async def migrate(url: str, *, progress: Callable[[str], object] = lambda name: None) -> list[str]:
-    """Apply what is missing; returns the names of the applied migrations. Any number may run at once.
+    """Apply what is missing, all or nothing; returns the names of the applied migrations. Any number may run at once.
 
-    The lock is held by an open transaction on a connection of its own, so that it also holds behind a pooler.
+    The lock and the work share one transaction, so that it also holds behind a pooler, and so that those who wait
+    there for the lock cannot have taken the last connection, which its holder needs for the work.
     """
     applied: list[str] = []
 
     def report(event: str, app: str, name: str) -> None:
         if event == "apply_done":
             applied.append(name)
-            progress(name)
 
     dsn = normalise_url(url)
-    lock = await asyncpg.connect(dsn, timeout=10, statement_cache_size=0)
+    connections = {"default": {"engine": __name__, "credentials": {"url": dsn}}}
+    await Tortoise.init(config={"connections": connections, "apps": _APPS}, init_connections=False)
     try:
-        async with lock.transaction():
-            await lock.execute(f"SELECT pg_advisory_xact_lock({_LOCK})")
-            try:
-                await apply_migrations(config=_config(dsn), progress=report)
-            finally:
-                await Tortoise.close_connections()
+        async with in_transaction("default") as client:
+            await client.execute_script(f"SELECT pg_advisory_xact_lock({_LOCK})")
+            executor = MigrationExecutor(client, _APPS)
+            # It would look into its table before it makes it, and that error would end the transaction.
+            await executor.recorder.ensure_schema(AsyncpgSchemaEditor(client, atomic=False))
+            await executor.migrate(progress=report)
     finally:
-        await lock.close(timeout=5)
+        await Tortoise.close_connections()
+    for name in applied:
+        progress(name)
     return applied
+
+
+async def check_schema(url: str) -> None:
+    """Raises SchemaBehind."""
+    if missing := await missing_migrations(url):
+        raise SchemaBehind(", ".join(missing))
 
 
 async def missing_migrations(url: str) -> list[str]:
     """The names of the migrations that this code knows and the database has not seen."""
-    connection = await asyncpg.connect(normalise_url(url), timeout=10, statement_cache_size=0)
+    connection = await asyncpg.connect(normalise_url(url), **_OPTIONS)
     try:
         exists = await connection.fetchval("SELECT to_regclass('tortoise_migrations') IS NOT NULL")
         rows = await connection.fetch("SELECT name FROM tortoise_migrations WHERE app = $1", APP) if exists else []
@@ -56,15 +73,10 @@ async def missing_migrations(url: str) -> list[str]:
     return sorted({key.name for key in loader.disk_migrations} - {row["name"] for row in rows})
 
 
-def _config(dsn: str) -> dict[str, Any]:
-    return {
-        "connections": {"default": {"engine": __name__, "credentials": {"url": dsn}}},
-        "apps": {APP: {"models": ["models.tables"], "migrations": "models.migrations"}},
-    }
-
-
 class client_class(AsyncpgDBClient):  # noqa: N801  (the name that Tortoise looks for in an engine's module)
-    """Tortoise's client, but connected by the URL: its own parser knows neither `sslmode` nor unix sockets."""
+    """Tortoise's client, but connected by the URL, which its own parser does not understand (`sslmode`, unix sockets),
+    and with asyncpg's own errors where that fails."""
 
-    async def create_pool(self, **arguments: Any) -> asyncpg.Pool:
-        return await asyncpg.create_pool(arguments["url"], min_size=1, max_size=1, statement_cache_size=0)
+    async def create_connection(self, with_db: bool) -> None:
+        self._pool = await asyncpg.create_pool(self.extra["url"], min_size=1, max_size=1, **_OPTIONS)
+        await self._post_connect()

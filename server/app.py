@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,17 +16,22 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route, WebSocketRoute
 
-from models.database import Database
+from models.database import Database, Unavailable
+from models.migrate import check_schema
 from server.agents.load import open_agent
 from server.auth import Authenticator
+from server.configured import configured, explained
 from server.health import health_routes
 from server.node import Node
 from server.rest import rest_routes
 from server.settings import Settings
 from server.websocket import WebSocketEndpoint
 
+logger = logging.getLogger("anynode")
+
 # Clients that leave a draining node all at once would arrive elsewhere all at once.
 LEAVING_SECONDS: Final = 0.5
+CONTACT_PAUSE_SECONDS: Final = (0.1, 0.5)  # the first and the longest wait between attempts to find Postgres there
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -36,13 +42,22 @@ _PAGE_HEADERS = {
 
 
 class Anynode:
-    """All parts of a running node."""
+    """All parts of a running node. `running` ends by itself only when the node has failed, or, with ConfigurationError,
+    when a Postgres that came late cannot be used."""
 
-    def __init__(self, settings: Settings, database: Database, authenticator: Authenticator, node: Node) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        authenticator: Authenticator,
+        node: Node,
+        running: asyncio.Task[None],
+    ) -> None:
         self.settings = settings
         self.database = database
         self.authenticator = authenticator
         self.node = node
+        self.running = running
         self.websocket = WebSocketEndpoint(settings, node, authenticator)
 
     def app(self) -> Starlette:
@@ -67,22 +82,43 @@ class Anynode:
 
 @asynccontextmanager
 async def open_anynode(settings: Settings) -> AsyncIterator[Anynode]:
-    """A node with its database and agent. Raises ConfigurationError, or models.database.Unavailable."""
-    assert settings.database_url is not None
-    database = await Database.connect(settings.database_url, pool_max=settings.database_pool_max)
+    """A node with its database and agent; Postgres need not be there yet. Raises ConfigurationError."""
+    with explained():
+        url = configured(settings.database_url)
+        database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
     authenticator = Authenticator(settings)
     try:
+        try:
+            with explained():
+                await database.contact()
+        except Unavailable as error:
+            logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
         async with open_agent(settings) as agent:
             node = Node(settings, database, agent)
-            running = asyncio.create_task(node.run())
+            running = asyncio.create_task(_run(node, database))
             try:
-                yield Anynode(settings, database, authenticator, node)
+                yield Anynode(settings, database, authenticator, node, running)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))
     finally:
         await authenticator.close()
         await database.close()
+
+
+async def _run(node: Node, database: Database) -> None:
+    """Run the node from when Postgres is there."""
+    pause, longest = CONTACT_PAUSE_SECONDS
+    while True:
+        try:
+            with explained():
+                await database.contact()
+            break
+        except Unavailable:
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, longest)
+    logger.info("Postgres is there%s", ", behind a pooler" if database.is_pooled else "")
+    await node.run()
 
 
 def _page_routes() -> list[Route]:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 import platformdirs
 
-from models.migrate import migrate, missing_migrations
+from models.migrate import migrate
 from server.agents.load import check_agent
 from server.auth import make_token
 from server.chat import chat
@@ -73,9 +73,6 @@ def serve(stop_with_input: bool, quiet: bool) -> None:
     settings = read_settings(os.environ)
     check_for_production(settings)
     check_agent(settings.agent)
-    missing = on_database(settings.database_url, missing_migrations)
-    if missing:
-        raise ConfigurationError(f"the database's schema is behind ({', '.join(missing)}): run `anynode migrate`")
     listen(settings, stop_with_input=stop_with_input)
 
 

@@ -15,9 +15,8 @@ import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
-from models.database import Unavailable
 from server.app import Anynode, open_anynode
-from server.errors import CloseCode, ConfigurationError
+from server.errors import CloseCode
 from server.settings import Settings
 
 logger = logging.getLogger("anynode")
@@ -119,35 +118,33 @@ def listen(settings: Settings, *, stop_with_input: bool = False) -> None:
 
 
 async def _serve(settings: Settings, stop_with_input: bool) -> None:
-    try:
-        async with open_anynode(settings) as anynode:
-            config = uvicorn.Config(
-                anynode.app(),
-                host=settings.host,
-                port=settings.port,
-                ws=BoundedWebSocket,
-                http="httptools",
-                # A JSON string may need six bytes for one of its content.
-                ws_max_size=6 * settings.message_bytes_max + 16_384,
-                ws_per_message_deflate=False,
-                ws_ping_interval=KEEPALIVE_SECONDS,
-                ws_ping_timeout=KEEPALIVE_SECONDS,
-                timeout_graceful_shutdown=CLOSING_SECONDS,
-                access_log=False,
-                log_config=None,
-                lifespan="off",
-                server_header=False,
-            )
-            server = Server(config)
-            server.anynode = anynode
-            if stop_with_input:
-                asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _stop, server)
-            anynode.node.on_failure(server.exit_soon)
-            await server.serve()
-            if not anynode.node.is_running:
-                sys.exit(1)
-    except Unavailable as error:
-        raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+    async with open_anynode(settings) as anynode:
+        config = uvicorn.Config(
+            anynode.app(),
+            host=settings.host,
+            port=settings.port,
+            ws=BoundedWebSocket,
+            http="httptools",
+            # A JSON string may need six bytes for one of its content.
+            ws_max_size=6 * settings.message_bytes_max + 16_384,
+            ws_per_message_deflate=False,
+            ws_ping_interval=KEEPALIVE_SECONDS,
+            ws_ping_timeout=KEEPALIVE_SECONDS,
+            timeout_graceful_shutdown=CLOSING_SECONDS,
+            access_log=False,
+            log_config=None,
+            lifespan="off",
+            server_header=False,
+        )
+        server = Server(config)
+        server.anynode = anynode
+        if stop_with_input:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), _stop, server)
+        anynode.running.add_done_callback(lambda _: server.exit_soon())
+        await server.serve()
+        if anynode.running.done():
+            anynode.running.result()
+            sys.exit(1)
 
 
 def _spare_garbage_collection() -> None:

@@ -74,12 +74,11 @@ class Node:
         self._turns: dict[UUID, RunningTurn] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._take_over_soon = asyncio.Event()
-        self._tell_failure: Callable[[], None] = lambda: None
         # A node trusts a lease for less than it lasts: clocks drift, and the agent takes a moment to stop.
         self._trusted_seconds = settings.lease_seconds * 0.8
 
     async def run(self) -> None:
-        """Flush, beat and clean up until cancelled."""
+        """Flush, beat and clean up until cancelled; it ends by itself only when the node has failed for good."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._journal.run())
@@ -91,13 +90,8 @@ class Node:
                 group.create_task(self._delete_expired())
         except Exception:
             logger.critical("the node has failed and must be restarted", exc_info=True)
-            self._tell_failure()
         finally:
             self.is_running = False
-
-    def on_failure(self, tell: Callable[[], None]) -> None:
-        """Have `tell` called when the node has failed for good."""
-        self._tell_failure = tell
 
     # Messages.
 

@@ -83,6 +83,19 @@ class NodeProcess:
                 return float(line.split()[-1])
         return 0.0
 
+    def wait_until(self, path: str = "/readyz", *, within_seconds: float = 30.0) -> None:
+        """Wait until a GET succeeds."""
+        deadline = time.monotonic() + within_seconds
+        while True:
+            try:
+                if self.get(path)[0] == 200:
+                    return
+            except OSError:
+                pass
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"{path} does not succeed: {self.log.read_text()[-2000:]}")
+            time.sleep(0.03)
+
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
@@ -109,9 +122,14 @@ class NodeProcess:
 
 @contextmanager
 def running_node(
-    database_url: str, directory: Path, environment: Mapping[str, str] | None = None, *, port: int | None = None
+    database_url: str,
+    directory: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    port: int | None = None,
+    until: str = "/readyz",
 ) -> Iterator[NodeProcess]:
-    """A node that is ready; stopped, or killed where it does not stop, at the end."""
+    """A node that is ready, or whatever else `until` asks; stopped, or killed where it does not stop, at the end."""
     port = port or free_port()
     log = directory / f"node-{port}-{uuid.uuid4().hex[:6]}.log"
     inherited = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "LANG") if name in os.environ}
@@ -134,25 +152,12 @@ def running_node(
         )
     node = NodeProcess(process, port, log)
     try:
-        _wait_until_ready(node)
+        node.wait_until(until)
         yield node
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGCONT)
             node.stop()
-
-
-def _wait_until_ready(node: NodeProcess, within_seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + within_seconds
-    while True:
-        try:
-            if node.get("/readyz")[0] == 200:
-                return
-        except OSError:
-            pass
-        if node.process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError(f"the node is not ready: {node.log.read_text()[-2000:]}")
-        time.sleep(0.03)
 
 
 class Socket:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.database import BadDatabaseUrl, normalise_url
+from models.database import BadDatabaseUrl, normalise_url, says_pooled
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,24 @@ def test_parameters_of_other_clients_are_dropped(foreign: str) -> None:
     url = f"postgres://u:p@h/db?{foreign}&sslmode=require"
     assert normalise_url(url) == "postgresql://u:p@h/db?sslmode=require"
     assert normalise_url(f"postgres://u:p@h/db?{foreign}") == "postgresql://u:p@h/db"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "pooled"),
+    [
+        ("?pgbouncer=true", True),
+        ("?pgbouncer=True&connection_limit=1", True),
+        ("?sslmode=require&statement_cache_size=0", True),
+        ("", False),
+        ("?pgbouncer=false", False),
+        ("?pgbouncer=", False),
+        ("?statement_cache_size=100", False),
+        ("?statement_cache_size=", False),
+        ("#?pgbouncer=true", False),
+    ],
+)
+def test_a_url_may_say_that_there_is_a_pooler(parameters: str, pooled: bool) -> None:
+    assert says_pooled(f"postgres://u:p@h/db{parameters}") is pooled
 
 
 @pytest.mark.parametrize(
