@@ -120,6 +120,8 @@ class Database:
         try:
             async with asyncio.timeout(CONTACT_SECONDS_MAX):
                 await self._source.contact()
+                # The first turn should not have to wait for them.
+                await asyncio.gather(*(line.run("SELECT 1", (), CONTACT_SECONDS_MAX) for line in self._lines.values()))
         except UNAVAILABLE as error:
             if isinstance(error, ValueError):  # of a parameter or a certificate: waiting for the server does not help
                 raise
@@ -132,30 +134,35 @@ class Database:
 
     async def close(self) -> None:
         """Close all connections; what is still under way after 5 s is cut."""
-        for line in self._lines.values():
+
+        async def close(line: Line) -> None:
             try:
                 async with asyncio.timeout(5):
                     await line.close()
             except TimeoutError:
                 line.terminate()
 
+        await asyncio.gather(*(close(line) for line in self._lines.values()))
+
     async def fetch(
         self,
         name: str,
         *arguments: Any,
         within_seconds: float = 5.0,
+        attempt_seconds: float = ATTEMPT_SECONDS_MAX,
         line: Literal["requests", "journal", "beat", "watch"] = "requests",
     ) -> list[asyncpg.Record]:
         """Run the named statement, again and again while the server is away. Raises Unavailable after `within_seconds`.
 
-        The outcome of a failed attempt is unknown, so the statement must be one that may be repeated.
+        An attempt is given up after `attempt_seconds`, and its connection with it. The outcome of a failed attempt is
+        unknown, so the statement must be one that may be repeated.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + within_seconds
         pause = _BACKOFF_SECONDS[0]
         while True:
             try:
-                return await self._lines[line].run(query(name), arguments, min(deadline - now(), ATTEMPT_SECONDS_MAX))
+                return await self._lines[line].run(query(name), arguments, min(deadline - now(), attempt_seconds))
             except UNAVAILABLE as error:
                 if deadline - now() <= pause:
                     raise _unavailable(error) from error

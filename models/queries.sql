@@ -117,14 +117,16 @@ ORDER BY w.number, e.seq;
 -- name: watch
 -- What a node must hear of: its turns that are to be cancelled, and the conversations in which turns have begun since
 -- an earlier watch, whose horizon is $2 (null: none). All transactions before a horizon have ended, so that none is
--- ever missed; some are told of twice.
+-- ever missed; some are told of twice. Rows that another cluster has written, before a restore, may be of the future.
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
        ARRAY(SELECT id FROM turns WHERE node = $1 AND status = 'running' AND cancel_requested_at IS NOT NULL)
            AS cancelled,
        changed.ids, changed.last_seqs
 FROM (
     SELECT array_agg(c.id) AS ids, array_agg(c.last_seq) AS last_seqs
-    FROM (SELECT id, last_seq FROM conversations WHERE changed_xid >= $2 ORDER BY changed_xid DESC LIMIT $3) c
+    FROM (SELECT id, last_seq FROM conversations
+          WHERE changed_xid >= $2 AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+          ORDER BY changed_xid DESC LIMIT $3) c
 ) changed;
 
 -- name: snapshot
@@ -168,15 +170,25 @@ FROM mine WHERE t.id = mine.id
 RETURNING t.id, t.cancel_requested_at IS NOT NULL AS cancel_requested;
 
 -- name: release
--- Give up the leases of turns that cannot be finished here, so that another node need not wait for them to lapse.
-UPDATE turns t SET lease_expires_at = clock_timestamp()
-FROM unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch)
-WHERE t.id = c.turn_id AND t.epoch = c.epoch AND t.status = 'running';
+-- Hand over turns that cannot be finished here: other nodes need not wait for the leases to lapse.
+WITH mine AS (
+    SELECT t.id FROM turns t JOIN unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch) ON t.id = c.turn_id
+    WHERE t.epoch = c.epoch AND t.status = 'running'
+    ORDER BY t.id
+    FOR NO KEY UPDATE OF t
+)
+UPDATE turns t SET lease_expires_at = '-infinity' FROM mine WHERE t.id = mine.id;
 
 -- name: take_over
--- ($1 node, $2 seconds of lease, $3 turns, $4 attempts, $5 whether the agent can continue, $6 messages of history)
+-- ($1 node, $2 its turns, $3 seconds of lease, $4 turns, $5 attempts, $6 whether the agent can continue)
 -- See models/migrations.
 SELECT * FROM anynode_take_over($1, $2, $3, $4, $5, $6);
+
+-- name: history
+-- What an agent needs of a conversation, as an admission returns it.
+SELECT coalesce((SELECT m.content FROM messages m WHERE m.conversation_id = c.id AND m.position = 1
+                 AND m.role = 'system'), c.system_prompt) AS system_prompt, h.*
+FROM conversations c CROSS JOIN LATERAL anynode_history(c.id, $2) h WHERE c.id = $1;
 
 -- name: request_cancel
 -- Ask the node that runs the turn to stop it. No row: not your conversation; a null id: no such turn in it.

@@ -57,10 +57,10 @@ def visible(messages: Sequence[AnySpoken]) -> Sequence[AnySpoken]:
     """What an agent sees of `messages` (in order): beginning with a user's, without superseded answers, and
     without the turns that were cancelled or failed before they said anything (their questions included)."""
     silent = {
-        message.turn_id
-        for message in messages
-        if message.role == "assistant" and not message.content and message.status in (CANCELLED, FAILED)
+        m.turn_id for m in messages if m.role == "assistant" and not m.content and m.status in (CANCELLED, FAILED)
     }
+    if silent:  # an empty end may come after tools that have done something
+        silent -= {m.turn_id for m in messages if m.role == "tool" or (m.role == "assistant" and m.content)}
     kept: Sequence[AnySpoken] = messages
     if silent or any(message.status == SUPERSEDED for message in messages):
         kept = [m for m in messages if m.status != SUPERSEDED and (m.turn_id is None or m.turn_id not in silent)]

@@ -62,13 +62,15 @@ class Message(Model):
 
 
 class Turn(Model):
-    """A turn and its lease; `first_seq` is null once its events have been deleted."""
+    """A turn and its lease; `first_seq` is null once its events have been deleted; `attempts` counts the nodes that
+    died of it, and is not `epoch`, which counts its owners."""
 
     id = fields.UUIDField(primary_key=True)
     conversation_id = fields.UUIDField()
     status = fields.TextField()
     node = fields.TextField()
     epoch = fields.IntField()
+    attempts = fields.IntField()
     lease_expires_at = fields.DatetimeField()
     cancel_requested_at = fields.DatetimeField(null=True)
     first_seq = fields.BigIntField(null=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from models.conversations import StoredMessage, history_of
 from models.database import Database
 
 
@@ -23,8 +22,7 @@ class TakenTurn:
     text: str
     journal: Sequence[tuple[str, str]]
     cancel_requested: bool
-    system_prompt: str | None
-    history: Sequence[StoredMessage]
+    is_exhausted: bool  # too many nodes have died of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ async def renew_leases(
         list(claims.values()),
         lease_seconds,
         within_seconds=within_seconds,
+        attempt_seconds=max(0.5, within_seconds / 4),  # one silent connection must not cost the leases
         line="beat",
     )
     return {row["id"]: row["cancel_requested"] for row in rows}
@@ -68,15 +67,17 @@ async def take_over(
     database: Database,
     *,
     node: str,
+    known: Collection[UUID],
     lease_seconds: float,
     limit: int,
     max_attempts: int,
     can_continue: bool,
-    history_messages_max: int,
+    within_seconds: float,
 ) -> list[TakenTurn]:
-    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch. Raises Unavailable."""
-    arguments = (node, lease_seconds, limit, max_attempts, can_continue, history_messages_max)
-    rows = await database.fetch("take_over", *arguments, within_seconds=2.0, line="beat")
+    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch; and those that are its own
+    already, but not `known` to it. Not on the beat's line: renewals must not wait for it. Raises Unavailable."""
+    arguments = (node, list(known), lease_seconds, limit, max_attempts, can_continue)
+    rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds)
     return [
         TakenTurn(
             turn_id=row["turn_id"],
@@ -87,8 +88,7 @@ async def take_over(
             text=row["text"],
             journal=list(zip(row["types"] or (), row["payloads"] or (), strict=True)),
             cancel_requested=row["cancel_requested"],
-            system_prompt=row["system_prompt"],
-            history=history_of(row),
+            is_exhausted=row["is_exhausted"],
         )
         for row in rows
     ]
@@ -105,4 +105,4 @@ async def request_cancel(
 
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:
     """Delete the events of at most `limit` turns that ended longer ago than that. Returns how many turns."""
-    return len(await database.fetch("delete_expired_events", retention_seconds, limit, line="beat"))
+    return len(await database.fetch("delete_expired_events", retention_seconds, limit))

@@ -68,8 +68,8 @@ class Client:
 
     async def __aexit__(self, *exception: object) -> None:
         if self._connection is not None and self._reader is not None:
+            self._reader.cancel()  # it may be waiting for room in the inbox
             await self._connection.close()
-            await asyncio.wait((self._reader,))
 
     async def send(
         self,
@@ -250,8 +250,9 @@ def _ending_in(snapshot: Frame, turn_id: str) -> Frame | None:
         return None
     for message in reversed(snapshot["messages"]):
         if message["turn_id"] == turn_id and message["role"] == "assistant":
+            status = "completed" if message["status"] == "superseded" else message["status"]
             return {
-                "type": f"turn.{message['status']}",
+                "type": f"turn.{status}",
                 "conversation_id": snapshot["conversation_id"],
                 "seq": snapshot["seq"],
                 "turn_id": turn_id,

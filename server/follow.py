@@ -35,12 +35,13 @@ class Log:
     """The committed events of a turn from `first_seq` on, without a gap; `is_over` when none will follow here.
     `over_at` then says at which of its channel's changes, if all that was committed is here."""
 
-    __slots__ = ("events", "first_seq", "is_over", "over_at")
+    __slots__ = ("events", "first_seq", "is_doubtful", "is_over", "over_at")
 
     def __init__(self, first_seq: int, events: Sequence[Event] = ()) -> None:
         self.events = list(events)
         self.first_seq = first_seq
         self.is_over = False
+        self.is_doubtful = False  # something may have been missed since it began
         self.over_at = -1
 
     @property
@@ -133,7 +134,7 @@ class Follows:
             channel.log = None
         channel.wake()
         if is_whole:
-            if channel.heard_seq <= log.last_seq:  # else the next turn has begun already
+            if channel.heard_seq <= log.last_seq and not log.is_doubtful:  # else the next turn may have begun already
                 log.over_at = channel.changes
             channel.heard_seq = max(channel.heard_seq, log.last_seq)
         self._drop_if_unused(conversation_id, channel)
@@ -152,6 +153,8 @@ class Follows:
         """Anything may have happened in the meantime, also that Postgres has lost something."""
         for channel in self._channels.values():
             channel.heard_seq = 0
+            if channel.log is not None:
+                channel.log.is_doubtful = True
             channel.wake()
 
     async def read_remote(self, on_lapsed: Callable[[], object]) -> None:
@@ -177,9 +180,9 @@ class Follows:
                 for conversation_id, log in logs.items():
                     # Its followers read by themselves, and tell their clients what is wrong.
                     self.end_log(conversation_id, log, is_whole=False)
-                continue
-            for conversation_id, log in logs.items():
-                self._take(conversation_id, log, readings[conversation_id])
+                readings = {}
+            for conversation_id, reading in readings.items():
+                self._take(conversation_id, logs[conversation_id], reading)
             if any(reading.has_lapsed for reading in readings.values()):
                 on_lapsed()
             took = now() - started
@@ -204,6 +207,7 @@ class Follows:
     def _open_remote(self, conversation_id: UUID, channel: Channel, cursor: int) -> None:
         channel.log = self._remote[conversation_id] = Log(cursor + 1)
         self._has_remote.set()
+        channel.wake()  # whoever has read less than the log begins with must read on
 
     # Followers.
 

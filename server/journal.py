@@ -25,7 +25,6 @@ logger = logging.getLogger("anynode.journal")
 # From so many running turns on, what is urgent keeps the full interval's distance from the previous flush; with
 # fewer, a proportion of it. So urgency costs nothing alone and cannot raise the number of statements in a crowd.
 URGENT_TURNS: Final = 100
-ATTEMPT_SECONDS: Final = 5.0
 
 OnCommitted = Callable[[Sequence[Event], bool], None]
 
@@ -130,9 +129,10 @@ class TurnJournal:
 class Journal:
     """The buffer of a node and the one task that flushes it."""
 
-    def __init__(self, database: Database, *, flush_interval_seconds: float) -> None:
+    def __init__(self, database: Database, *, flush_interval_seconds: float, attempt_seconds: float) -> None:
         self._database = database
         self._interval = flush_interval_seconds
+        self._attempt_seconds = attempt_seconds  # then another connection is tried
         self._loop = asyncio.get_running_loop()
         self._dirty: list[TurnJournal] = []
         self._open = 0
@@ -196,10 +196,10 @@ class Journal:
         while batch := [(turn, entry) for turn, entry in batch if not turn.is_lost]:
             entries = [entry for _, entry in batch]
             try:
-                refused = await flush(self._database, entries, within_seconds=ATTEMPT_SECONDS)
+                refused = await flush(self._database, entries, within_seconds=self._attempt_seconds)
                 if refused:
                     claims = {entry.turn_id: entry.epoch for entry in entries if entry.turn_id in refused}
-                    refused -= await ended_under(self._database, claims, within_seconds=ATTEMPT_SECONDS)
+                    refused -= await ended_under(self._database, claims, within_seconds=self._attempt_seconds)
             except Unavailable as error:
                 # A turn leaves the batch when its lease has run out by this node's own clock.
                 logger.warning("a flush of %d turns waits for Postgres: %s", len(batch), error)

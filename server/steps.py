@@ -25,6 +25,16 @@ class Step:
         """All of its text."""
         return "".join(self.texts)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has called tools, and all of them have answered; what comes then is the next step."""
+        return 0 < len(self.calls) <= len(self.results)
+
+    def cut(self) -> None:
+        """Forget the calls that have no answer, so that what is left is complete."""
+        answered = {result.tool_call_id for result in self.results}
+        self.calls = [call for call in self.calls if call.tool_call_id in answered]
+
 
 def tool_calls_json(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
     """The calls as a message has them."""
@@ -61,21 +71,19 @@ def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
     def complete() -> None:
         nonlocal step
         if step.results:
-            answered = {result.tool_call_id for result in step.results}
-            step.calls = [call for call in step.calls if call.tool_call_id in answered]
+            step.cut()
             steps.append(step)
             step = Step()
 
     for type, payload in journal:
         value = msgspec.json.decode(payload)
-        is_answered = len(step.results) >= len(step.calls)
         match type:
             case "turn.delta":
-                if is_answered:
+                if step.is_complete:
                     complete()
                 step.texts.append(value["text"])
             case "turn.tool_call":
-                if is_answered:
+                if step.is_complete:
                     complete()
                 step.calls.append(ToolCall(value["tool_call_id"], value["tool_name"], value["arguments"]))
             case "turn.tool_result":

@@ -12,7 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, assert_never
+from typing import Final, TypeVar, assert_never
+
+import msgspec
 
 from models.events import Ending, NewMessage
 from models.ids import uuid7
@@ -30,6 +32,8 @@ from server.steps import Step, tool_calls_json
 logger = logging.getLogger("anynode.turn")
 
 LETTING_GO_SECONDS: Final = 5.0  # how long an agent may take to let go of what it holds
+AnyToolEvent = TypeVar("AnyToolEvent", ToolCall, ToolResult)
+
 YIELD_EVERY: Final = 64  # events after which an agent that never waits lets the other turns run
 
 
@@ -141,22 +145,21 @@ class RunningTurn:
             case TextDelta(text):
                 self._hear_text(text)
             case ToolCall():
-                call = ToolCall(clean(event.tool_call_id), clean(event.tool_name), clean(dict(event.arguments)))
-                self._said.step.calls.append(call)
+                call = _storable(event)
                 payload = encode(call)
+                self._begin_step()
                 if self._count(payload):
+                    self._said.step.calls.append(call)
                     self.journal.add_event("turn.tool_call", payload)
             case ToolResult():
-                result = ToolResult(
-                    clean(event.tool_call_id), clean(event.tool_name), clean(event.content), event.is_error
-                )
-                self._said.step.results.append(result)
-                if not self._count(result.content):
-                    return
-                self.journal.add_event("turn.tool_result", encode(result))
+                result = _storable(event)
+                if all(call.tool_call_id != result.tool_call_id for call in self._said.step.calls):
+                    raise ValueError(f"a result of a tool that was not called: {result.tool_call_id!r}")
+                if self._count(result.content):
+                    self._said.step.results.append(result)
+                    self.journal.add_event("turn.tool_result", encode(result))
             case StepEnd():
-                if self._said.step.calls:
-                    self._complete_step()
+                self._begin_step()
             case Usage():
                 self._usage = event if self._usage is None else _sum(self._usage, event)
             case _:
@@ -166,6 +169,7 @@ class RunningTurn:
         text = self._cleaner.clean(text)
         if not text:
             return
+        self._begin_step()
         if self._count(text):
             self._said.step.texts.append(text)
             self.journal.add_text(text, is_urgent=not self._has_spoken)
@@ -178,6 +182,11 @@ class RunningTurn:
             return True
         self.fail(f"The answer is longer than {self._answer_bytes_max} bytes (ANSWER_BYTES_MAX).")
         return False
+
+    def _begin_step(self) -> None:
+        """What comes next belongs to another step, if this one is complete."""
+        if self._said.step.is_complete:
+            self._complete_step()
 
     def _complete_step(self) -> None:
         said, step = self._said, self._said.step
@@ -215,7 +224,8 @@ class RunningTurn:
             if self._stopped.done():  # the rest was too much
                 return
         said = self._said
-        if said.step.calls and len(said.step.results) == len(said.step.calls):
+        if said.step.results:
+            said.step.cut()
             self._complete_step()
         message = self._message("assistant", said.step.text, status)
         said.messages.append(message)
@@ -257,6 +267,12 @@ class RunningTurn:
             self.fail(f"The agent said nothing for {self._timeout_seconds:g} seconds.", retryable=True)
         else:
             self._watchdog = self._loop.call_later(self._timeout_seconds - silent_seconds, self._check_progress)
+
+
+def _storable(event: AnyToolEvent) -> AnyToolEvent:
+    """The event as Postgres can hold it. Raises msgspec.ValidationError where a field is of a wrong kind, which Structs
+    do not check by themselves."""
+    return msgspec.convert(clean(msgspec.structs.asdict(event)), type(event))
 
 
 def _sum(one: Usage, other: Usage) -> Usage:

@@ -32,8 +32,9 @@ async def script(turn: Turn) -> AsyncIterator[AgentEvent]:
             case "huge":
                 yield TextDelta(arguments[0] * arguments[1])
             case "paced":
+                text = arguments[1].replace("{attempt}", str(turn.attempt))
                 for number in range(arguments[0]):
-                    yield TextDelta(arguments[1].replace("{number}", str(number)))
+                    yield TextDelta(text.replace("{number}", str(number)))
                     await asyncio.sleep(arguments[2])
             case "call":
                 yield ToolCall(*arguments)
@@ -50,14 +51,19 @@ async def script(turn: Turn) -> AsyncIterator[AgentEvent]:
             case "gate":
                 await _wait_for(_directory() / arguments[0])
             case "mark":
-                with (_directory() / arguments[0]).open("a") as file:
-                    file.write(f"{turn.attempt}\n")
+                _mark(arguments[0], turn)
             case "raise":
                 raise ValueError(arguments[0])
             case "agent_error":
                 raise AgentError(arguments[0], retryable=arguments[1])
             case "hang":
                 await asyncio.Event().wait()
+            case "stuck":  # in these attempts: hang, and mark that it is cancelled
+                if turn.attempt in arguments[1:]:
+                    try:
+                        await asyncio.Event().wait()
+                    finally:
+                        _mark(arguments[0], turn)
             case "hold":  # in these attempts: hang up to a gate, and do not let go when cancelled
                 while turn.attempt in arguments[1:] and not (_directory() / arguments[0]).exists():
                     try:
@@ -84,6 +90,11 @@ async def script(turn: Turn) -> AsyncIterator[AgentEvent]:
 
 def _directory() -> Path:
     return Path(os.environ[DIRECTORY])
+
+
+def _mark(name: str, turn: Turn) -> None:
+    with (_directory() / name).open("a") as file:
+        file.write(f"{turn.attempt}\n")
 
 
 async def _wait_for(path: Path) -> None:

@@ -5,14 +5,39 @@ from tortoise.migrations.operations import RunSQL
 
 # `changed_xid` is the transaction that last began a turn: whoever has seen all transactions before a
 # snapshot's xmin finds every later change by this index, in whatever order they commit.
-# The second index holds next to nothing: turns that run and have been asked to stop.
+# The second index holds next to nothing: turns that run and have been asked to stop. `attempts` counts the nodes that
+# have died of a turn; a node that hands its turns over does not count, so it is not the epoch.
 COLUMNS = """
 ALTER TABLE conversations ADD COLUMN changed_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
 CREATE INDEX conversations_changed ON conversations (changed_xid);
+ALTER TABLE turns ADD COLUMN attempts integer NOT NULL DEFAULT 1;
 CREATE INDEX turns_to_cancel ON turns (node) WHERE status = 'running' AND cancel_requested_at IS NOT NULL;
 """
 
-# The function of 0001, which now keeps `changed_xid`, and tells who is busy the turn that runs.
+# The function of 0001, without superseded messages: they would push others out.
+HISTORY = """
+CREATE OR REPLACE FUNCTION anynode_history(
+    p_conversation_id uuid, p_messages_max integer,
+    OUT roles text[], OUT contents text[], OUT statuses text[], OUT turn_ids uuid[],
+    OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
+) LANGUAGE plpgsql STABLE AS $function$
+BEGIN
+    SELECT array_agg(h.role), array_agg(h.content),
+           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.status) END,
+           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.turn_id) END,
+           CASE WHEN bool_or(h.tool_calls IS NOT NULL) THEN array_agg(h.tool_calls) END,
+           CASE WHEN bool_or(h.tool_name IS NOT NULL) THEN array_agg(h.tool_name) END,
+           CASE WHEN bool_or(h.tool_call_id IS NOT NULL) THEN array_agg(h.tool_call_id) END
+    INTO roles, contents, statuses, turn_ids, tool_calls, tool_names, tool_call_ids
+    FROM (SELECT m.role, m.content, m.status, m.turn_id, m.tool_calls, m.tool_name, m.tool_call_id
+          FROM messages m WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
+          ORDER BY m.position DESC LIMIT p_messages_max) h;
+END
+$function$;
+"""
+
+# The function of 0001, which now may meet its own first attempt while that commits, keeps `changed_xid`, and tells who
+# is busy the turn that runs.
 ADMIT = """
 CREATE OR REPLACE FUNCTION anynode_admit(
     p_user_id text, p_conversation_id uuid, p_new_conversation_id uuid, p_title text,
@@ -32,6 +57,7 @@ DECLARE
     v_system_prompt text;
     v_last_role text;
     v_is_admitted boolean := false;
+    v_is_repeated boolean := false;
 BEGIN
     IF v_conversation_id IS NOT NULL THEN
         SELECT c.last_seq, c.system_prompt INTO v_seq, v_system_prompt
@@ -52,7 +78,9 @@ BEGIN
             v_conversation_id := p_new_conversation_id;
             INSERT INTO users (id) VALUES (p_user_id) ON CONFLICT DO NOTHING;
             INSERT INTO conversations (id, user_id, title, created_at, updated_at)
-            VALUES (v_conversation_id, p_user_id, p_title, p_created_at, p_created_at);
+            VALUES (v_conversation_id, p_user_id, p_title, p_created_at, p_created_at)
+            ON CONFLICT (id) DO NOTHING;
+            v_is_repeated := NOT FOUND;
         ELSE
             SELECT t.id INTO anynode_admit.turn_id
             FROM turns t WHERE t.conversation_id = v_conversation_id AND t.status = 'running';
@@ -73,13 +101,16 @@ BEGIN
             END IF;
         END IF;
 
-        INSERT INTO messages
-            (id, conversation_id, user_id, client_id, position, role, content, turn_id, status, created_at)
-        VALUES (p_message_id, v_conversation_id, p_user_id, p_client_id, v_position + 1, 'user', p_content, p_turn_id,
-                'completed', p_created_at)
-        ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO NOTHING;
+        IF NOT v_is_repeated THEN
+            INSERT INTO messages
+                (id, conversation_id, user_id, client_id, position, role, content, turn_id, status, created_at)
+            VALUES (p_message_id, v_conversation_id, p_user_id, p_client_id, v_position + 1, 'user', p_content,
+                    p_turn_id, 'completed', p_created_at)
+            ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO NOTHING;
+            v_is_admitted := FOUND;
+        END IF;
 
-        IF FOUND THEN
+        IF v_is_admitted THEN
             INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at)
             VALUES (p_turn_id, v_conversation_id, 'running', p_node, 1,
                     clock_timestamp() + make_interval(secs => p_lease_seconds), v_seq + 1, p_created_at);
@@ -89,13 +120,12 @@ BEGIN
             UPDATE conversations
             SET last_seq = v_seq + 2, updated_at = p_created_at, changed_xid = pg_current_xact_id()::text::bigint
             WHERE id = v_conversation_id;
-            v_is_admitted := true;
             anynode_admit.conversation_id := v_conversation_id;
             anynode_admit.turn_id := p_turn_id;
             first_seq := v_seq + 1;
         ELSE
             -- The same message was admitted at the same instant elsewhere; it is committed by now.
-            IF p_conversation_id IS NULL THEN
+            IF p_conversation_id IS NULL AND NOT v_is_repeated THEN
                 DELETE FROM conversations WHERE id = v_conversation_id;
             END IF;
             SELECT m.conversation_id, m.turn_id INTO anynode_admit.conversation_id, anynode_admit.turn_id
@@ -209,18 +239,17 @@ $function$;
 
 # Turns whose lease has run out become a node's, under the next epoch; `turn.restarted` commits with it. What stands of
 # a turn is what was said up to its last tool result, for then a step was complete; all of it where the agent
-# continues, or where the turn is only to be ended.
+# continues, or where the turn is only to be ended. Also taken are the node's own that it does not know of, and so has
+# not renewed for two beats: the answer that would have told it was lost. A turn that was handed over is no new attempt.
 # A function: the journal must be read after the turn is locked, when the old owner can append no more, and inside a
 # function every statement takes a new snapshot.
 TAKE_OVER = """
 CREATE FUNCTION anynode_take_over(
-    p_node text, p_lease_seconds double precision, p_turns_max integer, p_attempts_max integer,
-    p_can_continue boolean, p_history_messages_max integer
+    p_node text, p_known uuid[], p_lease_seconds double precision, p_turns_max integer, p_attempts_max integer,
+    p_can_continue boolean
 ) RETURNS TABLE (
-    turn_id uuid, conversation_id uuid, user_id text, epoch integer, cancel_requested boolean,
-    seq bigint, text text, types text[], payloads jsonb[], system_prompt text,
-    roles text[], contents text[], statuses text[], turn_ids uuid[],
-    tool_calls jsonb[], tool_names text[], tool_call_ids text[]
+    turn_id uuid, conversation_id uuid, user_id text, epoch integer, cancel_requested boolean, is_exhausted boolean,
+    seq bigint, text text, types text[], payloads jsonb[]
 ) LANGUAGE plpgsql AS $function$
 #variable_conflict use_column
 DECLARE
@@ -228,9 +257,13 @@ DECLARE
     v_stands_to bigint;
 BEGIN
     FOR v_turn IN
-        SELECT t.id, t.conversation_id, t.epoch + 1 AS epoch, t.first_seq, t.cancel_requested_at
+        SELECT t.id, t.conversation_id, t.node, t.epoch + 1 AS epoch, t.first_seq, t.cancel_requested_at,
+               t.attempts + CASE WHEN t.lease_expires_at = '-infinity' THEN 0 ELSE 1 END AS attempts
         FROM turns t
-        WHERE t.status = 'running' AND t.lease_expires_at < clock_timestamp()
+        WHERE t.status = 'running'
+            AND (t.lease_expires_at < clock_timestamp()
+                OR (t.node = p_node AND NOT t.id = ANY (p_known)
+                    AND t.lease_expires_at < clock_timestamp() + make_interval(secs => p_lease_seconds * 0.6)))
         ORDER BY t.id LIMIT p_turns_max
         FOR NO KEY UPDATE SKIP LOCKED
     LOOP
@@ -238,14 +271,15 @@ BEGIN
         conversation_id := v_turn.conversation_id;
         epoch := v_turn.epoch;
         cancel_requested := v_turn.cancel_requested_at IS NOT NULL;
+        is_exhausted := v_turn.attempts > p_attempts_max;
         UPDATE turns t
-        SET node = p_node, epoch = v_turn.epoch,
+        SET node = p_node, epoch = v_turn.epoch, attempts = v_turn.attempts,
             lease_expires_at = clock_timestamp() + make_interval(secs => p_lease_seconds)
         WHERE t.id = v_turn.id;
+        SELECT c.user_id INTO anynode_take_over.user_id FROM conversations c WHERE c.id = v_turn.conversation_id;
 
         SELECT max(e.seq) + 1, max(e.seq) FILTER (
-                   WHERE e.type = 'turn.tool_result' OR p_can_continue OR cancel_requested
-                       OR v_turn.epoch > p_attempts_max)
+                   WHERE e.type = 'turn.tool_result' OR p_can_continue OR cancel_requested OR is_exhausted)
         INTO anynode_take_over.seq, v_stands_to
         FROM events e WHERE e.conversation_id = v_turn.conversation_id AND e.seq >= v_turn.first_seq;
 
@@ -262,16 +296,6 @@ BEGIN
         INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
         VALUES (v_turn.conversation_id, anynode_take_over.seq, v_turn.id, v_turn.epoch, 'turn.restarted',
                 jsonb_build_object('epoch', v_turn.epoch, 'text', anynode_take_over.text));
-
-        SELECT c.user_id, coalesce((
-                   SELECT m.content FROM messages m
-                   WHERE m.conversation_id = c.id AND m.position = 1 AND m.role = 'system'), c.system_prompt)
-        INTO anynode_take_over.user_id, anynode_take_over.system_prompt
-        FROM conversations c WHERE c.id = v_turn.conversation_id;
-        SELECT h.* INTO anynode_take_over.roles, anynode_take_over.contents, anynode_take_over.statuses,
-            anynode_take_over.turn_ids, anynode_take_over.tool_calls, anynode_take_over.tool_names,
-            anynode_take_over.tool_call_ids
-        FROM anynode_history(v_turn.conversation_id, p_history_messages_max) h;
         RETURN NEXT;
     END LOOP;
 END
@@ -284,7 +308,12 @@ class Migration(Migration):  # type: ignore[no-redef]
 
     dependencies = [("models", "0001_initial")]  # noqa: RUF012
     operations = [  # noqa: RUF012
-        RunSQL(COLUMNS, reverse_sql="DROP INDEX turns_to_cancel; ALTER TABLE conversations DROP COLUMN changed_xid"),
+        RunSQL(
+            COLUMNS,
+            reverse_sql="DROP INDEX turns_to_cancel; ALTER TABLE turns DROP COLUMN attempts; "
+            "ALTER TABLE conversations DROP COLUMN changed_xid",
+        ),
+        RunSQL(HISTORY),
         RunSQL(ADMIT),
         RunSQL(REGENERATE, reverse_sql="DROP FUNCTION anynode_regenerate"),
         RunSQL(TAKE_OVER, reverse_sql="DROP FUNCTION anynode_take_over"),
