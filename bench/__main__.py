@@ -1,4 +1,4 @@
-"""`anynode bench`: the product and the floor in turn, and the ratio."""
+"""`anynode bench`: the product and the floor in turn, and the ratio; or the product alone, under faults."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Final
 
 import click
 import uvloop
 
+from bench.faults import CONVERSATIONS, FAULTS
+from bench.faults import DEFAULT as DEFAULT_FAULTS
+from bench.faults import QUICK as QUICK_FAULTS
+from bench.faults import Scale as FaultScale
 from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
@@ -52,12 +56,24 @@ class Progress:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, metavar="[NAME]…", type=click.Choice(list(MEASURES)))
-@click.option("--rounds", type=click.IntRange(1, 100), help="Rounds of each measure.  [default: 5; with --quick 1]")
+@click.option(
+    "--fault",
+    "faults",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice([*FAULTS, "all"]),
+    help=f"Measure the product alone instead, several nodes under faults: {', '.join(FAULTS)}, or all. Repeatable.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 100),
+    help=f"Rounds of each measure.  [default: {DEFAULT.rounds}, faults {DEFAULT_FAULTS.rounds}; with --quick 1]",
+)
 @click.option("--quick", is_flag=True, help="Less of everything: does it work, and roughly how well?")
-def bench(names: Sequence[str], rounds: int | None, quick: bool) -> None:
+def bench(names: Sequence[str], faults: Sequence[str], rounds: int | None, quick: bool) -> None:
     """Measure this product and the floor in turn: turn_cpu, first_token, idle, flush; all of them by default."""
-    scale = QUICK if quick else DEFAULT
-    scale = dataclasses.replace(scale, rounds=rounds or scale.rounds)
+    if names and faults:
+        raise click.UsageError("either NAME or --fault")
     _raise_file_limit()
     directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
     try:
@@ -66,7 +82,15 @@ def bench(names: Sequence[str], rounds: int | None, quick: bool) -> None:
             embedded_postgres(directory / "postgres") as postgres,
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
         ):
-            failures = runner.run(_run(Bench(postgres, directory), list(names) or list(MEASURES), scale))
+            bench = Bench(postgres, directory)
+            if faults:
+                fault_scale = QUICK_FAULTS if quick else DEFAULT_FAULTS
+                fault_scale = dataclasses.replace(fault_scale, rounds=rounds or fault_scale.rounds)
+                failures = runner.run(_alone(bench, list(FAULTS) if "all" in faults else faults, fault_scale))
+            else:
+                scale = QUICK if quick else DEFAULT
+                scale = dataclasses.replace(scale, rounds=rounds or scale.rounds)
+                failures = runner.run(_compared(bench, list(names) or list(MEASURES), scale))
     except ConfigurationError as error:
         raise click.ClickException(str(error)) from error
     finally:
@@ -75,12 +99,9 @@ def bench(names: Sequence[str], rounds: int | None, quick: bool) -> None:
         raise click.ClickException(f"{failures} of the measurements failed and are not in the table")
 
 
-async def _run(bench: Bench, names: Sequence[str], scale: Scale) -> int:
-    """Measure and print; returns how many measurements failed."""
-    # A server must not outlive the benchmark: SIGTERM unwinds it as Ctrl-C does.
-    this = asyncio.current_task()
-    assert this is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
+async def _compared(bench: Bench, names: Sequence[str], scale: Scale) -> int:
+    """Measure beside the floor and print; returns how many measurements failed."""
+    _end_at_sigterm()
     progress = Progress(1 + scale.rounds * len(names) * len(SIDES))
     progress.step("seeding")
     await bench.prepare(scale.conversations)
@@ -91,7 +112,7 @@ async def _run(bench: Bench, names: Sequence[str], scale: Scale) -> int:
             both = {}
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 progress.step(f"round {number + 1}: {name}, {side}")
-                both[side] = await _measure(bench, name, side, scale)
+                both[side] = await _measure(bench, f"{name} of the {side}", MEASURES[name](bench, side, scale))
             if None in both.values():  # a ratio needs both sides in the same round
                 failures += 1
                 continue
@@ -102,16 +123,44 @@ async def _run(bench: Bench, names: Sequence[str], scale: Scale) -> int:
     return failures
 
 
-async def _measure(bench: Bench, name: str, side: Side, scale: Scale) -> list[Figure] | None:
+async def _alone(bench: Bench, names: Sequence[str], scale: FaultScale) -> int:
+    """Measure the product under faults and print; returns how many measurements failed."""
+    _end_at_sigterm()
+    progress = Progress(1 + scale.rounds * len(names))
+    progress.step("seeding")
+    await bench.prepare(CONVERSATIONS, ("product",))
+    found: dict[str, list[list[Figure]]] = {name: [] for name in names}
+    failures = 0
+    for number in range(scale.rounds):
+        for name in names:
+            progress.step(f"round {number + 1}: {name}")
+            figures = await _measure(bench, name, FAULTS[name](bench, scale))
+            if figures is None:
+                failures += 1
+            else:
+                found[name].append(figures)
+    progress.clear()
+    click.echo(table({name: lines(found[name], []) for name in names}, has_floor=False))
+    return failures
+
+
+async def _measure(bench: Bench, name: str, measuring: Awaitable[list[Figure]]) -> list[Figure] | None:
     gc.collect()
     figures = None
     try:
-        figures = await MEASURES[name](bench, side, scale)
+        figures = await measuring
     except* (LoadError, OSError) as errors:  # a timeout is an OSError too
         error = _first(errors)
         reason = str(error)[:REASON_SHOWN_MAX] or type(error).__name__
-        click.echo(f"\n{name} of the {side} failed: {reason}\n{bench.log()[:LOG_SHOWN_MAX]}", err=True)
+        click.echo(f"\n{name} failed: {reason}\n{bench.log()[:LOG_SHOWN_MAX]}", err=True)
     return figures
+
+
+def _end_at_sigterm() -> None:
+    # A server must not outlive the benchmark: SIGTERM unwinds it as Ctrl-C does.
+    this = asyncio.current_task()
+    assert this is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
 
 
 def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,4 +1,4 @@
-"""Agents for measuring; `AGENT=bench.agents:timed`."""
+"""Agents for measuring: `AGENT=bench.agents:timed` and `AGENT=bench.agents:asked`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ async def timed(turn: Turn) -> AsyncIterator[TextDelta]:
     """Yields the time of each token as its text (CLOCK_MONOTONIC in ns); length and speed are the echo agent's."""
     settings = _settings()
     async for text in paced(settings.echo_tokens, settings.echo_tokens_per_second, is_timed=True):
+        yield TextDelta(text)
+
+
+async def asked(turn: Turn) -> AsyncIterator[TextDelta]:
+    """Does what the question says, such as `think 2.5 say 100`: waits so many seconds, then yields so many tokens."""
+    settings = _settings()
+    _, seconds, _, tokens = turn.history[-1].content.split()
+    await asyncio.sleep(float(seconds))
+    async for text in paced(int(tokens), settings.echo_tokens_per_second):
         yield TextDelta(text)
 
 

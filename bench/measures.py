@@ -101,13 +101,13 @@ async def turn_cpu(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
     for name, speed, warm_up_turns, turns, stagger_seconds in speeds:
         async with bench.serve(side, ECHO_TOKENS=TOKENS, ECHO_TOKENS_PER_SECOND=speed) as server:
             chats = await open_chats(server.port, bench.token, bench.conversations[0][:CLIENTS])
-            await _ask_all(chats, warm_up_turns, stagger_seconds)
+            await ask_all(chats, warm_up_turns, stagger_seconds)
             frames = sum(chat.frames for chat in chats)
             stopwatch = Stopwatch(bench, server)
-            await _ask_all(chats, turns, stagger_seconds)
+            await ask_all(chats, turns, stagger_seconds)
             seconds, cpu, postgres_cpu, own_cpu = stopwatch.stop()
             frames = sum(chat.frames for chat in chats) - frames
-            _close(chats)
+            close_all(chats)
         count = len(chats) * turns
         figures += [
             Figure(f"{name}: server CPU, ms a turn", 1000 * cpu / count, Target("ratio", 1.5)),
@@ -194,7 +194,7 @@ async def flush(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
             if answer.done():
                 answer.result()  # an error; or an end, which is too early
             answer.cancel()
-        _close(chats)
+        close_all(chats)
     ordered = sorted(delays)
     figures = [
         Figure("tokens/s", tokens / seconds),
@@ -224,7 +224,8 @@ MEASURES: Final[Mapping[str, Measure]] = {
 }
 
 
-async def _ask_all(chats: Sequence[Chat], turns: int, stagger_seconds: float) -> None:
+async def ask_all(chats: Sequence[Chat], turns: int, stagger_seconds: float) -> None:
+    """Let every client ask so often, the first time spread over so many seconds. Raises LoadError."""
     async with asyncio.TaskGroup() as group:
         for number, chat in enumerate(chats):
             after_seconds = stagger_seconds * number / len(chats)
@@ -237,6 +238,7 @@ async def _counted(server: Server) -> list[float]:
     return [await server.metric("anynode_flushes_total"), await server.metric("anynode_events_total")]
 
 
-def _close(chats: Sequence[Chat]) -> None:
+def close_all(chats: Sequence[Chat]) -> None:
+    """Let all vanish."""
     for chat in chats:
         chat.close()

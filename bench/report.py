@@ -11,9 +11,9 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Target:
-    """The most that is hoped for, of the ratio product/floor or of the product's own figure."""
+    """The most that is hoped for: of the ratio product/floor, of the product's own figure, or of its worst round."""
 
-    of: Literal["ratio", "product"]
+    of: Literal["ratio", "product", "worst"]
     most: float
 
 
@@ -57,14 +57,15 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """The target and whether the median meets it; empty without one."""
+        """The target and whether the median, or the worst round, meets it; empty without one."""
         if self.target is None:
             return ""
-        reached = self.product if self.target.of == "product" else self.ratio
-        unit = "×" if self.target.of == "ratio" else ""
-        if reached is None:
+        spread = self.ratio if self.target.of == "ratio" else self.product
+        if spread is None:
             return ""
-        return f"≤ {short(self.target.most)}{unit} {'met' if reached.median <= self.target.most else 'MISSED'}"
+        reached = spread.high if self.target.of == "worst" else spread.median
+        unit = "×" if self.target.of == "ratio" else ""
+        return f"≤ {short(self.target.most)}{unit} {'met' if reached <= self.target.most else 'MISSED'}"
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -95,14 +96,16 @@ def lines(product: Sequence[Sequence[Figure]], floor: Sequence[Sequence[Figure]]
     return found
 
 
-def table(measures: Mapping[str, Sequence[Line]]) -> str:
-    """The lines of all measures, by name, in columns."""
-    rows = [("", "product", "floor", "product/floor", "target")]
+def table(measures: Mapping[str, Sequence[Line]], *, has_floor: bool = True) -> str:
+    """The lines of all measures, by name, in columns; without a floor there are no columns for it."""
+    rows: list[tuple[str, ...]] = [("", "product", "floor", "product/floor", "target")]
     for name, found in measures.items():
         rows.append((name, "", "", "", ""))
         for line in found:
             floor, ratio = str(line.floor or "–"), str(line.ratio or "–")
             rows.append((f"  {line.label}", str(line.product), floor, ratio, line.verdict))
+    if not has_floor:
+        rows = [(label, product, verdict) for label, product, _, _, verdict in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

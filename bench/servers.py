@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
@@ -48,6 +48,10 @@ SEEDS: Final[Mapping[Side, Sequence[str]]] = {
                    CASE WHEN p % 2 = 1 THEN 'user' ELSE 'assistant' END, '{CONTENT}',
                    md5(c::text || (p + 1) / 2)::uuid
             FROM unnest($1::uuid[]) c, generate_series(1, $2::integer) p ORDER BY c, p""",
+        # The turns that they come from: with none, the planner has statistics of a database that was never used.
+        f"""INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, finished_at)
+            SELECT md5(c::text || t)::uuid, c, 'completed', '{USER}', 1, now(), now()
+            FROM unnest($1::uuid[]) c, generate_series(1, $2::integer / 2) t""",
     ),
     "floor": (
         f"""INSERT INTO messages (conversation_id, position, role, content)
@@ -55,6 +59,9 @@ SEEDS: Final[Mapping[Side, Sequence[str]]] = {
             FROM unnest($1::uuid[]) c, generate_series(1, $2::integer) p ORDER BY c, p""",
     ),
 }
+# Not `events`: it is never empty where turns run, and for a table that was empty when it was analysed the planner
+# makes plans that are good for nothing else.
+ANALYSED: Final[Mapping[Side, str]] = {"product": "users, conversations, messages, turns", "floor": "messages"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,17 @@ class Server:
     port: int
     process: psutil.Process
     database_url: str
+    handle: asyncio.subprocess.Process
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.handle.kill()
+
+    async def stop(self, within_seconds: float) -> int:
+        """SIGTERM; returns the exit status. Raises TimeoutError."""
+        self.handle.terminate()
+        async with asyncio.timeout(within_seconds):
+            return await self.handle.wait()
 
     def cpu_seconds(self) -> float:
         """CPU of the process and its children so far, user and system."""
@@ -98,10 +116,10 @@ class Bench:
         self._secret = secrets.token_urlsafe(48)
         self.token = make_token(self._secret, user_id=USER, audience="anynode", issuer="anynode", ttl_seconds=86_400)
 
-    async def prepare(self, conversations: Mapping[int, int]) -> None:
+    async def prepare(self, conversations: Mapping[int, int], sides: Sequence[Side] = SIDES) -> None:
         """Make the templates; `conversations` says how many there are of each length."""
         self.conversations = {length: [uuid7() for _ in range(count)] for length, count in conversations.items()}
-        for side in SIDES:
+        for side in sides:
             await self._execute(f"CREATE DATABASE {side}_template")
             url = _with_database(self._url, f"{side}_template")
             connection = await asyncpg.connect(url)
@@ -114,19 +132,29 @@ class Bench:
                     for statement in SEEDS[side]:
                         arguments = (ids, length)[: statement.count("$1") + statement.count("$2")]
                         await connection.execute(statement, *arguments)
-                await connection.execute("VACUUM ANALYZE")
+                await connection.execute(f"VACUUM ANALYZE {ANALYSED[side]}")
             finally:
                 await connection.close()
 
     @asynccontextmanager
     async def serve(self, side: Side, **environment: object) -> AsyncIterator[Server]:
         """A server in a process of its own, on a copy of its template; the settings are the product's for both."""
+        async with self._database(side) as url, self._process(side, url, environment) as server:
+            yield server
+
+    @asynccontextmanager
+    async def serve_nodes(self, count: int, **environment: object) -> AsyncIterator[list[Server]]:
+        """So many nodes of the product on one database."""
+        async with self._database("product") as url, AsyncExitStack() as stack:
+            yield [await stack.enter_async_context(self._process("product", url, environment)) for _ in range(count)]
+
+    @asynccontextmanager
+    async def _database(self, side: Side) -> AsyncIterator[str]:
         name = f"{side}_{secrets.token_hex(4)}"
+        self._log.write_bytes(b"")
         await self._execute(f"CREATE DATABASE {name} TEMPLATE {side}_template STRATEGY file_copy")
         try:
-            url = _with_database(self._url, name)
-            async with self._process(side, url, environment) as server:
-                yield server
+            yield _with_database(self._url, name)
         finally:
             await self._execute(f"DROP DATABASE {name} WITH (FORCE)")
 
@@ -143,7 +171,7 @@ class Bench:
             "PYTHONPATH": str(ROOT),
             **{name: str(value) for name, value in environment.items()},
         }
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 *COMMANDS[side],
@@ -155,7 +183,7 @@ class Bench:
             )
         try:
             await self._wait_until_ready(process, port)
-            yield Server(side, port, psutil.Process(process.pid), url)
+            yield Server(side, port, psutil.Process(process.pid), url, process)
         finally:
             await _stop(process)
 
@@ -174,7 +202,7 @@ class Bench:
             await asyncio.sleep(0.03)
 
     def log(self) -> str:
-        """What the newest server has said."""
+        """What the newest servers have said."""
         return self._log.read_text() if self._log.exists() else ""
 
     def postgres_cpu_seconds(self) -> float:
@@ -183,14 +211,21 @@ class Bench:
 
     async def wal_bytes(self) -> int:
         """How much WAL has been written so far."""
+        return await self._number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint")
+
+    async def commits(self, server: Server) -> int:
+        """Transactions that have committed in the server's database so far. A backend tells of its own once a second,
+        and of its last ones after 10 s of idleness."""
+        name = urlsplit(server.database_url).path.strip("/")
+        return await self._number("SELECT xact_commit FROM pg_stat_database WHERE datname = $1", name)
+
+    async def _number(self, statement: str, *arguments: object) -> int:
         connection = await asyncpg.connect(self._url)
         try:
-            written: int = await connection.fetchval(
-                "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint"
-            )
+            number: int = await connection.fetchval(statement, *arguments)
         finally:
             await connection.close()
-        return written
+        return number
 
     async def _execute(self, statement: str) -> None:
         connection = await asyncpg.connect(self._url)

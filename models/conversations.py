@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import repeat
@@ -69,9 +69,15 @@ class Admission:
 
 
 async def admit(
-    database: Database, question: Question, *, node: str, lease_seconds: float, history_messages_max: int
+    database: Database,
+    question: Question,
+    *,
+    node: str,
+    lease_seconds: float,
+    history_messages_max: int,
+    on_sent: Callable[[], object],
 ) -> Admission:
-    """One transaction in one round trip. Raises Unavailable."""
+    """One transaction in one round trip; the lease runs from after `on_sent` is called. Raises Unavailable."""
     rows = await database.fetch(
         "admit",
         question.user_id,
@@ -88,6 +94,7 @@ async def admit(
         question.message_created,
         question.turn_started,
         history_messages_max,
+        on_sent=on_sent,
     )
     return _admission(rows[0])
 
@@ -103,10 +110,11 @@ async def regenerate(
     node: str,
     lease_seconds: float,
     history_messages_max: int,
+    on_sent: Callable[[], object],
 ) -> Admission:
     """Admit a turn that answers the last question again (`client_id`: only if that is its id). Raises Unavailable."""
     arguments = (user_id, conversation_id, client_id, turn_id, created_at, node, lease_seconds, history_messages_max)
-    rows = await database.fetch("regenerate", *arguments)
+    rows = await database.fetch("regenerate", *arguments, on_sent=on_sent)
     return _admission(rows[0])
 
 

@@ -80,11 +80,18 @@ def says_pooled(url: str) -> bool:
     return parameters.get("pgbouncer", "").lower() == "true" or parameters.get("statement_cache_size") == "0"
 
 
+def _nothing() -> None:
+    pass
+
+
 class Line(Protocol):
     """A way to Postgres on which statements run."""
 
-    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
-        """Run one statement; within so many seconds it has ended, or its connection has."""
+    async def run(
+        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+    ) -> list[asyncpg.Record]:
+        """Run one statement; within so many seconds it has ended, or its connection has. `on_sent` is called when a
+        connection is there for it."""
 
     async def close(self) -> None:
         """Close its connections; the owner bounds how long that may take."""
@@ -150,19 +157,22 @@ class Database:
         *arguments: Any,
         within_seconds: float = 5.0,
         attempt_seconds: float = ATTEMPT_SECONDS_MAX,
+        on_sent: Callable[[], object] = _nothing,
         line: Literal["requests", "journal", "beat", "watch"] = "requests",
     ) -> list[asyncpg.Record]:
         """Run the named statement, again and again while the server is away. Raises Unavailable after `within_seconds`.
 
         An attempt is given up after `attempt_seconds`, and its connection with it. The outcome of a failed attempt is
-        unknown, so the statement must be one that may be repeated.
+        unknown, so the statement must be one that may be repeated. `on_sent` is called before each, when a connection
+        is there for it.
         """
         now = asyncio.get_running_loop().time
         deadline = now() + within_seconds
         pause = _BACKOFF_SECONDS[0]
         while True:
             try:
-                return await self._lines[line].run(query(name), arguments, min(deadline - now(), attempt_seconds))
+                seconds = min(deadline - now(), attempt_seconds)
+                return await self._lines[line].run(query(name), arguments, seconds, on_sent)
             except UNAVAILABLE as error:
                 if deadline - now() <= pause:
                     raise _unavailable(error) from error
@@ -226,10 +236,13 @@ class _PoolLine:
     def __init__(self, pool: asyncpg.Pool) -> None:
         self._pool = pool
 
-    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
+    async def run(
+        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+    ) -> list[asyncpg.Record]:
         async with asyncio.timeout(seconds):
             connection = await self._pool.acquire()
             try:
+                on_sent()
                 return await _fetch(connection, sql, arguments)
             finally:
                 await self._pool.release(connection)
@@ -249,10 +262,13 @@ class _SingleLine:
         self._connection: asyncpg.Connection | None = None
         self._turn = asyncio.Lock()
 
-    async def run(self, sql: str, arguments: Sequence[Any], seconds: float) -> list[asyncpg.Record]:
+    async def run(
+        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+    ) -> list[asyncpg.Record]:
         async with asyncio.timeout(seconds), self._turn:
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._source.connect()
+            on_sent()
             return await _fetch(self._connection, sql, arguments)
 
     async def close(self) -> None:

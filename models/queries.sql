@@ -14,15 +14,18 @@ SELECT * FROM anynode_regenerate($1, $2, $3, $4, $5, $6, $7, $8);
 -- Append what the turns of a node have said. A turn whose epoch is stale, or that has ended, is refused as a
 -- whole, in this very statement; returned are the turns that were refused.
 -- Turns go over as text, and events by their turn's number among them: asyncpg is slow at arrays of UUIDs.
--- Turns are locked in the order of their ids, as `renew` does, so that the two never wait for each other.
+-- Turns are locked in the order of their ids, as `renew` does, so that the two never wait for each other. Each is looked
+-- up by its id: a plan is kept for long, and one that joins as long as `turns` was last seen to be can be quadratic.
+-- `finished_at IS NULL` is `status = 'running'`, less the temptation to go by the index of running turns.
 WITH claims AS (
     SELECT * FROM unnest($1::text[]::uuid[], $2::integer[]) WITH ORDINALITY AS claim (turn_id, epoch, number)
 ), owned AS MATERIALIZED (
     SELECT t.id, t.conversation_id, t.epoch, c.number
-    FROM turns t JOIN claims c ON t.id = c.turn_id
-    WHERE t.epoch = c.epoch AND t.status = 'running'
-    ORDER BY t.id
-    FOR NO KEY UPDATE OF t
+    FROM (SELECT * FROM claims ORDER BY turn_id) c CROSS JOIN LATERAL (
+        SELECT id, conversation_id, epoch FROM turns
+        WHERE id = c.turn_id AND epoch = c.epoch AND finished_at IS NULL
+        FOR NO KEY UPDATE
+    ) t
 ), appended AS (
     INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
     SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
@@ -38,10 +41,11 @@ WITH claims AS (
     SELECT * FROM unnest($1::text[]::uuid[], $2::integer[]) WITH ORDINALITY AS claim (turn_id, epoch, number)
 ), owned AS MATERIALIZED (
     SELECT t.id, t.conversation_id, t.epoch, c.number
-    FROM turns t JOIN claims c ON t.id = c.turn_id
-    WHERE t.epoch = c.epoch AND t.status = 'running'
-    ORDER BY t.id
-    FOR NO KEY UPDATE OF t
+    FROM (SELECT * FROM claims ORDER BY turn_id) c CROSS JOIN LATERAL (
+        SELECT id, conversation_id, epoch FROM turns
+        WHERE id = c.turn_id AND epoch = c.epoch AND finished_at IS NULL
+        FOR NO KEY UPDATE
+    ) t
 ), appended AS (
     INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
     SELECT o.conversation_id, e.seq, o.id, o.epoch, e.type, e.payload
@@ -102,12 +106,15 @@ WHERE c.id = $2 AND c.user_id = $1
 ORDER BY e.seq;
 
 -- name: read_running
--- The same for many conversations in which turns run on other nodes; and whether a lease has run out.
+-- The same for many conversations in which turns run on other nodes; and whether a lease has run out. LIMIT 1: each is
+-- looked up, as in `flush`.
 SELECT w.number, c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running,
        coalesce(t.lease_expires_at < clock_timestamp(), false) AS has_lapsed
 FROM unnest($1::text[]::uuid[], $2::bigint[]) WITH ORDINALITY AS w (conversation_id, cursor, number)
-LEFT JOIN conversations c ON c.id = w.conversation_id
-LEFT JOIN turns t ON t.conversation_id = w.conversation_id AND t.status = 'running'
+LEFT JOIN LATERAL (SELECT last_seq FROM conversations WHERE id = w.conversation_id LIMIT 1) c ON true
+LEFT JOIN LATERAL (
+    SELECT id, lease_expires_at FROM turns WHERE conversation_id = w.conversation_id AND status = 'running' LIMIT 1
+) t ON true
 LEFT JOIN LATERAL (
     SELECT seq, turn_id, type, payload FROM events
     WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT $3
@@ -159,11 +166,12 @@ WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 -- name: renew
 -- Keep the leases of this node's turns, and learn which of them are to be cancelled. A turn that is missing
 -- from the answer is no longer this node's.
-WITH mine AS (
-    SELECT t.id FROM turns t JOIN unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch) ON t.id = c.turn_id
-    WHERE t.epoch = c.epoch AND t.status = 'running'
-    ORDER BY t.id
-    FOR NO KEY UPDATE OF t
+WITH mine AS MATERIALIZED (
+    SELECT t.id
+    FROM (SELECT * FROM unnest($1::uuid[], $2::integer[]) AS u (turn_id, epoch) ORDER BY turn_id) c CROSS JOIN LATERAL (
+        SELECT id FROM turns WHERE id = c.turn_id AND epoch = c.epoch AND finished_at IS NULL
+        FOR NO KEY UPDATE
+    ) t
 )
 UPDATE turns t SET lease_expires_at = clock_timestamp() + make_interval(secs => $3)
 FROM mine WHERE t.id = mine.id
@@ -171,11 +179,12 @@ RETURNING t.id, t.cancel_requested_at IS NOT NULL AS cancel_requested;
 
 -- name: release
 -- Hand over turns that cannot be finished here: other nodes need not wait for the leases to lapse.
-WITH mine AS (
-    SELECT t.id FROM turns t JOIN unnest($1::uuid[], $2::integer[]) AS c (turn_id, epoch) ON t.id = c.turn_id
-    WHERE t.epoch = c.epoch AND t.status = 'running'
-    ORDER BY t.id
-    FOR NO KEY UPDATE OF t
+WITH mine AS MATERIALIZED (
+    SELECT t.id
+    FROM (SELECT * FROM unnest($1::uuid[], $2::integer[]) AS u (turn_id, epoch) ORDER BY turn_id) c CROSS JOIN LATERAL (
+        SELECT id FROM turns WHERE id = c.turn_id AND epoch = c.epoch AND finished_at IS NULL
+        FOR NO KEY UPDATE
+    ) t
 )
 UPDATE turns t SET lease_expires_at = '-infinity' FROM mine WHERE t.id = mine.id;
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -25,7 +26,7 @@ def clean(value: Any) -> Any:
     match value:
         case str():
             return value if is_storable(value) else _join_surrogates(value.replace("\0", REPLACEMENT))
-        case dict():
+        case Mapping():
             return {clean(key): clean(item) for key, item in value.items()}
         case list() | tuple():
             return [clean(item) for item in value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -73,11 +73,12 @@ async def take_over(
     max_attempts: int,
     can_continue: bool,
     within_seconds: float,
+    on_sent: Callable[[], object],
 ) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch; and those that are its own
     already, but not `known` to it. Not on the beat's line: renewals must not wait for it. Raises Unavailable."""
     arguments = (node, list(known), lease_seconds, limit, max_attempts, can_continue)
-    rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds)
+    rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds, on_sent=on_sent)
     return [
         TakenTurn(
             turn_id=row["turn_id"],

@@ -27,6 +27,24 @@ BEAT_SECONDS: Final = 1.0
 TAKEOVERS_AT_ONCE: Final = 20  # in one statement: so that nodes share them, and none takes long
 
 
+class Lease:
+    """A lease that is being asked for: this node trusts it from when it `is_asked`, by the monotonic clock, for less
+    than it lasts, as clocks drift and an agent takes a moment to stop."""
+
+    def __init__(self, trusted_seconds: float) -> None:
+        self._trusted_seconds = trusted_seconds
+        self._asked_at: float | None = None
+
+    def is_asked(self) -> None:
+        """The statement is on its way. Where it is repeated, the first may be the one that was heard."""
+        self._asked_at = self._asked_at or time.monotonic()
+
+    @property
+    def trusted_until(self) -> float:
+        """0: it has never been asked for."""
+        return self._asked_at + self._trusted_seconds if self._asked_at else 0.0
+
+
 class Leases:
     """The leases of a node's turns. `may_take_over` is false from the beginning of its drain on."""
 
@@ -40,12 +58,11 @@ class Leases:
         self._node_id = node_id
         self._can_continue = can_continue
         self._take_over_soon = asyncio.Event()
-        # A node trusts a lease for less than it lasts: clocks drift, and the agent takes a moment to stop.
         self._trusted_seconds = settings.lease_seconds * 0.8
 
-    def trust(self) -> float:
-        """Until when, by the monotonic clock, this node will trust a lease that it asks for now."""
-        return time.monotonic() + self._trusted_seconds
+    def new(self) -> Lease:
+        """A lease, to be asked for."""
+        return Lease(self._trusted_seconds)
 
     def take_over_soon(self) -> None:
         """A turn is known whose lease has run out."""
@@ -82,7 +99,8 @@ class Leases:
         renewed = [running for running in self._turns.all() if running.lease_until > now]
         if not renewed:
             return
-        trusted_until = self.trust()
+        lease = self.new()
+        lease.is_asked()
         held = await renew_leases(
             self._database,
             {running.turn.turn_id: running.turn.attempt for running in renewed},
@@ -97,7 +115,7 @@ class Leases:
             elif running.journal.closed.done():
                 continue
             elif is_to_cancel is not None:
-                running.lease_until = trusted_until
+                running.lease_until = lease.trusted_until
                 if is_to_cancel:
                     running.cancel()
             elif not running.journal.is_ending:
@@ -115,24 +133,26 @@ class Leases:
     async def _take_over(self) -> None:
         is_more = True
         while is_more and self.may_take_over:
-            trusted_until = self.trust()
-            taken_turns = await take_over(
-                self._database,
-                node=self._node_id,
-                known=self._turns.known(),
-                lease_seconds=self._settings.lease_seconds,
-                limit=TAKEOVERS_AT_ONCE,
-                max_attempts=self._settings.max_attempts,
-                can_continue=self._can_continue,
-                within_seconds=self._trusted_seconds,
-            )
-            for taken in taken_turns:
-                logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
-                metrics.turns_taken_over.inc()
-                self._turns.spawn(self._continue(taken, trusted_until))
+            with self._turns.starting():
+                lease = self.new()
+                taken_turns = await take_over(
+                    self._database,
+                    node=self._node_id,
+                    known=self._turns.known(),
+                    lease_seconds=self._settings.lease_seconds,
+                    limit=TAKEOVERS_AT_ONCE,
+                    max_attempts=self._settings.max_attempts,
+                    can_continue=self._can_continue,
+                    within_seconds=self._trusted_seconds,
+                    on_sent=lease.is_asked,
+                )
+                for taken in taken_turns:
+                    logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
+                    metrics.turns_taken_over.inc()
+                    self._turns.spawn(self._continue(taken, lease))
             is_more = len(taken_turns) == TAKEOVERS_AT_ONCE
 
-    async def _continue(self, taken: TakenTurn, trusted_until: float) -> None:
+    async def _continue(self, taken: TakenTurn, lease: Lease) -> None:
         """Go on with a turn, each by itself, so that one that cannot be read does not keep the others."""
         with self._turns.starting(taken.turn_id):
             try:
@@ -159,7 +179,7 @@ class Leases:
             )
             restarted = encode({"epoch": taken.epoch, "text": taken.text})
             event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
-            running = self._turns.start(turn, [event], trusted_until)
+            running = self._turns.start(turn, [event], lease.trusted_until)
             running.keep(steps, partial)
             if taken.cancel_requested:
                 running.cancel()

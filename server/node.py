@@ -22,7 +22,7 @@ from server.agents.agent import Agent, Turn, can_continue
 from server.encoding import encode
 from server.errors import DatabaseUnavailable, Draining, NotFound, RateLimited
 from server.follow import Follows
-from server.leases import Leases
+from server.leases import Lease, Leases
 from server.protocol import MessageSend, TurnRegenerate
 from server.running import RunningTurns
 from server.settings import Settings
@@ -87,11 +87,12 @@ class Node:
         interrupted: UUID | None = None
         while True:
             with self._turns.starting(question.turn_id):
-                trusted_until = self._leases.trust()
-                admission = await self._ask(admit(self._database, question, **self._terms()), question.conversation_id)
+                lease = self._leases.new()
+                asked = admit(self._database, question, on_sent=lease.is_asked, **self._terms())
+                admission = await self._ask(asked, question.conversation_id)
                 if admission.outcome == "admitted":
                     said = [("message.created", question.message_created), ("turn.started", question.turn_started)]
-                    self._start_admitted(user_id, admission, said, trusted_until)
+                    self._start_admitted(user_id, admission, said, lease)
             if admission.outcome != "conversation_busy" or frame.if_busy != "interrupt":
                 break
             if time.monotonic() > give_up_at:
@@ -109,7 +110,7 @@ class Node:
         self._may_start(frame.conversation_id)
         turn_id = uuid7()
         with self._turns.starting(turn_id):
-            trusted_until = self._leases.trust()
+            lease = self._leases.new()
             asked = regenerate(
                 self._database,
                 user_id,
@@ -117,12 +118,13 @@ class Node:
                 frame.message_id,
                 turn_id=turn_id,
                 created_at=datetime.now(UTC),
+                on_sent=lease.is_asked,
                 **self._terms(),
             )
             admission = await self._ask(asked, frame.conversation_id)
             if admission.outcome == "admitted":
                 said = [("turn.started", encode({"message_id": admission.client_id}))]
-                self._start_admitted(user_id, admission, said, trusted_until)
+                self._start_admitted(user_id, admission, said, lease)
         raise_refusal(admission, frame)
         return admission
 
@@ -146,7 +148,7 @@ class Node:
             raise DatabaseUnavailable(conversation_id=conversation_id) from error
 
     def _start_admitted(
-        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], trusted_until: float
+        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], lease: Lease
     ) -> None:
         assert admission.turn_id is not None
         if admission.first_seq is None or self._turns.get(admission.turn_id) is not None:
@@ -155,7 +157,7 @@ class Node:
         events = [Event(seq, type, turn_id, payload) for seq, (type, payload) in enumerate(said, admission.first_seq)]
         history = history_of(admission.history, admission.system_prompt or self._settings.system_prompt)
         turn = Turn(admission.turn_id, admission.conversation_id, user_id, history)
-        self._turns.start(turn, events, trusted_until)
+        self._turns.start(turn, events, lease.trusted_until)
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> None:
         """Ask for a turn to be stopped, wherever it runs. Where it has ended already, or none runs, that is all.

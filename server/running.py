@@ -33,7 +33,8 @@ class RunningTurns:
             flush_interval_seconds=settings.flush_interval_ms / 1000,
             attempt_seconds=max(0.5, settings.lease_seconds * 0.3),
         )
-        self.to_start: set[UUID] = set()
+        self._to_start: set[UUID] = set()
+        self._starting = 0
         self._settings = settings
         self._agent = agent
         self._follows = follows
@@ -53,16 +54,18 @@ class RunningTurns:
 
     def known(self) -> set[UUID]:
         """The ids of those that run, or may be about to."""
-        return self._turns.keys() | self.to_start
+        return self._turns.keys() | self._to_start
 
     @contextmanager
-    def starting(self, turn_id: UUID) -> Iterator[None]:
-        """A turn may begin here in the meantime: a drain waits for it, and it is not taken for one that is unknown."""
-        self.to_start.add(turn_id)
+    def starting(self, *turn_ids: UUID) -> Iterator[None]:
+        """Turns may begin here in the meantime: a drain waits for them, and these are not taken for unknown ones."""
+        self._starting += 1
+        self._to_start.update(turn_ids)
         try:
             yield
         finally:
-            self.to_start.discard(turn_id)
+            self._starting -= 1
+            self._to_start.difference_update(turn_ids)
 
     def start(self, turn: Turn, events: Sequence[Event], trusted_until: float) -> RunningTurn:
         """Run a turn whose first `events` are committed; its lease is trusted until then, by the monotonic clock."""
@@ -112,7 +115,7 @@ class RunningTurns:
     async def ended(self, within_seconds: float) -> None:
         """Wait until none runs any more, and none can begin that was on its way."""
         deadline = time.monotonic() + within_seconds
-        while (self._tasks or self.to_start) and (left_seconds := deadline - time.monotonic()) > 0:
+        while (self._tasks or self._starting) and (left_seconds := deadline - time.monotonic()) > 0:
             pause = min(left_seconds, DRAIN_POLL_SECONDS)
             if self._tasks:
                 await asyncio.wait(set(self._tasks), timeout=pause)

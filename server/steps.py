@@ -12,6 +12,15 @@ from server.agents.agent import HistoryMessage, ToolCall, ToolResult
 from server.encoding import encode
 
 
+class _Text(msgspec.Struct):
+    text: str
+
+
+_TEXT = msgspec.json.Decoder(_Text)
+_CALL = msgspec.json.Decoder(ToolCall)
+_RESULT = msgspec.json.Decoder(ToolResult)
+
+
 @dataclass(slots=True)
 class Step:
     """What one model request has said, and what the tools that it called have answered."""
@@ -28,7 +37,21 @@ class Step:
     @property
     def is_complete(self) -> bool:
         """Whether it has called tools, and all of them have answered; what comes then is the next step."""
-        return 0 < len(self.calls) <= len(self.results)
+        return 0 < len(self.calls) == len(self.results)
+
+    def add_call(self, call: ToolCall) -> None:
+        """Raises ValueError where the call is there already."""
+        if any(call.tool_call_id == other.tool_call_id for other in self.calls):
+            raise ValueError(f"two calls have the id {call.tool_call_id!r}")
+        self.calls.append(call)
+
+    def add_result(self, result: ToolResult) -> None:
+        """Raises ValueError where no call waits for it."""
+        if all(result.tool_call_id != call.tool_call_id for call in self.calls):
+            raise ValueError(f"a result of a call that was not made: {result.tool_call_id!r}")
+        if any(result.tool_call_id == other.tool_call_id for other in self.results):
+            raise ValueError(f"the call {result.tool_call_id!r} is answered twice")
+        self.results.append(result)
 
     def cut(self) -> None:
         """Forget the calls that have no answer, so that what is left is complete."""
@@ -63,7 +86,8 @@ def history_of_steps(steps: Sequence[Step]) -> list[HistoryMessage]:
 def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
     """The completed steps in the events (type, JSON payload) of a turn, and the text of the step that was cut.
 
-    A tool's result stands, with its call and all text before it; a call that has no result does not.
+    A tool's result stands, with its call and all text before it; a call that has no result does not. Raises ValueError
+    where it is no journal of a turn.
     """
     steps: list[Step] = []
     step = Step()
@@ -76,21 +100,20 @@ def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
             step = Step()
 
     for type, payload in journal:
-        value = msgspec.json.decode(payload)
         match type:
             case "turn.delta":
                 if step.is_complete:
                     complete()
-                step.texts.append(value["text"])
+                step.texts.append(_TEXT.decode(payload).text)
             case "turn.tool_call":
                 if step.is_complete:
                     complete()
-                step.calls.append(ToolCall(value["tool_call_id"], value["tool_name"], value["arguments"]))
+                step.add_call(_CALL.decode(payload))
             case "turn.tool_result":
-                step.results.append(msgspec.convert(value, ToolResult))
+                step.add_result(_RESULT.decode(payload))
             case "turn.restarted":
                 complete()
                 said = sum(len(before.text) for before in steps)
-                step = Step([value["text"][said:]])
+                step = Step([_TEXT.decode(payload).text[said:]])
     complete()
     return steps, step.text

@@ -149,14 +149,12 @@ class RunningTurn:
                 payload = encode(call)
                 self._begin_step()
                 if self._count(payload):
-                    self._said.step.calls.append(call)
+                    self._said.step.add_call(call)
                     self.journal.add_event("turn.tool_call", payload)
             case ToolResult():
                 result = _storable(event)
-                if all(call.tool_call_id != result.tool_call_id for call in self._said.step.calls):
-                    raise ValueError(f"a result of a tool that was not called: {result.tool_call_id!r}")
                 if self._count(result.content):
-                    self._said.step.results.append(result)
+                    self._said.step.add_result(result)
                     self.journal.add_event("turn.tool_result", encode(result))
             case StepEnd():
                 self._begin_step()

@@ -7,9 +7,11 @@ from tortoise.migrations.operations import RunSQL
 # snapshot's xmin finds every later change by this index, in whatever order they commit.
 # The second index holds next to nothing: turns that run and have been asked to stop. `attempts` counts the nodes that
 # have died of a turn; a node that hands its turns over does not count, so it is not the epoch.
+# An empty `events` that is cut to no page would look small enough to be read whole, to plans that are kept for long.
 COLUMNS = """
 ALTER TABLE conversations ADD COLUMN changed_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint;
 CREATE INDEX conversations_changed ON conversations (changed_xid);
+ALTER TABLE events SET (vacuum_truncate = off);
 ALTER TABLE turns ADD COLUMN attempts integer NOT NULL DEFAULT 1;
 CREATE INDEX turns_to_cancel ON turns (node) WHERE status = 'running' AND cancel_requested_at IS NOT NULL;
 """
@@ -310,8 +312,8 @@ class Migration(Migration):  # type: ignore[no-redef]
     operations = [  # noqa: RUF012
         RunSQL(
             COLUMNS,
-            reverse_sql="DROP INDEX turns_to_cancel; ALTER TABLE turns DROP COLUMN attempts; "
-            "ALTER TABLE conversations DROP COLUMN changed_xid",
+            reverse_sql="DROP INDEX turns_to_cancel; ALTER TABLE turns DROP COLUMN attempts;"
+            " ALTER TABLE events RESET (vacuum_truncate); ALTER TABLE conversations DROP COLUMN changed_xid",
         ),
         RunSQL(HISTORY),
         RunSQL(ADMIT),

@@ -6,11 +6,13 @@ import asyncio
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
 
 import pytest
 
 from tests.exactness import assert_shown
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.postgres_proxy import postgres_proxy
 from tests.scripted_agents import Strings, eventually, script_of
 from tests.system.test_cut_points import (
     ANSWER,
@@ -340,7 +342,32 @@ async def test_turns_that_run_here_and_there_one_after_another_are_followed_with
             await assert_all_was_shown(module_database_url, frames)
 
 
-async def test_a_history_is_read_anew_whichever_node_answers(nodes: Nodes, module_database_url: str, user: str) -> None:
+async def test_a_turn_that_begins_elsewhere_before_a_node_hears_of_the_end_of_its_own_is_followed(
+    nodes: Nodes, module_database_url: str, strings: Strings, tmp_path: Path, user: str
+) -> None:
+    """The news of the second turn comes to that node before the outcome of the first one's last commit does."""
+    gate = strings.name()
+    with postgres_proxy(module_database_url) as proxy, running_node(proxy.url, tmp_path, strings.environment) as late:
+        async with socket_to(late, user) as follower, socket_to(nodes[0], user) as sender:
+            await follower.ask(script_of(("text", "one "), ("gate", gate)))
+            frames = await follower.until("turn.delta")
+            conversation_id = frames[0]["conversation_id"]
+            hold = proxy.hold("after", "flush_with_endings")
+            strings.open(gate)
+            await hold.reached()
+            last = (await sender.answer(script_of(("text", "two")), conversation_id))[-1]
+            watches = proxy.executions("watch")
+
+            async def has_heard() -> bool:
+                return proxy.executions("watch") > watches + 2
+
+            await eventually(has_heard)
+            hold.release()
+            frames += await take(follower, last["seq"])
+    await assert_all_was_shown(module_database_url, frames)
+
+
+async def test_a_conversation_goes_on_whichever_node_answers(nodes: Nodes, module_database_url: str, user: str) -> None:
     conversation_id: str | None = None
     for number in range(6):
         async with socket_to(nodes[number % 3], user) as socket:

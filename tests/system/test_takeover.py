@@ -301,6 +301,7 @@ async def test_a_call_that_was_not_answered_is_made_again(
     assert strings.marks(name) == [1, 2]
     assert [message["role"] for message in messages] == ["user", "assistant", "tool", "assistant"]
     types = [frame["type"] for frame in client.frames]
+    assert client.frames[types.index("turn.restarted")]["text"] == ""
     assert types.count("turn.tool_call") == 2
     assert types.count("turn.tool_result") == 1
     assert json.loads(messages[-1]["content"])["steps"] == []

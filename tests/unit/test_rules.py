@@ -99,6 +99,22 @@ def test_a_silent_turn_is_left_out_with_its_question(status: str) -> None:
 
 
 @pytest.mark.parametrize("status", [CANCELLED, FAILED])
+@pytest.mark.parametrize("said", ["", "let me see"])
+def test_a_stopped_turn_that_ran_a_tool_is_seen_although_its_end_is_empty(said: str, status: str) -> None:
+    did_something = [Said(1, "user"), Said(1, "assistant", said), Said(1, "tool"), Said(1, "assistant", "", status)]
+    assert visible([*did_something, Said(2, "user")]) == [*did_something, Said(2, "user")]
+    assert visible([*did_something, *turn(2, "", status), Said(3, "user")]) == [*did_something, Said(3, "user")]
+
+
+def test_a_question_goes_with_the_silent_turn_that_answered_it_last() -> None:
+    messages = [
+        *(Said(2, "user"), Said(1, "assistant", "let me see", SUPERSEDED), Said(1, "tool", "x", SUPERSEDED)),
+        *(Said(1, "assistant", "", SUPERSEDED), Said(2, "assistant", "", CANCELLED), Said(3, "user")),
+    ]
+    assert visible(messages) == [Said(3, "user")]
+
+
+@pytest.mark.parametrize("status", [CANCELLED, FAILED])
 def test_what_a_stopped_turn_said_is_seen(status: str) -> None:
     messages = [*turn(1, "so far", status), Said(2, "user")]
     assert visible(messages) == messages
@@ -143,3 +159,39 @@ def test_questions_and_answers_alternate_wherever_the_history_is_cut(turns: list
     seen = visible([*messages[cut:], Said(99, "user")])
     assert seen[-1] == Said(99, "user")
     assert [message.role for message in seen] == ["user", "assistant"] * (len(seen) // 2) + ["user"]
+
+
+def turn_with_tools(number: int, answer: str, status: str, steps: int) -> list[Said]:
+    """A turn whose end comes after so many steps with two tools each."""
+    question, end = turn(number, answer, status)
+    step = [Said(number, "assistant", ""), Said(number, "tool"), Said(number, "tool")]
+    return [question, *step * steps, end]
+
+
+TURNS_WITH_TOOLS = st.tuples(
+    st.sampled_from(["", "said"]), st.sampled_from([COMPLETED, CANCELLED, FAILED]), st.integers(0, 2)
+)
+
+
+@given(turns=st.lists(TURNS_WITH_TOOLS, max_size=8), cut=st.integers(0, 40))
+def test_a_turn_is_seen_as_a_whole_or_not_at_all_wherever_the_history_is_cut(
+    turns: list[tuple[str, str, int]], cut: int
+) -> None:
+    whole = [turn_with_tools(number, *values) for number, values in enumerate(turns)]
+    messages = [message for messages in whole for message in messages]
+    seen = visible([*messages[cut:], Said(99, "user")])
+    assert is_allowed([message.role for message in seen])
+    for number, messages_of_turn in enumerate(whole):
+        assert [message for message in seen if message.turn_id == number] in ([], messages_of_turn)
+
+
+@given(turns=st.lists(TURNS_WITH_TOOLS, max_size=8))
+def test_no_turn_is_left_out_that_has_said_or_done_something(turns: list[tuple[str, str, int]]) -> None:
+    whole = [turn_with_tools(number, *values) for number, values in enumerate(turns)]
+    left = [
+        messages
+        for messages, (said, status, steps) in zip(whole, turns, strict=True)
+        if said or steps or status == COMPLETED
+    ]
+    seen = visible([message for messages in whole for message in messages])
+    assert list(seen) == [message for messages in left for message in messages]
