@@ -1,5 +1,5 @@
 # `make check` is what CI runs (.ci/run).
-.PHONY: check test system-postgres lint types layers format lock upgrade bench dev
+.PHONY: check test system-postgres lint types layers format lock upgrade mutants bench dev
 
 check: test system-postgres lint types layers
 
@@ -33,6 +33,10 @@ upgrade:
 	python3 scripts/lock.py --clear
 	uv lock --quiet --upgrade
 	$(MAKE) lock
+
+# Breaks the product in many places, one at a time, and fails where no test notices; not part of CI.
+mutants:
+	uv run python scripts/mutants.py
 
 bench:
 	uv run anynode bench

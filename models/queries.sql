@@ -189,9 +189,9 @@ WITH mine AS MATERIALIZED (
 UPDATE turns t SET lease_expires_at = '-infinity' FROM mine WHERE t.id = mine.id;
 
 -- name: take_over
--- ($1 node, $2 its turns, $3 seconds of lease, $4 turns, $5 attempts, $6 whether the agent can continue)
--- See models/migrations.
-SELECT * FROM anynode_take_over($1, $2, $3, $4, $5, $6);
+-- ($1 node, $2 its turns, $3 seconds of lease, $4 turns, $5 attempts, $6 whether the agent can continue, $7 seconds of
+-- two beats) See models/migrations.
+SELECT * FROM anynode_take_over($1, $2, $3, $4, $5, $6, $7);
 
 -- name: history
 -- What an agent needs of a conversation, as an admission returns it.

@@ -69,6 +69,7 @@ async def take_over(
     node: str,
     known: Collection[UUID],
     lease_seconds: float,
+    beat_seconds: float,
     limit: int,
     max_attempts: int,
     can_continue: bool,
@@ -76,8 +77,9 @@ async def take_over(
     on_sent: Callable[[], object],
 ) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch; and those that are its own
-    already, but not `known` to it. Not on the beat's line: renewals must not wait for it. Raises Unavailable."""
-    arguments = (node, list(known), lease_seconds, limit, max_attempts, can_continue)
+    already, but not `known` to it and not renewed for two beats. Not on the beat's line: renewals must not wait for it.
+    Raises Unavailable."""
+    arguments = (node, list(known), lease_seconds, limit, max_attempts, can_continue, 2 * beat_seconds)
     rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds, on_sent=on_sent)
     return [
         TakenTurn(

@@ -59,6 +59,7 @@ class Leases:
         self._can_continue = can_continue
         self._take_over_soon = asyncio.Event()
         self._trusted_seconds = settings.lease_seconds * 0.8
+        self._beat_seconds = min(BEAT_SECONDS, settings.lease_seconds / 5)
 
     def new(self) -> Lease:
         """A lease, to be asked for."""
@@ -70,7 +71,6 @@ class Leases:
 
     async def beat(self) -> None:
         """Renew the leases, and look for those that have run out, for ever."""
-        beat_seconds = min(BEAT_SECONDS, self._settings.lease_seconds / 5)
         while True:
             started = time.monotonic()
             try:
@@ -80,7 +80,7 @@ class Leases:
             except Exception:
                 logger.exception("a beat failed")
             self._take_over_soon.set()
-            await asyncio.sleep(max(0.0, started + beat_seconds - time.monotonic()))
+            await asyncio.sleep(max(0.0, started + self._beat_seconds - time.monotonic()))
 
     async def take_over_lapsed(self) -> None:
         """At every beat, and at once where somebody here follows a turn whose node has died."""
@@ -140,6 +140,7 @@ class Leases:
                     node=self._node_id,
                     known=self._turns.known(),
                     lease_seconds=self._settings.lease_seconds,
+                    beat_seconds=self._beat_seconds,
                     limit=TAKEOVERS_AT_ONCE,
                     max_attempts=self._settings.max_attempts,
                     can_continue=self._can_continue,

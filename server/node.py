@@ -81,11 +81,12 @@ class Node:
     async def send(self, user_id: str, frame: MessageSend) -> Admission:
         """Admit a message and start its turn, or find the turn that a repeated one has. Raises ClientError."""
         self._may_start(frame.conversation_id)
-        question = question_of(user_id, frame, message_bytes_max=self._settings.message_bytes_max)
         # A turn whose node has died cannot be stopped before its lease has run out.
         give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
         interrupted: UUID | None = None
         while True:
+            # A new one each time: its ids and times are to be in the order of the conversation.
+            question = question_of(user_id, frame, message_bytes_max=self._settings.message_bytes_max)
             with self._turns.starting(question.turn_id):
                 lease = self._leases.new()
                 asked = admit(self._database, question, on_sent=lease.is_asked, **self._terms())

@@ -248,7 +248,7 @@ $function$;
 TAKE_OVER = """
 CREATE FUNCTION anynode_take_over(
     p_node text, p_known uuid[], p_lease_seconds double precision, p_turns_max integer, p_attempts_max integer,
-    p_can_continue boolean
+    p_can_continue boolean, p_two_beats double precision
 ) RETURNS TABLE (
     turn_id uuid, conversation_id uuid, user_id text, epoch integer, cancel_requested boolean, is_exhausted boolean,
     seq bigint, text text, types text[], payloads jsonb[]
@@ -265,7 +265,7 @@ BEGIN
         WHERE t.status = 'running'
             AND (t.lease_expires_at < clock_timestamp()
                 OR (t.node = p_node AND NOT t.id = ANY (p_known)
-                    AND t.lease_expires_at < clock_timestamp() + make_interval(secs => p_lease_seconds * 0.6)))
+                    AND t.lease_expires_at < clock_timestamp() + make_interval(secs => p_lease_seconds - p_two_beats)))
         ORDER BY t.id LIMIT p_turns_max
         FOR NO KEY UPDATE SKIP LOCKED
     LOOP

@@ -90,7 +90,7 @@ async def test_what_is_beyond_the_limit_is_said_to_be_there(database: Database, 
     await fill(database_url, last_seq=9, kept=range(1, 10))
     reading = await read(database, 2, limit=3)
     assert (seqs(reading)[:3], reading.is_complete) == ([3, 4, 5], False)
-    reading = await read(database, 6, limit=3)
+    reading = await read(database, 6, limit=4)
     assert (seqs(reading), reading.is_complete) == ([7, 8, 9], True)
 
 

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "list_conversations": (["user0", 20, 20], {"conversations": 41}),
     "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
     "release": ([HUNDRED, [1] * 100], {"turns": 300}),
-    "take_over": (["n2", [], 5.0, 100, 3, True], {"turns": 300, "events": 5, "conversations": 5}),
+    "take_over": (["n2", [], 5.0, 100, 3, True, 2.0], {"turns": 300, "events": 5, "conversations": 5}),
     "history": ([MINE, 20], {"conversations": 1, "messages": 41}),
     "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
     "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),

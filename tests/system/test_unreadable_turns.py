@@ -21,7 +21,9 @@ CORRUPTIONS = (
     ("turn.tool_result", "tool_call_id", 7),
     ("turn.tool_result", "tool_name", None),
     ("turn.tool_result", "content", ["a list"]),
+    ("turn.tool_call", "tool_call_id", 7),
     ("turn.tool_call", "arguments", None),
+    ("turn.delta", "text", 7),
     ("turn.delta", "text", None),
 )
 
