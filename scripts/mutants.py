@@ -141,7 +141,7 @@ MUTATIONS: Final = (
                 "return time.monotonic() + self._trusted_seconds if",
             )
         ],
-        [PARTITION, "system/test_commit_then_deliver.py", CRASHES],
+        ["unit/test_leases.py"],
     ),
     Mutation(
         "a node that is told that a turn is not its own goes on with it",

@@ -235,7 +235,8 @@ async def test_a_watch_misses_no_turn_that_began_before_others_and_committed_aft
             slow = (await admit(early, "slow"))["conversation_id"]
             quick = (await admit(connection, "quick"))["conversation_id"]
             second = await hear(first)
-            assert set(second.begun) == {quick}
+            assert quick in second.begun  # and maybe others: transactions of other databases hold back the horizon, too
+            assert slow not in second.begun
         assert slow in (await hear(second)).begun
     finally:
         await early.close()
