@@ -150,44 +150,43 @@ class Leases:
                 for taken in taken_turns:
                     logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
                     metrics.turns_taken_over.inc()
-                    self._turns.spawn(self._continue(taken, lease))
+                    self._turns.spawn(self._continue(taken, lease), taken.turn_id)
             is_more = len(taken_turns) == TAKEOVERS_AT_ONCE
 
     async def _continue(self, taken: TakenTurn, lease: Lease) -> None:
         """Go on with a turn, each by itself, so that one that cannot be read does not keep the others."""
-        with self._turns.starting(taken.turn_id):
-            try:
-                system_prompt, stored = await read_history(
-                    self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
-                )
-            except Unavailable as error:
-                logger.warning("turn %s is left to its lease: %s", taken.turn_id, error)
-                return
-            try:
-                steps, partial = steps_in(taken.journal)
-                is_readable = True
-            except Exception:
-                logger.exception("what stands of turn %s cannot be read", taken.turn_id)
-                steps, partial, is_readable = [], taken.text, False
-            turn = Turn(
-                taken.turn_id,
-                taken.conversation_id,
-                taken.user_id,
-                history_of(stored, system_prompt or self._settings.system_prompt),
-                attempt=taken.epoch,
-                steps=history_of_steps(steps),
-                partial=partial,
+        try:
+            system_prompt, stored = await read_history(
+                self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
             )
-            restarted = encode({"epoch": taken.epoch, "text": taken.text})
-            event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
-            running = self._turns.start(turn, [event], lease.trusted_until)
-            running.keep(steps, partial)
-            if taken.cancel_requested:
-                running.cancel()
-            elif taken.is_exhausted:
-                running.fail(f"The answer was interrupted {self._settings.max_attempts} times.", retryable=True)
-            elif not is_readable:
-                running.fail("The answer was interrupted, and what stood of it cannot be read.")
+        except Unavailable as error:
+            logger.warning("turn %s is left to its lease: %s", taken.turn_id, error)
+            return
+        try:
+            steps, partial = steps_in(taken.journal)
+            is_readable = True
+        except Exception:
+            logger.exception("what stands of turn %s cannot be read", taken.turn_id)
+            steps, partial, is_readable = [], taken.text, False
+        turn = Turn(
+            taken.turn_id,
+            taken.conversation_id,
+            taken.user_id,
+            history_of(stored, system_prompt or self._settings.system_prompt),
+            attempt=taken.epoch,
+            steps=history_of_steps(steps),
+            partial=partial,
+        )
+        restarted = encode({"epoch": taken.epoch, "text": taken.text})
+        event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
+        running = self._turns.start(turn, [event], lease.trusted_until)
+        running.keep(steps, partial)
+        if taken.cancel_requested:
+            running.cancel()
+        elif taken.is_exhausted:
+            running.fail(f"The answer was interrupted {self._settings.max_attempts} times.", retryable=True)
+        elif not is_readable:
+            running.fail("The answer was interrupted, and what stood of it cannot be read.")
 
     async def watch(self) -> None:
         """Stop the turns whose lease could not be renewed, for ever."""

@@ -87,11 +87,17 @@ class RunningTurns:
         self.spawn(self._run_turn(running))
         return running
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do work that a drain waits for."""
+    def spawn(self, work: Coroutine[Any, Any, None], *turn_ids: UUID) -> None:
+        """Do work that a drain waits for, and with which these turns may begin."""
+
+        def forget(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._to_start.difference_update(turn_ids)
+
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._to_start.update(turn_ids)  # now, and not when the task comes to run: a takeover may be asked for before
+        task.add_done_callback(forget)
 
     def _publisher(self, turn: Turn, log: Log) -> Callable[[Sequence[Event], bool], None]:
         def publish(events: Sequence[Event], is_over: bool) -> None:

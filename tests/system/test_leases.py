@@ -42,7 +42,6 @@ async def test_an_agent_that_says_nothing_is_stopped_although_its_lease_would_la
     assert [tuple(turn) for turn in turns] == [("running", 2, "another")]
 
 
-@pytest.mark.xfail(strict=True, reason="the next takeover is asked for before what was taken is known to run here")
 async def test_a_takeover_whose_answer_comes_late_is_not_made_again(
     start_node: StartNode, database_url: str, strings: Strings, user: str
 ) -> None:
