@@ -362,7 +362,7 @@ MUTATIONS: Final = (
     # Takeover, cancel, drain.
     Mutation(
         "a takeover ignores that a cancel was asked for",
-        [Change(LEASES, "            if taken.cancel_requested:\n", "            if False:\n")],
+        [Change(LEASES, "        if taken.cancel_requested:\n", "        if False:\n")],
         [f"{CRASHES}::test_a_cancel_that_was_asked_for_while_the_node_was_dead_is_honoured", TAKEOVER],
     ),
     Mutation(
