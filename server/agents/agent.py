@@ -69,7 +69,9 @@ class Turn:
     ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``).
     ``attempt`` is 1, or more after a takeover; ``steps`` then holds the messages of the steps that were
     completed before, which follow the history: their tools are not to be run again. ``partial`` is what the step that
-    was cut had said, which is shown already and to be continued; always empty unless the agent ``can_continue``.
+    was cut had said, which is shown already and not to be said again; always empty unless the agent ``can_continue``
+    or ``can_resume_calls``. ``pending`` are the calls of that step that have no result yet, always none unless it
+    ``can_resume_calls``: it yields them again, with the ids that they have, and runs them, before all else.
     """
 
     turn_id: UUID
@@ -79,6 +81,7 @@ class Turn:
     attempt: int = 1
     steps: Sequence[HistoryMessage] = field(default=())
     partial: str = ""
+    pending: Sequence[ToolCall] = field(default=())
 
 
 Agent: TypeAlias = Callable[[Turn], AsyncIterator[AgentEvent]]
@@ -96,6 +99,18 @@ def continues(agent: AnyAgent) -> AnyAgent:
 def can_continue(agent: Agent) -> bool:
     """Whether the agent has said that it goes on from ``turn.partial``."""
     return bool(getattr(agent, "can_continue", False))
+
+
+def resumes_calls(agent: AnyAgent) -> AnyAgent:
+    """Say of an agent, as a decorator, that it runs the calls in ``turn.pending`` after a takeover instead of asking
+    the model again. The step that was cut is otherwise started again, and its calls get other ids."""
+    agent.can_resume_calls = True  # type: ignore[attr-defined]
+    return agent
+
+
+def can_resume_calls(agent: Agent) -> bool:
+    """Whether the agent has said that it runs the calls in ``turn.pending``."""
+    return bool(getattr(agent, "can_resume_calls", False))
 
 
 class AgentError(Exception):
