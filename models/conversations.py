@@ -1,11 +1,12 @@
-"""Conversations and their messages: admitting a message, reading what a person or an agent sees."""
+"""Conversations: admitting a message, reading what a person or an agent sees, and their rows as such."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import repeat
+from typing import Final
 from uuid import UUID
 
 import asyncpg
@@ -13,6 +14,8 @@ from msgspec import Struct
 
 from models.database import Database
 from models.rules import COMPLETED
+
+DELETE_SECONDS_MAX: Final = 30.0  # a conversation may have a million messages
 
 
 class StoredMessage(Struct, frozen=True, gc=False):
@@ -175,6 +178,68 @@ async def read_snapshot(
     return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages)
 
 
-async def list_conversations(database: Database, user_id: str, *, limit: int, skip: int) -> Sequence[asyncpg.Record]:
-    """Newest activity first: id, title, created_at, updated_at."""
+async def create_conversation(
+    database: Database,
+    user_id: str,
+    conversation_id: UUID,
+    *,
+    title: str | None,
+    system_prompt: str | None,
+    metadata: str,
+    created_at: datetime,
+) -> asyncpg.Record:
+    """Make a conversation; `metadata` is JSON. Returns its row. Raises Unavailable."""
+    arguments = (user_id, conversation_id, title, system_prompt, metadata, created_at)
+    (row,) = await database.fetch("create_conversation", *arguments)
+    return row
+
+
+async def read_conversation(database: Database, user_id: str, conversation_id: UUID) -> asyncpg.Record | None:
+    """Its row. None: not this user's conversation. Raises Unavailable."""
+    rows = await database.fetch("read_conversation", user_id, conversation_id)
+    return rows[0] if rows else None
+
+
+async def list_conversations(
+    database: Database, user_id: str, *, limit: int, skip: int = 0, before: tuple[datetime, UUID] | None = None
+) -> Sequence[asyncpg.Record]:
+    """Rows of conversations, newest activity first; either past so many, or past a place (updated_at, id). Raises
+    Unavailable."""
+    if before is not None:
+        return await database.fetch("list_conversations_before", user_id, limit, *before)
     return await database.fetch("list_conversations", user_id, limit, skip)
+
+
+async def update_conversation(
+    database: Database, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]
+) -> asyncpg.Record | None:
+    """Set what `changes` has of title, system_prompt and metadata (JSON). Returns the row. None: not this user's
+    conversation. Raises Unavailable."""
+    arguments: list[object] = []
+    for name in ("title", "system_prompt", "metadata"):
+        arguments += [name in changes, changes.get(name)]
+    rows = await database.fetch("update_conversation", user_id, conversation_id, *arguments)
+    return rows[0] if rows else None
+
+
+async def delete_conversation(database: Database, user_id: str, conversation_id: UUID, *, is_forced: bool) -> str:
+    """Delete it with all that belongs to it; `is_forced`: also while a turn runs. Returns `deleted`,
+    `conversation_busy` or `not_found`. Raises Unavailable."""
+    attempts = 0
+
+    def count() -> None:
+        nonlocal attempts
+        attempts += 1
+
+    (row,) = await database.fetch(
+        "delete_conversation",
+        user_id,
+        conversation_id,
+        is_forced,
+        within_seconds=DELETE_SECONDS_MAX,
+        attempt_seconds=DELETE_SECONDS_MAX,
+        on_sent=count,
+    )
+    # Where an attempt's answer was lost, it may be the one that deleted.
+    is_deleted = row["outcome"] == "deleted" or (row["outcome"] == "not_found" and attempts > 1)
+    return "deleted" if is_deleted else str(row["outcome"])

@@ -15,3 +15,8 @@ def uuid7() -> UUID:
     value |= 0x7000 << 64 | (random >> 68) << 64  # version 7 and 12 random bits
     value |= 0b10 << 62 | random & ((1 << 62) - 1)  # variant and 62 random bits
     return UUID(int=value)
+
+
+def made_at(id: UUID) -> float:
+    """When an id of `uuid7` was made, in Unix seconds, by the clock of who made it."""
+    return (id.int >> 80) / 1000

@@ -159,9 +159,83 @@ SELECT greatest(c.last_seq, (SELECT max(seq) FROM said)) AS seq, (SELECT id FROM
 FROM conversation c LEFT JOIN newest m ON true
 ORDER BY m.position;
 
+-- name: create_conversation
+WITH known AS (
+    INSERT INTO users (id) VALUES ($1) ON CONFLICT DO NOTHING
+)
+INSERT INTO conversations (id, user_id, title, system_prompt, metadata, created_at, updated_at)
+VALUES ($2, $1, $3, $4, $5, $6, $6)
+ON CONFLICT (id) DO UPDATE SET id = excluded.id
+RETURNING id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+
+-- name: read_conversation
+SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+WHERE id = $2 AND user_id = $1;
+
 -- name: list_conversations
-SELECT id, title, created_at, updated_at FROM conversations
+SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
 WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
+
+-- name: list_conversations_before
+-- The same, after a place in the list: as fast far down as at the top.
+SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+WHERE user_id = $1 AND (updated_at, id) < ($3, $4) ORDER BY updated_at DESC, id DESC LIMIT $2;
+
+-- name: update_conversation
+-- A field is set where its flag is. `updated_at` is the last activity, and stays.
+UPDATE conversations
+SET title = CASE WHEN $3 THEN $4 ELSE title END,
+    system_prompt = CASE WHEN $5 THEN $6 ELSE system_prompt END,
+    metadata = CASE WHEN $7 THEN $8 ELSE metadata END
+WHERE id = $2 AND user_id = $1
+RETURNING id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+
+-- name: delete_conversation
+-- With its messages, turns and events; or nothing, while a turn runs and $3 is false. See models/migrations.
+SELECT outcome FROM anynode_delete($1, $2, $3);
+
+-- name: read_tail
+-- The last position, and the messages that decide which role may come next: the last one that is no tool's result, and
+-- the results behind it.
+SELECT m.position, m.role, m.tool_calls, m.tool_call_id
+FROM conversations c LEFT JOIN LATERAL (
+    SELECT position, role, tool_calls, tool_call_id FROM messages
+    WHERE conversation_id = c.id AND position >= (
+        SELECT position FROM messages WHERE conversation_id = c.id AND role <> 'tool' ORDER BY position DESC LIMIT 1)
+    ORDER BY position
+) m ON true
+WHERE c.id = $2 AND c.user_id = $1
+ORDER BY m.position;
+
+-- name: append
+-- Own it? busy? is the last message still where it was? insert messages and their events. See models/migrations.
+SELECT * FROM anynode_append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11);
+
+-- name: read_messages
+-- The newest messages before one ($3, itself included; null: from the end), newest first. One row with a null id where
+-- there are none, no row: not your conversation.
+SELECT c.system_prompt, m.*
+FROM conversations c LEFT JOIN LATERAL (
+    SELECT id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id, created_at FROM messages
+    WHERE conversation_id = c.id AND ($5 OR status <> 'superseded' OR id = $3) AND position <= coalesce(
+        CASE WHEN $3::uuid IS NULL THEN 2147483647 ELSE
+            (SELECT position FROM messages WHERE id = $3 AND conversation_id = c.id) END, 0)
+    ORDER BY position DESC LIMIT $4
+) m ON true
+WHERE c.id = $2 AND c.user_id = $1
+ORDER BY m.position DESC;
+
+-- name: read_turn
+-- A turn, and the messages that answered in it, in order; one row with a null id where there are none yet.
+SELECT t.id AS turn_id, t.status, t.error, t.usage, t.created_at AS started_at, t.finished_at,
+       m.id, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status AS message_status, m.created_at
+FROM conversations c
+JOIN turns t ON t.conversation_id = c.id AND t.id = $3
+LEFT JOIN LATERAL (
+    SELECT * FROM messages WHERE turn_id = t.id AND role <> 'user'
+) m ON true
+WHERE c.id = $2 AND c.user_id = $1
+ORDER BY m.position;
 
 -- name: renew
 -- Keep the leases of this node's turns, and learn which of them are to be cancelled. A turn that is missing
@@ -224,3 +298,14 @@ WITH expired AS (
 )
 UPDATE turns t SET first_seq = NULL FROM expired x WHERE t.id = x.id
 RETURNING t.id;
+
+-- name: delete_expired_messages
+-- The events of messages that came without a turn, and long enough ago; the messages stay.
+WITH expired AS (
+    SELECT conversation_id, seq FROM events
+    WHERE turn_id IS NULL AND written_at < clock_timestamp() - make_interval(secs => $1)
+    ORDER BY written_at LIMIT $2
+    FOR UPDATE SKIP LOCKED
+)
+DELETE FROM events e USING expired x WHERE e.conversation_id = x.conversation_id AND e.seq = x.seq
+RETURNING e.seq;

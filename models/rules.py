@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
-# What may follow a message of the given role (None: the conversation is empty). The admission function in
-# `migrations/` re-checks the line for `user` under the conversation's lock.
-NEXT_ROLES: Mapping[str | None, frozenset[str]] = {
-    None: frozenset({"system", "user"}),
-    "system": frozenset({"user"}),
-    "user": frozenset({"assistant"}),
-    "assistant": frozenset({"user", "tool"}),
-    "tool": frozenset({"tool", "assistant"}),
+# What may come next: by the role of the last message (None: there is none), and whether calls wait for their results.
+# The admission function in `migrations/` re-checks the lines for `user` under the conversation's lock.
+NEXT_ROLES: Mapping[tuple[str | None, bool], frozenset[str]] = {
+    (None, False): frozenset({"system", "user"}),
+    ("system", False): frozenset({"user"}),
+    ("user", False): frozenset({"assistant"}),
+    ("assistant", False): frozenset({"user"}),
+    ("assistant", True): frozenset({"tool"}),
+    ("tool", True): frozenset({"tool"}),
+    ("tool", False): frozenset({"assistant"}),
 }
 
 RUNNING = "running"
@@ -37,6 +40,48 @@ TERMINAL_EVENTS: Mapping[str, str] = {
 }
 
 
+class OutOfOrder(ValueError):
+    """A message may not come next; the text says what may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """The end of a conversation: the last message's role, and the calls (id → tool's name) that wait for results."""
+
+    role: str | None = None
+    pending: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def next_roles(self) -> frozenset[str]:
+        """The roles that may come next."""
+        return NEXT_ROLES[self.role, bool(self.pending)]
+
+    def followed_by(self, role: str, *, calls: Sequence[tuple[str, str]] = (), tool_call_id: str | None = None) -> Tail:
+        """The end after one message more: an assistant's with these calls (id, tool's name), or the result of that one.
+        Raises OutOfOrder."""
+        if role not in self.next_roles:
+            raise OutOfOrder(_refused(role, self.role, self.next_roles))
+        if role != "tool":
+            if len(dict(calls)) < len(calls):
+                raise OutOfOrder("Two calls have the same id; each needs one of its own.")
+            return Tail(role, dict(calls))
+        if tool_call_id not in self.pending:
+            waiting = ", ".join(self.pending)
+            raise OutOfOrder(f"No call {tool_call_id} waits for its result; next may come: the result of {waiting}.")
+        return Tail(role, {id: name for id, name in self.pending.items() if id != tool_call_id})
+
+
+def refused_user(last_role: str | None) -> str:
+    """Why a user's message may not come after one of this role, in words."""
+    states = [roles for (role, _), roles in NEXT_ROLES.items() if role == last_role and "user" not in roles]
+    return _refused("user", last_role, frozenset().union(*states))
+
+
+def _refused(role: str, last_role: str | None, next_roles: Iterable[str]) -> str:
+    place = f"After a message of role {last_role}" if last_role else "As the first message"
+    return f"{place} one of role {role} may not come; next may come: {' or '.join(sorted(next_roles))}."
+
+
 class Spoken(Protocol):
     """The part of a message that decides whether an agent sees it."""
 
@@ -53,17 +98,22 @@ class Spoken(Protocol):
 AnySpoken = TypeVar("AnySpoken", bound=Spoken)
 
 
-def visible(messages: Sequence[AnySpoken]) -> Sequence[AnySpoken]:
-    """What an agent sees of `messages` (in order): beginning with a user's, without superseded answers, and
-    without the turns that were cancelled or failed before they said anything (their questions included)."""
+def standing(messages: Sequence[AnySpoken]) -> Sequence[AnySpoken]:
+    """`messages` (in order) without superseded answers, and without the turns that were cancelled or failed before they
+    said anything (their questions included)."""
     silent = {
         m.turn_id for m in messages if m.role == "assistant" and not m.content and m.status in (CANCELLED, FAILED)
     }
     if silent:  # an empty end may come after tools that have done something
         silent -= {m.turn_id for m in messages if m.role == "tool" or (m.role == "assistant" and m.content)}
-    kept: Sequence[AnySpoken] = messages
     if silent or any(message.status == SUPERSEDED for message in messages):
-        kept = [m for m in messages if m.status != SUPERSEDED and (m.turn_id is None or m.turn_id not in silent)]
+        return [m for m in messages if m.status != SUPERSEDED and (m.turn_id is None or m.turn_id not in silent)]
+    return messages
+
+
+def visible(messages: Sequence[AnySpoken]) -> Sequence[AnySpoken]:
+    """What an agent sees of `messages`: those that are standing, beginning with a user's."""
+    kept = standing(messages)
     for start, message in enumerate(kept):
         if message.role == "user":
             return kept[start:] if start else kept

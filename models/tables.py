@@ -84,7 +84,8 @@ class Turn(Model):
 
 
 class Event(Model):
-    """A row of the journal. Its primary key is (conversation_id, seq), which Tortoise cannot say."""
+    """A row of the journal; `written_at` is null unless it belongs to no turn. Its primary key is (conversation_id,
+    seq), which Tortoise cannot say."""
 
     conversation_id = fields.UUIDField(primary_key=True)
     seq = fields.BigIntField()
@@ -92,6 +93,7 @@ class Event(Model):
     epoch = fields.IntField()
     type = fields.TextField()
     payload: fields.JSONField[Any] = fields.JSONField()
+    written_at = fields.DatetimeField(null=True)
 
     class Meta:
         table = "events"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+import asyncpg
+
 from models.database import Database
 
 
@@ -109,3 +111,16 @@ async def request_cancel(
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:
     """Delete the events of at most `limit` turns that ended longer ago than that. Returns how many turns."""
     return len(await database.fetch("delete_expired_events", retention_seconds, limit))
+
+
+async def delete_expired_messages(database: Database, *, retention_seconds: float, limit: int) -> int:
+    """Delete at most `limit` events of messages that came without a turn longer ago than that. Returns how many."""
+    return len(await database.fetch("delete_expired_messages", retention_seconds, limit))
+
+
+async def read_turn(
+    database: Database, user_id: str, conversation_id: UUID, turn_id: UUID
+) -> Sequence[asyncpg.Record] | None:
+    """A row for each message that answered in the turn, in order, or one without a message. None: no such turn, or not
+    this user's. Raises Unavailable."""
+    return await database.fetch("read_turn", user_id, conversation_id, turn_id) or None

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final
 
+import msgspec
+
 from models.conversations import Admission, Question, StoredMessage
 from models.ids import uuid7
-from models.rules import visible
+from models.messages import AppendedMessage
+from models.rules import OutOfOrder, Tail, refused_user, visible
 from server.agents.agent import HistoryMessage
+from server.bodies import AnyNewMessage, AssistantMessage, TextPart, ToolMessage
 from server.encoding import encode, tool_calls_of
 from server.errors import ConversationBusy, InvalidFrame, MessageTooLarge, NotFound, RoleOrder
 from server.protocol import Message, MessageSend, TurnRegenerate
@@ -42,6 +46,59 @@ def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> 
     )
 
 
+def appended_of(
+    given: Sequence[AnyNewMessage], tail: Tail, created_at: datetime, *, bytes_max: int
+) -> list[tuple[AppendedMessage, Message]]:
+    """Messages that come after `tail`, as the database takes them and as people see them. Raises RoleOrder or
+    MessageTooLarge."""
+    appended = []
+    for number, new in enumerate(given):
+        role = str(type(new).__struct_config__.tag)
+        content = _text_of(new.content)
+        calls = list(new.tool_calls or ()) if isinstance(new, AssistantMessage) else []
+        tool_calls = encode(calls) if calls else None
+        tool_name = tool_call_id = None
+        if isinstance(new, ToolMessage):
+            tool_call_id = new.tool_call_id
+            tool_name = new.tool_name or tail.pending.get(tool_call_id)
+        if len(content.encode()) + len((tool_calls or "").encode()) > bytes_max:
+            raise MessageTooLarge(f"messages[{number}] is longer than {bytes_max} bytes.")
+        try:
+            tail = tail.followed_by(
+                role, calls=[(call.id, call.function.name) for call in calls], tool_call_id=tool_call_id
+            )
+        except OutOfOrder as error:
+            place = f"messages[{number}]: " if len(given) > 1 else ""
+            raise RoleOrder(f"{place}{error}") from error
+        message = Message(
+            uuid7(),
+            role,
+            content,
+            msgspec.to_builtins(calls) or None,
+            tool_name,
+            tool_call_id,
+            "completed",
+            None,
+            created_at,
+        )
+        payload = encode({"message": message})
+        row = AppendedMessage(
+            id=message.id,
+            role=role,
+            content=content,
+            tool_calls=tool_calls,
+            tool_name=tool_name,
+            tool_call_id=tool_call_id,
+            payload=payload,
+        )
+        appended.append((row, message))
+    return appended
+
+
+def _text_of(content: str | Sequence[TextPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
 def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> None:
     """Raise the ClientError that an admission's outcome is, if it is one."""
     conversation_id = frame.conversation_id
@@ -50,14 +107,12 @@ def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> 
             raise NotFound(conversation_id=conversation_id)
         case "conversation_busy":
             raise ConversationBusy(conversation_id=conversation_id)
-        case "role_order" if admission.last_role is None:
+        case "role_order" if isinstance(frame, TurnRegenerate):
             raise RoleOrder("There is no question to answer again.", conversation_id=conversation_id)
         case "not_last":
             raise RoleOrder("Only the last question can be answered again.", conversation_id=conversation_id)
         case "role_order":
-            raise RoleOrder(
-                f"After a message of role {admission.last_role} a user's may not come.", conversation_id=conversation_id
-            )
+            raise RoleOrder(refused_user(admission.last_role), conversation_id=conversation_id)
         case "message_id_taken":
             raise InvalidFrame("message_id names a message of another conversation", conversation_id=conversation_id)
 

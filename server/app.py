@@ -22,8 +22,10 @@ from server.agents.load import open_agent
 from server.auth import Authenticator
 from server.configured import configured, explained
 from server.health import health_routes
+from server.http import refuse_route, routes_of
 from server.node import Node
-from server.rest import rest_routes
+from server.operations import OPERATIONS
+from server.rest import Rest
 from server.settings import Settings
 from server.websocket import WebSocketEndpoint
 
@@ -66,14 +68,20 @@ class Anynode:
             routes=[
                 WebSocketRoute("/ws", self.websocket),
                 *health_routes(self.node, self.database),
-                *rest_routes(self.database, self.authenticator),
+                *routes_of(
+                    OPERATIONS,
+                    Rest(self.settings, self.node, self.database),
+                    self.authenticator,
+                    body_bytes_max=self.settings.frame_bytes_max,
+                ),
                 *_page_routes(),
-            ]
+            ],
+            exception_handlers={404: refuse_route, 405: refuse_route},
         )
 
     async def drain(self) -> None:
         """Take no more work, send clients elsewhere, and let the running turns end or hand them over."""
-        self.node.is_draining = True
+        self.node.draining.set()
         deadline = time.time() + self.settings.drain_seconds
         leaving = asyncio.create_task(self.websocket.go_away(deadline, LEAVING_SECONDS))
         await self.node.drain(self.settings.drain_seconds)

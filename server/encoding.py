@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -34,22 +34,24 @@ def error_frame(error: ClientError, request_id: str | None) -> str:
     )
 
 
+def message_of(row: Mapping[str, Any]) -> Message:
+    """A message as people see it, from a row that has its fields."""
+    return Message(
+        row["id"],
+        row["role"],
+        row["content"],
+        tool_calls_of(row["tool_calls"]),
+        row["tool_name"],
+        row["tool_call_id"],
+        row["status"],
+        row["turn_id"],
+        row["created_at"],
+    )
+
+
 def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
     """The frame that shows a conversation at one instant."""
-    messages = [
-        Message(
-            row["id"],
-            row["role"],
-            row["content"],
-            tool_calls_of(row["tool_calls"]),
-            row["tool_name"],
-            row["tool_call_id"],
-            row["status"],
-            row["turn_id"],
-            row["created_at"],
-        )
-        for row in snapshot.messages
-    ]
+    messages = [message_of(row) for row in snapshot.messages]
     turn = None
     if snapshot.running_turn_id is not None:
         turn = RunningTurn(snapshot.running_turn_id, snapshot.running_text)
@@ -60,6 +62,11 @@ def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[s
     """The frames that show `events`, adjacent deltas of a turn merged into one."""
     if len(events) == 1:
         return [_event_frame(conversation_id, events[0])]
+    return [frame for _, frame in numbered_frames(conversation_id, events)]
+
+
+def numbered_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[tuple[int, str]]:
+    """The same, each with its seq."""
     frames = []
     start = 0
     while start < len(events):
@@ -69,10 +76,11 @@ def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[s
             while end < len(events) and events[end].type == DELTA and events[end].turn_id == first.turn_id:
                 end += 1
         if end - start == 1:
-            frames.append(_event_frame(conversation_id, first))
+            frame = _event_frame(conversation_id, first)
         else:
             text = "".join(map(delta_text, events[start:end]))
-            frames.append(_head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}")
+            frame = _head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}"
+        frames.append((events[end - 1].seq, frame))
         start = end
     return frames
 

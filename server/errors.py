@@ -5,8 +5,9 @@ The docstring of a class is the message that people read when the raiser has not
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 from uuid import UUID
 
 
@@ -36,11 +37,26 @@ class ClientError(Exception):
         super().__init__(self.message)
 
 
+class Problem(NamedTuple):
+    """What is wrong with a part of what a client sent, and where: `messages[2].role`."""
+
+    path: str
+    message: str
+
+
 class InvalidFrame(ClientError):
     """The frame is not one that this server understands."""
 
     code = "invalid_frame"
     http_status = 422
+
+    def __init__(
+        self, message: str | None = None, *, conversation_id: UUID | None = None, problems: Sequence[Problem] = ()
+    ) -> None:
+        if message is None and problems:
+            message = "; ".join(": ".join(filter(None, problem)) for problem in problems)
+        super().__init__(message, conversation_id=conversation_id)
+        self.problems = problems
 
 
 class NotFound(ClientError):
@@ -117,6 +133,14 @@ class AgentFailed(ClientError):
     http_status = 502
 
 
+class InternalError(ClientError):
+    """Something went wrong in the server; its log says more."""
+
+    code = "internal_error"
+    http_status = 500
+    retryable = True
+
+
 CLIENT_ERRORS: tuple[type[ClientError], ...] = (
     InvalidFrame,
     NotFound,
@@ -129,6 +153,7 @@ CLIENT_ERRORS: tuple[type[ClientError], ...] = (
     Draining,
     DatabaseUnavailable,
     AgentFailed,
+    InternalError,
 )
 
 

@@ -149,6 +149,11 @@ class Follows:
                 channel.heard_seq = last_seq
                 channel.wake()
 
+    def wake(self, conversation_id: UUID) -> None:
+        """Let those who follow it here look again."""
+        if (channel := self._channels.get(conversation_id)) is not None:
+            channel.wake()
+
     def look_again(self) -> None:
         """Anything may have happened in the meantime, also that Postgres has lost something."""
         for channel in self._channels.values():

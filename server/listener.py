@@ -125,8 +125,7 @@ async def _serve(settings: Settings, stop_with_input: bool) -> None:
             port=settings.port,
             ws=BoundedWebSocket,
             http="httptools",
-            # A JSON string may need six bytes for one of its content.
-            ws_max_size=6 * settings.message_bytes_max + 16_384,
+            ws_max_size=settings.frame_bytes_max,
             ws_per_message_deflate=False,
             ws_ping_interval=KEEPALIVE_SECONDS,
             ws_ping_timeout=KEEPALIVE_SECONDS,

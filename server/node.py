@@ -12,18 +12,20 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
-from models.conversations import Admission, admit, regenerate
+from models.conversations import Admission, admit, delete_conversation, regenerate
 from models.database import Database, Unavailable
 from models.events import Event
 from models.ids import uuid7
-from models.turns import delete_expired_events, request_cancel, watch
-from server.admission import history_of, question_of, raise_refusal
+from models.messages import append_messages
+from models.turns import delete_expired_events, delete_expired_messages, request_cancel, watch
+from server.admission import appended_of, history_of, question_of, raise_refusal
 from server.agents.agent import Agent, Turn, can_continue
+from server.bodies import AnyNewMessage
 from server.encoding import encode
-from server.errors import DatabaseUnavailable, Draining, NotFound, RateLimited
+from server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
 from server.follow import Follows
 from server.leases import Lease, Leases
-from server.protocol import MessageSend, TurnRegenerate
+from server.protocol import Message, MessageSend, TurnRegenerate
 from server.running import RunningTurns
 from server.settings import Settings
 
@@ -32,9 +34,11 @@ logger = logging.getLogger("anynode.node")
 WATCH_SECONDS: Final = 0.25
 WATCH_TIMEOUT_SECONDS: Final = 2.0
 BEGUN_MAX: Final = 10_000  # turns of the whole cluster in one watch
-EXPIRIES_AT_ONCE: Final = 100
+EXPIRIES_AT_ONCE: Final = 100  # turns
+EXPIRED_MESSAGES_AT_ONCE: Final = 1000
 INTERRUPT_SECONDS: Final = 5.0  # how long `if_busy: interrupt` waits for the running turn to end
 INTERRUPT_POLL_SECONDS: Final = 0.05
+CANCEL_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
 
 Answer = TypeVar("Answer")
 
@@ -53,8 +57,9 @@ class Node:
     def __init__(self, settings: Settings, database: Database, agent: Agent) -> None:
         self.node_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
-        self.is_draining = False
         self.is_running = True
+        self.draining = asyncio.Event()
+        self.drained = asyncio.Event()  # no turn runs here any more, and none will
         self._settings = settings
         self._database = database
         self._turns = RunningTurns(settings, database, agent, self.follows)
@@ -75,6 +80,11 @@ class Node:
             logger.critical("the node has failed and must be restarted", exc_info=True)
         finally:
             self.is_running = False
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether it takes no more work."""
+        return self.draining.is_set()
 
     # Messages.
 
@@ -160,9 +170,9 @@ class Node:
         turn = Turn(admission.turn_id, admission.conversation_id, user_id, history)
         self._turns.start(turn, events, lease.trusted_until)
 
-    async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> None:
-        """Ask for a turn to be stopped, wherever it runs. Where it has ended already, or none runs, that is all.
-        Raises ClientError."""
+    async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> UUID | None:
+        """Ask for a turn to be stopped, wherever it runs; returns its id. Where it has ended already, or none runs
+        (None), that is all. Raises ClientError."""
         asked = request_cancel(self._database, user_id, conversation_id, turn_id)
         found = await self._ask(asked, conversation_id)
         if not found:
@@ -172,6 +182,46 @@ class Node:
                 raise NotFound("There is no such turn in this conversation.", conversation_id=conversation_id)
         elif (running := self._turns.get(found[0])) is not None:
             running.cancel()
+        return found[0]
+
+    # Without a turn.
+
+    async def append(
+        self, user_id: str, conversation_id: UUID, given: Sequence[AnyNewMessage]
+    ) -> tuple[list[Message], int]:
+        """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. Raises
+        ClientError."""
+        created_at = datetime.now(UTC)
+        appending = append_messages(
+            self._database,
+            user_id,
+            conversation_id,
+            created_at=created_at,
+            checked=lambda tail: appended_of(given, tail, created_at, bytes_max=self._settings.message_bytes_max),
+        )
+        appended = await self._ask(appending, conversation_id)
+        match appended.outcome:
+            case "not_found":
+                raise NotFound(conversation_id=conversation_id)
+            case "conversation_busy":
+                raise ConversationBusy(conversation_id=conversation_id)
+        self.follows.hear({conversation_id: appended.last_seq})
+        return [message for _, message in appended.messages], appended.last_seq
+
+    async def delete(self, user_id: str, conversation_id: UUID) -> None:
+        """Delete a conversation; a turn that runs is cancelled first, and not waited for long. Raises ClientError."""
+        give_up_at = time.monotonic() + CANCEL_SECONDS
+        while True:
+            is_forced = time.monotonic() > give_up_at
+            deleting = delete_conversation(self._database, user_id, conversation_id, is_forced=is_forced)
+            outcome = await self._ask(deleting, conversation_id)
+            if outcome != "conversation_busy":
+                break
+            await self.cancel(user_id, conversation_id, None)
+            await asyncio.sleep(INTERRUPT_POLL_SECONDS)
+        if outcome == "not_found":
+            raise NotFound(conversation_id=conversation_id)
+        self.follows.wake(conversation_id)
 
     # The other nodes.
 
@@ -214,6 +264,11 @@ class Node:
                     expired = await delete_expired_events(
                         self._database, retention_seconds=retention_seconds, limit=EXPIRIES_AT_ONCE
                     )
+                expired = EXPIRED_MESSAGES_AT_ONCE
+                while expired == EXPIRED_MESSAGES_AT_ONCE:
+                    expired = await delete_expired_messages(
+                        self._database, retention_seconds=retention_seconds, limit=EXPIRED_MESSAGES_AT_ONCE
+                    )
             except Unavailable as error:
                 logger.warning("expired events wait for Postgres: %s", error)
             except Exception:
@@ -224,7 +279,7 @@ class Node:
 
     async def drain(self, within_seconds: float) -> None:
         """Admit nothing more, let the running turns end, and hand over those that do not in time."""
-        self.is_draining = True
+        self.draining.set()
         self._leases.may_take_over = False
         await self._turns.ended(within_seconds)
         for _ in range(2):  # what was on its way may have begun after all
@@ -234,3 +289,4 @@ class Node:
                     running.lose()
                 await self._leases.release(left)
             await self._turns.ended(1.0)
+        self.drained.set()

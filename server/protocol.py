@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias
@@ -85,14 +86,7 @@ AnyClientFrame: TypeAlias = (
 
 def decode_frame(text: str) -> AnyClientFrame:
     """Decode one text frame. Raises InvalidFrame for everything that is not exactly a frame."""
-    try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
-    except InvalidFrame:
-        raise
-    except RecursionError:
-        raise InvalidFrame("the frame is nested too deeply") from None
-    except ValueError as error:
-        raise InvalidFrame(f"the frame is not JSON: {error}") from None
+    value = strict_json(text, "the frame")
     if not isinstance(value, dict):
         raise InvalidFrame("a frame is a JSON object")
     try:
@@ -106,6 +100,25 @@ def decode_frame(text: str) -> AnyClientFrame:
         if identifier is not None and not identifier.isprintable():
             raise InvalidFrame(f"{name} has characters that cannot be printed")
     return frame
+
+
+def strict_json(text: str, noun: str) -> Any:
+    """The value of a JSON text without a key twice, NaN, or text that Postgres cannot hold. Raises InvalidFrame, which
+    calls the text by its noun."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
+    except RecursionError:
+        raise InvalidFrame(f"{noun} is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise InvalidFrame(f"{noun} is not JSON: {error}") from None
+    except ValueError as error:
+        raise InvalidFrame(f"{noun} {error}") from None
+    if isinstance(value, str | list):
+        try:
+            _check_text("a text", value)
+        except ValueError as error:
+            raise InvalidFrame(f"{noun} {error}") from None
+    return value
 
 
 def request_id_of(text: str) -> str | None:
@@ -122,15 +135,35 @@ def request_id_of(text: str) -> str | None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise InvalidFrame("the frame has a key twice")
+        raise ValueError("has a key twice")
     for name, item in pairs:
-        if not is_storable(name) or (isinstance(item, str) and not is_storable(item)):
-            raise InvalidFrame(f"{name!a} has a NUL or half a surrogate pair in it")
+        if not is_storable(name):
+            raise ValueError(f"has a NUL or half a surrogate pair in {name!a}")
+        if isinstance(item, str | list):
+            _check_text(f"{name!a}", item)
     return value
 
 
+def _check_text(name: str, value: str | list[Any]) -> None:
+    """Objects inside have been checked when they were made."""
+    if isinstance(value, str):
+        if not is_storable(value):
+            raise ValueError(f"has a NUL or half a surrogate pair in {name}")
+        return
+    for item in value:
+        if isinstance(item, str | list):
+            _check_text(name, item)
+
+
 def _no_constant(name: str) -> NoReturn:
-    raise InvalidFrame(f"{name} is not JSON")
+    raise ValueError(f"has {name}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"has a number that is too large: {text[:20]}")
+    return number
 
 
 class Message(Struct, frozen=True):
@@ -156,10 +189,10 @@ class ErrorDetail(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """What a turn cost: tokens of all its model requests, and how long it took."""
+    """What a turn cost: tokens of all its model requests, null where the agent does not say, and how long it took."""
 
-    input_tokens: int
-    output_tokens: int
+    input_tokens: int | None
+    output_tokens: int | None
     model: str | None
     seconds: float
 
@@ -227,7 +260,7 @@ class TurnCompleted(JournalFrame, frozen=True, tag="turn.completed"):
 
     turn_id: UUID
     message: Message
-    usage: Usage | None
+    usage: Usage
 
 
 class TurnCancelled(JournalFrame, frozen=True, tag="turn.cancelled"):

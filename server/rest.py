@@ -1,56 +1,295 @@
-"""Conversations over HTTP: so far the list of them, newest activity first."""
+"""Conversations over HTTP: what each operation does. `bodies` has what it takes and gives, `operations` the list."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import base64
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final, TypeAlias
+from urllib.parse import urlencode
+from uuid import UUID
 
+import asyncpg
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from msgspec import UNSET, Raw
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.conversations import list_conversations
-from models.database import Database, Unavailable
-from server.auth import Authenticator, Identity, bearer_of
-from server.errors import ClientError, DatabaseUnavailable, InvalidFrame, Unauthorized
+from models.conversations import (
+    Admission,
+    create_conversation,
+    list_conversations,
+    read_conversation,
+    update_conversation,
+)
+from models.database import Database
+from models.ids import uuid7
+from models.messages import read_messages
+from server.bodies import (
+    Appended,
+    Body,
+    Cancel,
+    CancelledTurn,
+    Chat,
+    ChatAnswer,
+    Continue,
+    Conversation,
+    ConversationChanges,
+    Conversations,
+    ConversationsQuery,
+    EventsQuery,
+    Messages,
+    MessagesQuery,
+    NewConversation,
+    NewMessages,
+    NoQuery,
+    Regenerate,
+    StartedTurn,
+)
+from server.encoding import message_of
+from server.errors import InvalidFrame, MessageTooLarge, NotFound, Problem, RateLimited
+from server.export import exported
+from server.http import Call, reply
+from server.node import Node
+from server.outcome import answer_of, stored_turn
+from server.protocol import SEQ_MAX, MessageSend, TurnRegenerate
+from server.settings import Settings
+from server.sse import EventStream
 
-Answer = Callable[[Request, Identity], Awaitable[object]]
+METADATA_BYTES_MAX: Final = 16_384
+MESSAGES_LISTED: Final = 50  # unless a `limit` is given …
+MESSAGES_EXPORTED: Final = 1000  # … which for an export is as much as there may be
+
+AnyCall: TypeAlias = Call[Any, Any]
 
 
-def rest_routes(database: Database, authenticator: Authenticator) -> list[Route]:
-    """`GET /conversations`."""
+class Rest:
+    """What serves the operations. All that wait or stream at once are as many as there may be connections."""
 
-    def route(path: str, answer: Answer) -> Route:
-        async def endpoint(request: Request) -> Response:
-            try:
-                token = bearer_of(request.scope["headers"])
-                if token is None:
-                    raise Unauthorized("There is no Authorization: Bearer header.")
-                body, status = await answer(request, await authenticator.authenticate(token)), 200
-            except Unavailable:
-                body, status = _error_body(DatabaseUnavailable()), DatabaseUnavailable.http_status
-            except ClientError as error:
-                body, status = _error_body(error), error.http_status
-            return Response(msgspec.json.encode(body), status, media_type="application/json")
+    def __init__(self, settings: Settings, node: Node, database: Database) -> None:
+        self._settings = settings
+        self._node = node
+        self._database = database
+        self._held = 0
 
-        return Route(path, endpoint, methods=["GET"])
+    # Conversations.
 
-    async def conversations(request: Request, identity: Identity) -> object:
-        limit = _whole(request, "limit", 20, 1, 100)
-        skip = _whole(request, "skip", 0, 0, 1_000_000)
-        rows = await list_conversations(database, identity.user_id, limit=limit + 1, skip=skip)
-        listed = [dict(row) for row in rows[:limit]]
-        return {"conversations": listed, "next_skip": skip + limit if len(rows) > limit else None}
+    async def create(self, call: Call[NoQuery, NewConversation]) -> ASGIApp:
+        """`POST /conversations`."""
+        fields = self._stored(call.body)
+        row = await create_conversation(
+            self._database,
+            call.user_id,
+            uuid7(),
+            title=fields["title"],
+            system_prompt=fields["system_prompt"],
+            metadata=fields["metadata"] or "{}",
+            created_at=datetime.now(UTC),
+        )
+        return reply(_conversation(row), 201, {"Location": f"/conversations/{row['id']}"})
 
-    return [route("/conversations", conversations)]
+    async def list(self, call: Call[ConversationsQuery, None]) -> ASGIApp:
+        """`GET /conversations`."""
+        limit, skip, before = call.query.limit, call.query.skip, call.query.before
+        place = None if before is None else _place(before)
+        if place is not None and skip:
+            raise InvalidFrame(problems=[Problem("query.skip", "does not go with before")])
+        rows = await list_conversations(self._database, call.user_id, limit=limit + 1, skip=skip, before=place)
+        listed = [_conversation(row) for row in rows[:limit]]
+        is_more = len(rows) > limit
+        return reply(
+            Conversations(
+                listed,
+                skip + limit if is_more and place is None else None,
+                _mark(listed[-1]) if is_more else None,
+            )
+        )
+
+    async def read(self, call: AnyCall) -> ASGIApp:
+        """`GET /conversations/{conversation_id}`."""
+        return reply(_conversation(await self._own(call)))
+
+    async def update(self, call: Call[NoQuery, ConversationChanges]) -> ASGIApp:
+        """`PATCH /conversations/{conversation_id}`."""
+        changes = self._stored(call.body)
+        row = await update_conversation(self._database, call.user_id, call.conversation_id, changes)
+        if row is None:
+            raise NotFound
+        return reply(_conversation(row))
+
+    async def delete(self, call: AnyCall) -> ASGIApp:
+        """`DELETE /conversations/{conversation_id}`."""
+        await self._node.delete(call.user_id, call.conversation_id)
+        return _no_content
+
+    # Messages.
+
+    async def messages(self, call: Call[MessagesQuery, None]) -> ASGIApp:
+        """`GET /conversations/{conversation_id}/messages`."""
+        is_export = call.query.format is not None
+        limit = call.query.limit or (MESSAGES_EXPORTED if is_export else MESSAGES_LISTED)
+        page = await read_messages(
+            self._database,
+            call.user_id,
+            call.conversation_id,
+            limit=limit,
+            before=call.query.before,
+            with_superseded=not is_export,
+        )
+        if page is None:
+            raise await self._no_page(call)
+        next_before = None if page.is_first else page.messages[0]["id"]
+        headers = {} if next_before is None else {"Link": _link(call, limit, next_before)}
+        if is_export:
+            return reply(exported(page), headers=headers)
+        return reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers)
+
+    async def append(self, call: AnyCall) -> ASGIApp:
+        """`POST /conversations/{conversation_id}/messages`."""
+        is_bulk = isinstance(call.body, NewMessages)
+        given = call.body.messages if is_bulk else [call.body]
+        messages, seq = await self._node.append(call.user_id, call.conversation_id, given)
+        return reply(Appended(messages, seq) if is_bulk else messages[0], 201)
+
+    # Turns.
+
+    async def proceed(self, call: Call[NoQuery, Continue]) -> ASGIApp:
+        """`POST /conversations/{conversation_id}/continue`."""
+        body = call.body
+        frame = MessageSend(body.message_id or str(uuid7()), body.content, call.conversation_id, body.if_busy)
+        with self._holding():
+            admission = await self._node.send(call.user_id, frame)
+            return await self._answered(call, admission) if body.wait else _started(admission)
+
+    async def regenerate(self, call: Call[NoQuery, Regenerate]) -> ASGIApp:
+        """`POST /conversations/{conversation_id}/regenerate`."""
+        with self._holding():
+            frame = TurnRegenerate(call.conversation_id, call.body.message_id)
+            admission = await self._node.regenerate(call.user_id, frame)
+            return await self._answered(call, admission) if call.body.wait else _started(admission)
+
+    async def chat(self, call: Call[NoQuery, Chat]) -> ASGIApp:
+        """`POST /api/{user_id}/chat`."""
+        body = call.body
+        frame = MessageSend(body.message_id or str(uuid7()), body.message, body.conversation_id, body.if_busy)
+        with self._holding():
+            admission = await self._node.send(call.user_id, frame)
+            answer = await call.while_connected(answer_of(self._node, self._database, call.user_id, admission))
+        return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls))
+
+    async def cancel(self, call: Call[NoQuery, Cancel]) -> ASGIApp:
+        """`POST /conversations/{conversation_id}/cancel`."""
+        turn_id = await self._node.cancel(call.user_id, call.conversation_id, call.body.turn_id)
+        return reply(CancelledTurn(call.conversation_id, turn_id))
+
+    async def turn(self, call: AnyCall) -> ASGIApp:
+        """`GET /conversations/{conversation_id}/turns/{turn_id}`."""
+        return reply(await stored_turn(self._database, call.user_id, call.conversation_id, call.ids["turn_id"]))
+
+    async def events(self, call: Call[EventsQuery, None]) -> ASGIApp:
+        """`GET /conversations/{conversation_id}/events`."""
+        after = call.query.after
+        if (last := call.headers.get("last-event-id")) is not None:  # of a client that comes back to the same address
+            if not (last.isascii() and last.isdigit() and len(last) < 20 and int(last) <= SEQ_MAX):
+                raise InvalidFrame(problems=[Problem("Last-Event-ID", "is not a seq")])
+            after = int(last)
+        await self._own(call)
+        with ExitStack() as stack:
+            stack.enter_context(self._holding())
+            holding = stack.pop_all()
+        stream = EventStream(
+            self._node, call.identity, call.conversation_id, after, heartbeat_seconds=self._settings.heartbeat_seconds
+        )
+
+        async def held(scope: Scope, receive: Receive, send: Send) -> None:
+            with holding:
+                await stream(scope, receive, send)
+
+        return held
+
+    # What they share.
+
+    async def _own(self, call: AnyCall) -> asyncpg.Record:
+        row = await read_conversation(self._database, call.user_id, call.conversation_id)
+        if row is None:
+            raise NotFound
+        return row
+
+    async def _no_page(self, call: Call[MessagesQuery, None]) -> Exception:
+        await self._own(call)
+        return InvalidFrame(problems=[Problem("query.before", "is not the id of a message of this conversation")])
+
+    async def _answered(self, call: AnyCall, admission: Admission) -> ASGIApp:
+        return reply(await call.while_connected(answer_of(self._node, self._database, call.user_id, admission)))
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        if self._held >= self._settings.connections_max:
+            raise RateLimited("This node has as many requests that wait as it may.")
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def _stored(self, body: Body) -> dict[str, str | None]:
+        """The fields that a body has, as the database takes them. Raises MessageTooLarge."""
+        stored: dict[str, str | None] = {}
+        for name, value in msgspec.structs.asdict(body).items():
+            if value is not UNSET:
+                stored[name] = msgspec.json.encode(value).decode() if name == "metadata" else value
+        bounds = {"system_prompt": self._settings.message_bytes_max, "metadata": METADATA_BYTES_MAX}
+        for name, bytes_max in bounds.items():
+            if len((stored.get(name) or "").encode()) > bytes_max:
+                raise MessageTooLarge(f"{name} is longer than {bytes_max} bytes.")
+        return stored
 
 
-def _error_body(error: ClientError) -> object:
-    return {"error": {"code": error.code, "message": error.message}}
+def _conversation(row: asyncpg.Record) -> Conversation:
+    return Conversation(
+        row["id"],
+        row["title"],
+        row["system_prompt"],
+        Raw(row["metadata"].encode()),
+        row["last_seq"],
+        row["created_at"],
+        row["updated_at"],
+    )
 
 
-def _whole(request: Request, name: str, default: int, low: int, high: int) -> int:
-    text = request.query_params.get(name, str(default))
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and low <= int(text) <= high):
-        raise InvalidFrame(f"{name} is a whole number from {low} to {high}")
-    return int(text)
+def _started(admission: Admission) -> ASGIApp:
+    assert admission.turn_id is not None
+    after = None if admission.first_seq is None else admission.first_seq - 1
+    return reply(StartedTurn(admission.conversation_id, admission.turn_id, after), 202)
+
+
+def _link(call: Call[MessagesQuery, None], limit: int, before: UUID) -> str:
+    parameters = {"limit": limit, "before": before}
+    if call.query.format is not None:
+        parameters["format"] = call.query.format
+    return f'</conversations/{call.conversation_id}/messages?{urlencode(parameters)}>; rel="next"'
+
+
+# A place in the list of conversations: the time and the id behind which the next page begins. Opaque to clients.
+
+
+def _mark(conversation: Conversation) -> str:
+    text = f"{conversation.updated_at.isoformat()} {conversation.id}"
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _place(mark: str) -> tuple[datetime, UUID]:
+    try:
+        text = base64.b64decode(mark + "=" * (-len(mark) % 4), altchars=b"-_", validate=True).decode("ascii")
+        time, _, id = text.partition(" ")
+        place = datetime.fromisoformat(time), UUID(id)
+        if place[0].tzinfo is None:
+            raise ValueError(time)
+    except ValueError:
+        raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")]) from None
+    return place
+
+
+async def _no_content(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})

@@ -146,6 +146,11 @@ class Settings:
         5_000, _whole(1, 1_000_000), "Turns that this node runs at once; more are `rate_limited`."
     )
 
+    @property
+    def frame_bytes_max(self) -> int:
+        """The longest frame, and body of a request: a JSON string may need six bytes for one of its content."""
+        return 6 * self.message_bytes_max + 16_384
+
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Parse `environment`; an empty variable counts as unset. Raises ConfigurationError with one line."""

@@ -17,7 +17,7 @@ from typing import Final, TypeVar, assert_never
 import msgspec
 
 from models.events import Ending, NewMessage
-from models.ids import uuid7
+from models.ids import made_at, uuid7
 from models.rules import CANCELLED, COMPLETED, FAILED, TERMINAL_EVENTS
 from models.text import TextCleaner, clean
 from server import metrics
@@ -227,11 +227,7 @@ class RunningTurn:
             self._complete_step()
         message = self._message("assistant", said.step.text, status)
         said.messages.append(message)
-        usage = None
-        if self._usage is not None:
-            seconds = round(time.monotonic() - self._started_at, 3)
-            model = clean(self._usage.model)
-            usage = TurnUsage(self._usage.input_tokens, self._usage.output_tokens, model, seconds)
+        usage = self._total_usage()
         shown = Message(
             message.id, message.role, message.content, None, None, None, status, self.turn.turn_id, message.created_at
         )
@@ -247,11 +243,20 @@ class RunningTurn:
                 status,
                 said.messages,
                 error=None if error is None else encode(error),
-                usage=None if usage is None else encode(usage),
+                usage=encode(usage),
             ),
         )
         metrics.turns_ended.labels(status).inc()
         self._stop()
+
+    def _total_usage(self) -> TurnUsage:
+        seconds = time.monotonic() - self._started_at
+        if self.turn.attempt > 1:  # it began on another node, whose clock said when
+            seconds = max(seconds, time.time() - made_at(self.turn.turn_id))
+        seconds = round(seconds, 3)
+        if self._usage is None:
+            return TurnUsage(None, None, None, seconds)
+        return TurnUsage(self._usage.input_tokens, self._usage.output_tokens, clean(self._usage.model), seconds)
 
     def _stop(self) -> None:
         if not self._stopped.done():

@@ -7,7 +7,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -46,6 +46,9 @@ INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
 INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
     SELECT md5('c' || c)::uuid, s, md5('r' || c)::uuid, 1, 'turn.delta', '{"text": "x"}'
     FROM generate_series(20, 2000, 20) c, generate_series(101, 110) s;
+INSERT INTO events (conversation_id, seq, epoch, type, payload, written_at)
+    SELECT md5('e' || c)::uuid, s, 0, 'message.created', '{}', now() - make_interval(secs => 50 * c)
+    FROM generate_series(1, 4000) c, generate_series(1, 5) s;
 ANALYZE;
 """
 
@@ -96,14 +99,31 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     ),
     "watch": (["n", 2**40, 1000], {"conversations": 1, "turns": 1}),
     "snapshot": (["user0", MINE, 20], {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
+    "create_conversation": (["user0", NEW[0], "title", None, "{}", NOW], {"conversations": 1}),
+    "read_conversation": (["user0", MINE], {"conversations": 1}),
     "list_conversations": (["user0", 20, 20], {"conversations": 41}),
+    "list_conversations_before": (["user0", 20, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 21}),
+    "update_conversation": (["user0", MINE, True, "new", False, None, True, "{}"], {"conversations": 2}),
+    "delete_conversation": (
+        ["user0", MINE, True],
+        {"conversations": 3, "turns": 110, "messages": 110, "events": 120},
+    ),
+    "read_tail": (["user1", id_of("c1")], {"conversations": 1, "messages": 2}),
+    "append": (
+        ["user1", id_of("c1"), 100, NOW, [NEW[0]], ["user"], ["x"], [None], [None], [None], ["{}"]],
+        {"conversations": 3, "messages": 3, "turns": 1},
+    ),
+    "read_messages": (["user0", MINE, id_of("m20.60"), 20, True], {"conversations": 1, "messages": 21}),
+    "read_turn": (["user0", MINE, id_of("t20.7")], {"conversations": 1, "turns": 1, "messages": 1}),
     "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
     "release": ([HUNDRED, [1] * 100], {"turns": 300}),
     "take_over": (["n2", [], 5.0, 100, 3, True, 2.0], {"turns": 300, "events": 5, "conversations": 5}),
     "history": ([MINE, 20], {"conversations": 1, "messages": 41}),
     "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
     "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),
+    "delete_expired_messages": ([99_000.0, 20], {"events": 60}),
 }
+FUNCTIONS = {"admit", "append", "delete_conversation", "regenerate", "take_over"}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +175,7 @@ async def test_every_statement_has_a_case_here() -> None:
     assert set(CASES) == set(statements())
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - {"admit", "regenerate", "take_over"}))  # functions
+@pytest.mark.parametrize("name", sorted(set(CASES) - FUNCTIONS - {"create_conversation"}))
 async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connection, name: str) -> None:
     rows = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *CASES[name][0])
     plan = json.loads(rows[0][0])[0]["Plan"]
@@ -200,12 +220,20 @@ async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index
 
 async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connection) -> None:
     """A statement that finds nothing would have an easy plan."""
+    for name, outcome in (("append", "appended"), ("delete_conversation", "deleted")):
+        transaction = connection.transaction()
+        await transaction.start()
+        (row,) = await connection.fetch(query(name), *CASES[name][0])
+        await transaction.rollback()
+        assert row["outcome"] == outcome
     counts = {}
-    for name in ("read_events", "read_running", "snapshot", "list_conversations", "renew", "turn_states"):
+    for name in (
+        *("read_events", "read_running", "snapshot", "list_conversations", "list_conversations_before"),
+        *("read_conversation", "read_messages", "read_tail", "read_turn", "renew", "turn_states"),
+    ):
         counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
-    counts["delete_expired_events"] = len(
-        await connection.fetch(query("delete_expired_events"), *CASES["delete_expired_events"][0])
-    )
+    for name in ("delete_expired_events", "delete_expired_messages"):
+        counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
     counts["admitted"] = sum(
         row["outcome"] == "admitted" for row in await connection.fetch(query("admit"), *CASES["admit"][0])
     )
@@ -214,9 +242,15 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
         "read_running": 600,
         "snapshot": 20,
         "list_conversations": 20,
+        "list_conversations_before": 20,
+        "read_conversation": 1,
+        "read_messages": 20,
+        "read_tail": 1,
+        "read_turn": 1,
         "renew": 100,
         "turn_states": 100,
         "delete_expired_events": 20,
+        "delete_expired_messages": 20,
         "admitted": 1,
     }
     assert await connection.fetch(query("flush_one"), *CASES["flush_one"][0]) == []

@@ -195,7 +195,7 @@ def test_a_cursor_is_a_whole_number_from_0_to_2_to_the_63_minus_1(after: str) ->
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
 def test_constants_that_are_not_json_are_refused_by_name(constant: str) -> None:
-    assert refusal(follow(constant)) == f"{constant} is not JSON"
+    assert refusal(follow(constant)) == f"the frame has {constant}, which is not JSON"
 
 
 def test_a_refusal_never_repeats_the_token() -> None:
@@ -300,7 +300,7 @@ EVENTS = [
     event(5, "turn.tool_result", {"tool_call_id": "c", "tool_name": "add", "content": "2", "is_error": False}),
     event(6, "turn.restarted", {"epoch": 2, "text": ""}),
     event(7, "turn.completed", {"message": message(), "usage": msgspec.to_builtins(Usage(1, 2, None, 0.5))}),
-    event(8, "turn.completed", {"message": message(), "usage": None}),
+    event(8, "turn.completed", {"message": message(), "usage": msgspec.to_builtins(Usage(None, None, None, 0.5))}),
     event(9, "turn.cancelled", {"message": message()}),
     event(
         10, "turn.failed", {"message": message(), "error": msgspec.to_builtins(ErrorDetail("agent_failed", "x", True))}
@@ -460,4 +460,5 @@ def test_the_error_codes_are_those_of_the_design() -> None:
     assert [error.code for error in CLIENT_ERRORS] == [
         *("invalid_frame", "not_found", "conversation_busy", "role_order", "message_too_large", "rate_limited"),
         *("unauthorized", "forbidden", "draining", "database_unavailable", "agent_failed"),
+        "internal_error",  # over HTTP, where a socket is closed with 1011
     ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import permutations
 
 import pytest
 from hypothesis import given
@@ -14,11 +14,13 @@ from models.rules import (
     CANCELLED,
     COMPLETED,
     FAILED,
-    NEXT_ROLES,
     RUNNING,
     SUPERSEDED,
     TERMINAL_EVENTS,
     TURN_TRANSITIONS,
+    OutOfOrder,
+    Tail,
+    refused_user,
     visible,
 )
 
@@ -35,42 +37,105 @@ def turn(number: int, answer: str = "x", status: str = COMPLETED) -> list[Said]:
     return [Said(number, "user"), Said(number, "assistant", answer, status)]
 
 
-def is_allowed(roles: Sequence[str]) -> bool:
-    return all(role in NEXT_ROLES[before] for before, role in pairwise([None, *roles]))
+Word = tuple[str, tuple[str, ...], str | None]  # role, ids of its calls, id of the call that it answers
+
+SYSTEM: Word = ("system", (), None)
+USER: Word = ("user", (), None)
+ANSWER: Word = ("assistant", (), None)
+
+
+def calling(*ids: str) -> Word:
+    return ("assistant", ids, None)
+
+
+def result(id: str) -> Word:
+    return ("tool", (), id)
+
+
+ALPHABET = (SYSTEM, USER, ANSWER, calling("a"), calling("b"), calling("a", "b"), result("a"), result("b"), result("c"))
+
+
+def is_allowed(words: Sequence[Word]) -> bool:
+    tail = Tail()
+    try:
+        for role, calls, tool_call_id in words:
+            tail = tail.followed_by(role, calls=[(id, f"tool {id}") for id in calls], tool_call_id=tool_call_id)
+    except OutOfOrder:
+        return False
+    return True
+
+
+def conversations(length_max: int) -> Iterator[tuple[Word, ...]]:
+    """The design's own words, as what makes conversations: a system message or none, then turns of a question, steps
+    (calls, and in whatever order the results of each) and an answer."""
+    steps: list[tuple[Word, ...]] = [
+        (calling(*ids), *map(result, order)) for ids in (("a",), ("b",), ("a", "b")) for order in permutations(ids)
+    ]
+
+    def turns(left: int) -> Iterator[tuple[Word, ...]]:
+        yield ()
+        if left > 0:
+            for middle in stretches(left - 2):
+                for rest in turns(left - 2 - len(middle)):
+                    yield (USER, *middle, ANSWER, *rest)
+
+    def stretches(left: int) -> Iterator[tuple[Word, ...]]:
+        yield ()
+        if left > 0:
+            for step in steps:
+                for rest in stretches(left - len(step)):
+                    yield (*step, *rest)
+
+    for first in ((), (SYSTEM,)):
+        for rest in turns(length_max):
+            yield (*first, *rest)
+
+
+def test_exactly_what_a_conversation_can_begin_with_is_allowed() -> None:
+    length = 6
+    begun = {words[:end] for words in conversations(length + 3) for end in range(min(len(words), length) + 1)}
+    allowed = {()}
+    longest: set[tuple[Word, ...]] = {()}
+    for _ in range(length):
+        longest = {(*words, word) for words in longest for word in ALPHABET if is_allowed((*words, word))}
+        allowed |= longest
+    assert allowed == begun
+    assert len(begun) > 100
+
+
+WORDS = st.sampled_from(ALPHABET)
+
+
+@given(words=st.lists(WORDS, max_size=12))
+def test_what_may_come_next_is_what_is_let_through(words: list[Word]) -> None:
+    tail = Tail()
+    for role, calls, tool_call_id in words:
+        may_come = role in tail.next_roles and (role != "tool" or tool_call_id in tail.pending)
+        try:
+            tail = tail.followed_by(role, calls=[(id, id) for id in calls], tool_call_id=tool_call_id)
+        except OutOfOrder as error:
+            assert not may_come
+            assert all(next_role in str(error) for next_role in tail.next_roles if role not in tail.next_roles)
+            return
+        assert may_come
+
+
+def test_two_calls_of_a_message_have_two_ids() -> None:
+    with pytest.raises(OutOfOrder, match="same id"):
+        Tail("user").followed_by("assistant", calls=[("a", "x"), ("a", "y")])
+
+
+def test_a_result_of_no_call_is_told_which_calls_wait() -> None:
+    with pytest.raises(OutOfOrder, match="No call c waits for its result; next may come: the result of a, b"):
+        Tail("assistant", {"a": "x", "b": "y"}).followed_by("tool", tool_call_id="c")
 
 
 @pytest.mark.parametrize(
-    "roles",
-    [
-        [],
-        ["user"],
-        ["system", "user", "assistant"],
-        ["user", "assistant", "user", "assistant"],
-        ["user", "assistant", "tool", "tool", "assistant", "tool", "assistant", "user"],
-    ],
+    ("last_role", "next_roles"), [("user", "assistant"), ("assistant", "tool"), ("tool", "assistant or tool")]
 )
-def test_the_order_of_the_design_is_allowed(roles: Sequence[str]) -> None:
-    assert is_allowed(roles)
-
-
-@pytest.mark.parametrize(
-    "roles",
-    [
-        ["assistant"],
-        ["tool"],
-        ["system", "system"],
-        ["system", "assistant"],
-        ["user", "system"],
-        ["user", "user"],
-        ["user", "tool"],
-        ["user", "assistant", "assistant"],
-        ["user", "assistant", "system"],
-        ["user", "assistant", "tool", "user"],
-        ["user", "assistant", "tool", "system"],
-    ],
-)
-def test_any_other_order_is_not(roles: Sequence[str]) -> None:
-    assert not is_allowed(roles)
+def test_a_question_that_comes_too_early_is_told_what_may_come(last_role: str, next_roles: str) -> None:
+    said = f"After a message of role {last_role} one of role user may not come; next may come: {next_roles}."
+    assert refused_user(last_role) == said
 
 
 def test_a_running_turn_may_end_in_each_of_three_ways() -> None:
@@ -161,6 +226,17 @@ def test_questions_and_answers_alternate_wherever_the_history_is_cut(turns: list
     assert [message.role for message in seen] == ["user", "assistant"] * (len(seen) // 2) + ["user"]
 
 
+def words_of(messages: Sequence[Said]) -> list[Word]:
+    """The messages of `turn_with_tools` with the two calls that each of their steps makes."""
+    words: list[Word] = []
+    results = 0
+    for number, message in enumerate(messages):
+        is_step = number + 1 < len(messages) and messages[number + 1].role == "tool" and message.role == "assistant"
+        results = results + 1 if message.role == "tool" else 0
+        words.append((message.role, ("1", "2") if is_step else (), str(results) if message.role == "tool" else None))
+    return words
+
+
 def turn_with_tools(number: int, answer: str, status: str, steps: int) -> list[Said]:
     """A turn whose end comes after so many steps with two tools each."""
     question, end = turn(number, answer, status)
@@ -180,7 +256,7 @@ def test_a_turn_is_seen_as_a_whole_or_not_at_all_wherever_the_history_is_cut(
     whole = [turn_with_tools(number, *values) for number, values in enumerate(turns)]
     messages = [message for messages in whole for message in messages]
     seen = visible([*messages[cut:], Said(99, "user")])
-    assert is_allowed([message.role for message in seen])
+    assert is_allowed(words_of(seen))
     for number, messages_of_turn in enumerate(whole):
         assert [message for message in seen if message.turn_id == number] in ([], messages_of_turn)
 

@@ -1,0 +1,247 @@
+"""Requests over HTTP: who asks, what they send, and every refusal in one shape. What is asked for is in `rest`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from models.database import Unavailable
+from server.auth import Authenticator, Identity, bearer_of
+from server.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
+from server.decoding import decode_body, decode_query
+from server.errors import (
+    ClientError,
+    DatabaseUnavailable,
+    Forbidden,
+    InternalError,
+    InvalidFrame,
+    MessageTooLarge,
+    NotFound,
+    Problem,
+    Unauthorized,
+)
+
+logger = logging.getLogger("anynode.http")
+
+BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
+RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
+
+AnyQuery = TypeVar("AnyQuery", bound=Body)
+AnyBody = TypeVar("AnyBody")
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """The client has closed its connection; nobody hears an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[AnyQuery, AnyBody]):
+    """A request that may be answered: of whom, about what (`ids`, by the names in the path), and what it holds."""
+
+    identity: Identity
+    ids: Mapping[str, UUID]
+    query: AnyQuery
+    body: AnyBody
+    headers: Headers
+    receive: Receive
+
+    @property
+    def user_id(self) -> str:
+        """Who asks."""
+        return self.identity.user_id
+
+    @property
+    def conversation_id(self) -> UUID:
+        """The conversation in the path."""
+        return self.ids["conversation_id"]
+
+    async def disconnected(self) -> None:
+        """Wait until the client has gone."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, which is cancelled when the client goes. Raises ClientGone."""
+        working, gone = asyncio.create_task(work), asyncio.create_task(self.disconnected())
+        try:
+            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ClientGone
+            return working.result()
+        finally:
+            for task in (working, gone):
+                task.cancel()
+            await asyncio.wait((working, gone))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One thing that can be asked for, as the server does it and as `/openapi.json` tells it.
+
+    `handler` gets what serves it and the call. `bodies` are the kinds of body that it takes, none where it takes none.
+    `replies` are the statuses of success with the kind of each body; `errors` those beyond what every operation has.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    handler: Callable[[Any, Any], Awaitable[ASGIApp]]
+    query: type[Body] = NoQuery
+    bodies: Sequence[Any] = ()
+    body_bytes_max: int | None = None  # None: as a frame
+    replies: Mapping[int, Any]
+    errors: Sequence[type[ClientError]] = ()
+
+
+def reply(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+def refusal(error: ClientError, headers: Mapping[str, str] | None = None, status: int | None = None) -> Response:
+    """The answer that an error is."""
+    all_headers = dict(headers or {})
+    if error.http_status in (429, 503):
+        all_headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.http_status == 401:
+        all_headers["WWW-Authenticate"] = "Bearer"
+    problems = error.problems if isinstance(error, InvalidFrame) else ()
+    details = [WrongPart(*problem) for problem in problems] or UNSET
+    return reply(Refusal(ErrorBody(error.code, error.message, details)), status or error.http_status, all_headers)
+
+
+def routes_of(
+    operations: Sequence[Operation], served_by: object, authenticator: Authenticator, *, body_bytes_max: int
+) -> list[BaseRoute]:
+    """A route for each path."""
+    by_path: dict[str, dict[str, Operation]] = {}
+    for operation in operations:
+        by_path.setdefault(operation.path, {})[operation.method] = operation
+    return [
+        Route(path, _Resource(methods, served_by, authenticator, body_bytes_max), methods=None)
+        for path, methods in by_path.items()
+    ]
+
+
+class _Resource:
+    """The ASGI application behind one path."""
+
+    def __init__(
+        self,
+        operations: Mapping[str, Operation],
+        served_by: object,
+        authenticator: Authenticator,
+        body_bytes_max: int,
+    ) -> None:
+        self._operations = operations
+        self._served_by = served_by
+        self._authenticator = authenticator
+        self._body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._answer(scope, receive)
+        except ClientGone:
+            return
+        except Unavailable:
+            response = refusal(DatabaseUnavailable())
+        except ClientError as error:
+            response = refusal(error)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            response = refusal(InternalError())
+        await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
+        method = scope["method"]
+        operation = self._operations.get("GET" if method == "HEAD" else method)
+        if operation is None:
+            return method_not_allowed(method, self._operations)
+        token = bearer_of(scope["headers"])
+        if token is None:
+            raise Unauthorized("There is no Authorization: Bearer header.")
+        identity = await self._authenticator.authenticate(token)
+        ids = _ids(scope["path_params"], identity)
+        query = _query(scope, operation.query)
+        headers = Headers(scope=scope)
+        body = None
+        if operation.bodies:
+            bytes_max = operation.body_bytes_max or self._body_bytes_max
+            body = decode_body(await _body(headers, receive, bytes_max), operation.bodies)
+        call = Call(identity, ids, query, body, headers, receive)
+        return await operation.handler(self._served_by, call)
+
+
+def _ids(parameters: Mapping[str, str], identity: Identity) -> dict[str, UUID]:
+    ids = {}
+    for name, text in parameters.items():
+        if name == "user_id":
+            if text != identity.user_id:
+                raise Forbidden("The token is another user's.")
+            continue
+        try:
+            ids[name] = msgspec.convert(text, UUID)
+        except msgspec.ValidationError:
+            raise InvalidFrame(problems=[Problem(name, "is not a UUID")]) from None
+    return ids
+
+
+def _query(scope: Scope, kind: type[Body]) -> Any:
+    text = scope["query_string"]
+    try:
+        parameters = parse_qsl(text.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise InvalidFrame(problems=[Problem("query", "cannot be read")]) from None
+    return decode_query(parameters, kind)
+
+
+async def _body(headers: Headers, receive: Receive, bytes_max: int) -> bytes:
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length[:20]) > bytes_max:
+        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                if len(body) > bytes_max:
+                    raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+                if not message.get("more_body", False):
+                    return bytes(body)
+    except TimeoutError:
+        raise InvalidFrame(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+
+
+def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:
+    """Nothing is done here with this method."""
+    listed = ", ".join(dict.fromkeys([*allowed, *(["HEAD"] if "GET" in allowed else [])]))
+    error = InvalidFrame(f"{method} is not allowed here; allowed: {listed}")
+    return refusal(error, {"Allow": listed}, 405)
+
+
+async def refuse_route(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals, in our shape: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return method_not_allowed(request.method, dict.fromkeys(filter(None, allowed.split(", "))))
+    return refusal(NotFound("There is no such route."), status=error.status_code)

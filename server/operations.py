@@ -1,0 +1,175 @@
+"""The operations over HTTP: `rest` serves them as they are listed here, and `/openapi.json` tells of them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from server.bodies import (
+    Answer,
+    AnyNewMessage,
+    Appended,
+    Cancel,
+    CancelledTurn,
+    Chat,
+    ChatAnswer,
+    Continue,
+    Conversation,
+    ConversationChanges,
+    Conversations,
+    ConversationsQuery,
+    EventsQuery,
+    Export,
+    Messages,
+    MessagesQuery,
+    NewConversation,
+    NewMessages,
+    Regenerate,
+    StartedTurn,
+    StoredTurn,
+)
+from server.errors import (
+    AgentFailed,
+    ConversationBusy,
+    Draining,
+    Forbidden,
+    NotFound,
+    RateLimited,
+    RoleOrder,
+)
+from server.http import Operation
+from server.protocol import Message
+from server.rest import Rest
+
+APPENDED_BYTES_MAX: Final = 8_388_608  # of a body that appends messages: a whole history moves in at once
+
+_ONE: Final = "/conversations/{conversation_id}"
+_TURN_ERRORS: Final = (NotFound, ConversationBusy, RoleOrder, RateLimited, Draining, AgentFailed)
+
+OPERATIONS: Final[tuple[Operation, ...]] = (
+    Operation(
+        method="POST",
+        path="/conversations",
+        name="createConversation",
+        summary="Make a conversation.",
+        handler=Rest.create,
+        bodies=(NewConversation,),
+        replies={201: Conversation},
+    ),
+    Operation(
+        method="GET",
+        path="/conversations",
+        name="listConversations",
+        summary="The user's conversations, newest activity first.",
+        handler=Rest.list,
+        query=ConversationsQuery,
+        replies={200: Conversations},
+    ),
+    Operation(
+        method="GET",
+        path=_ONE,
+        name="readConversation",
+        summary="One conversation.",
+        handler=Rest.read,
+        replies={200: Conversation},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="PATCH",
+        path=_ONE,
+        name="updateConversation",
+        summary="Change title, system prompt or metadata. The next turn sees it; the place in the list stays.",
+        handler=Rest.update,
+        bodies=(ConversationChanges,),
+        replies={200: Conversation},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="DELETE",
+        path=_ONE,
+        name="deleteConversation",
+        summary="Delete it with its messages, turns and events. A running turn is cancelled.",
+        handler=Rest.delete,
+        replies={204: None},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="GET",
+        path=_ONE + "/messages",
+        name="readMessages",
+        summary="The newest messages, oldest first; with format=openai as the chat completions API has them.",
+        handler=Rest.messages,
+        query=MessagesQuery,
+        replies={200: Messages | Export},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="POST",
+        path=_ONE + "/messages",
+        name="appendMessages",
+        summary="Append one message or several, all or none, in the right order of roles. No agent is asked.",
+        handler=Rest.append,
+        bodies=(NewMessages, AnyNewMessage),
+        body_bytes_max=APPENDED_BYTES_MAX,
+        replies={201: Message | Appended},
+        errors=(NotFound, ConversationBusy, RoleOrder),
+    ),
+    Operation(
+        method="POST",
+        path=_ONE + "/continue",
+        name="continueConversation",
+        summary="Ask, and wait for the end of the turn. A client that goes away does not cancel it.",
+        handler=Rest.proceed,
+        bodies=(Continue,),
+        replies={200: Answer, 202: StartedTurn},
+        errors=_TURN_ERRORS,
+    ),
+    Operation(
+        method="POST",
+        path=_ONE + "/regenerate",
+        name="regenerateAnswer",
+        summary="Answer the last question again, and wait for it; the old answer stays readable as superseded.",
+        handler=Rest.regenerate,
+        bodies=(Regenerate,),
+        replies={200: Answer, 202: StartedTurn},
+        errors=_TURN_ERRORS,
+    ),
+    Operation(
+        method="POST",
+        path=_ONE + "/cancel",
+        name="cancelTurn",
+        summary="Ask for the running turn to be stopped, wherever it runs; what was said is kept.",
+        handler=Rest.cancel,
+        bodies=(Cancel,),
+        replies={200: CancelledTurn},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="GET",
+        path=_ONE + "/turns/{turn_id}",
+        name="readTurn",
+        summary="A turn: its status, usage and error, and the messages that answered in it.",
+        handler=Rest.turn,
+        replies={200: StoredTurn},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="GET",
+        path=_ONE + "/events",
+        name="followConversation",
+        summary="The journal as Server-Sent Events: the frames of the socket, `id` is the seq, from a cursor on.",
+        handler=Rest.events,
+        query=EventsQuery,
+        replies={200: "text/event-stream"},
+        errors=(NotFound, RateLimited),
+    ),
+    Operation(
+        method="POST",
+        path="/api/{user_id}/chat",
+        name="chat",
+        summary="One whole exchange: ask in a conversation, or in a new one, and get the answer.",
+        handler=Rest.chat,
+        bodies=(Chat,),
+        replies={200: ChatAnswer},
+        errors=(Forbidden, *_TURN_ERRORS),
+    ),
+)

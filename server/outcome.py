@@ -1,0 +1,99 @@
+"""How a turn ends, for those who ask once and wait: its end is followed like anybody's, then read from Postgres."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, Final
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from models.conversations import Admission, Snapshot
+from models.database import Database
+from models.rules import FAILED, TERMINAL_EVENTS
+from models.turns import read_turn
+from server.bodies import Answer, StoredTurn
+from server.encoding import message_of
+from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
+from server.node import Node
+from server.protocol import ErrorDetail, Message, Usage
+
+LAST_WORDS_SECONDS: Final = 0.5
+
+_TERMINAL = frozenset(TERMINAL_EVENTS.values())
+_USAGE = msgspec.json.Decoder(Usage)
+_ERROR = msgspec.json.Decoder(ErrorDetail)
+
+
+async def answer_of(node: Node, database: Database, user_id: str, admission: Admission) -> Answer:
+    """What an admitted turn says, once it has ended. Raises AgentFailed where it has failed, Draining where this node
+    goes down first, NotFound where the conversation is deleted, or Unavailable."""
+    assert admission.turn_id is not None
+    turn_id, conversation_id = admission.turn_id, admission.conversation_id
+    if admission.first_seq is not None:
+        ending = asyncio.create_task(_end_of_turn(node, user_id, conversation_id, turn_id, admission.first_seq - 1))
+        drained = asyncio.create_task(node.drained.wait())
+        try:
+            await asyncio.wait((ending, drained), return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():  # it may be that this very end has let the drain be over
+                await asyncio.wait((ending,), timeout=LAST_WORDS_SECONDS)
+            if not ending.done():
+                raise Draining("This node is shutting down, the turn goes on: send again with the same message_id.")
+            ending.result()
+        finally:
+            for task in (ending, drained):
+                task.cancel()
+            await asyncio.wait((ending, drained))
+    turn = await stored_turn(database, user_id, conversation_id, turn_id)
+    if turn.status == FAILED:
+        raise AgentFailed(turn.error.message if turn.error else None)
+    if not turn.messages:
+        raise ConversationBusy  # its end was lost with a failover: it runs again
+    message = turn.messages[-1]
+    calls: list[Any] = [call for said in turn.messages for call in said.tool_calls or ()]
+    return Answer(conversation_id, message.content, calls, turn_id, message, turn.usage)
+
+
+async def _end_of_turn(node: Node, user_id: str, conversation_id: UUID, turn_id: UUID, after: int) -> None:
+    """Wait for it. Raises NotFound where the conversation is deleted meanwhile."""
+    wanted = str(turn_id)
+    async with aclosing(node.follows.follow(user_id, conversation_id, after, is_own=True)) as steps:
+        async for step in steps:
+            if isinstance(step, Snapshot):
+                if step.running_turn_id != turn_id:
+                    return
+            elif any(event.type in _TERMINAL and event.turn_id == wanted for event in step):
+                return
+
+
+async def stored_turn(database: Database, user_id: str, conversation_id: UUID, turn_id: UUID) -> StoredTurn:
+    """A turn as the database has it. Raises NotFound or Unavailable."""
+    rows = await read_turn(database, user_id, conversation_id, turn_id)
+    if rows is None:
+        raise NotFound("There is no such turn.")
+    row = rows[0]
+    return StoredTurn(
+        conversation_id=conversation_id,
+        turn_id=turn_id,
+        status=row["status"],
+        usage=_decoded(_USAGE, row["usage"]),
+        error=_decoded(_ERROR, row["error"]),
+        created_at=row["started_at"],
+        finished_at=row["finished_at"],
+        messages=_messages(rows, turn_id),
+    )
+
+
+def _messages(rows: Sequence[asyncpg.Record], turn_id: UUID) -> list[Message]:
+    found = []
+    for row in rows:
+        if row["id"] is not None:
+            found.append(message_of({**row, "status": row["message_status"], "turn_id": turn_id}))
+    return found
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], stored: str | None) -> Any:
+    return None if stored is None else decoder.decode(stored)

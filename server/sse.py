@@ -1,0 +1,121 @@
+"""A conversation's journal as Server-Sent Events: the frames of the socket, each with its seq as `id`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Final
+from uuid import UUID
+
+from starlette.types import Receive, Scope, Send
+
+from models.conversations import Snapshot
+from models.database import Unavailable
+from server.auth import Identity
+from server.encoding import encode, error_frame, numbered_frames, snapshot_frame
+from server.errors import ClientError, DatabaseUnavailable, InternalError
+from server.follow import Step
+from server.node import Node
+from server.protocol import Heartbeat
+
+logger = logging.getLogger("anynode.sse")
+
+RETRY_MILLISECONDS: Final = (200, 1000)  # from, to: clients of a node that goes away come back one by one
+_HEADERS: Final = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
+]
+_HEARTBEAT: Final = f"data: {encode(Heartbeat())}\n\n".encode()
+
+
+class EventStream:
+    """The ASGI application that shows one conversation, which is known to be the user's, until the client goes, the
+    node drains or the token runs out; a client then comes back with the last `id`."""
+
+    def __init__(
+        self, node: Node, identity: Identity, conversation_id: UUID, after: int | None, *, heartbeat_seconds: float
+    ) -> None:
+        self._node = node
+        self._identity = identity
+        self._conversation_id = conversation_id
+        self._after = after
+        self._heartbeat_seconds = heartbeat_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve it to its end."""
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        if scope["method"] != "HEAD":
+            retry = random.randint(*RETRY_MILLISECONDS)  # noqa: S311
+            await _write(send, f"retry: {retry}\n\n".encode())
+            showing = asyncio.create_task(self._show(send))
+            ends = [
+                asyncio.create_task(self._node.draining.wait()),
+                asyncio.create_task(_disconnected(receive)),
+                asyncio.create_task(asyncio.sleep(max(0.0, self._identity.expires_at - time.time()))),
+            ]
+            try:
+                await asyncio.wait((showing, *ends), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (showing, *ends):
+                    task.cancel()
+                await asyncio.wait((showing, *ends))
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _show(self, send: Send) -> None:
+        try:
+            while True:
+                try:
+                    async with aclosing(self._frames()) as pieces:
+                        async for piece in pieces:
+                            await _write(send, piece)
+                except Unavailable:
+                    # Say so, and go on trying from where the client is.
+                    await _write(send, _data(error_frame(DatabaseUnavailable(), None)))
+        except ClientError as error:  # it has been deleted
+            await _write(send, _data(error_frame(error, None)))
+        except OSError:
+            pass  # the client has gone
+        except Exception:
+            logger.exception("following conversation %s failed", self._conversation_id)
+            await _write(send, _data(error_frame(InternalError(), None)))
+
+    async def _frames(self) -> AsyncGenerator[bytes, None]:
+        """What to write, and a heartbeat whenever there was nothing for long."""
+        user_id, conversation_id = self._identity.user_id, self._conversation_id
+        steps = self._node.follows.follow(user_id, conversation_id, self._after, is_own=True)
+        async with aclosing(steps):
+            while True:
+                next_step = asyncio.ensure_future(anext(steps))
+                try:
+                    while not (await asyncio.wait((next_step,), timeout=self._heartbeat_seconds))[0]:
+                        yield _HEARTBEAT
+                finally:
+                    next_step.cancel()
+                    await asyncio.wait((next_step,))
+                yield self._encoded(next_step.result())
+
+    def _encoded(self, step: Step) -> bytes:
+        if isinstance(step, Snapshot):
+            self._after = step.seq
+            return _data(snapshot_frame(self._conversation_id, step), step.seq)
+        self._after = step[-1].seq
+        return b"".join(_data(frame, seq) for seq, frame in numbered_frames(self._conversation_id, step))
+
+
+def _data(frame: str, seq: int | None = None) -> bytes:
+    # JSON has no line break outside of its strings, and none unescaped inside.
+    return (f"data: {frame}\n\n" if seq is None else f"id: {seq}\ndata: {frame}\n\n").encode()
+
+
+async def _write(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
