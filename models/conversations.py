@@ -203,10 +203,10 @@ async def read_conversation(database: Database, user_id: str, conversation_id: U
 async def list_conversations(
     database: Database, user_id: str, *, limit: int, skip: int = 0, before: tuple[datetime, UUID] | None = None
 ) -> Sequence[asyncpg.Record]:
-    """Rows of conversations, newest activity first; either past so many, or past a place (updated_at, id). Raises
-    Unavailable."""
+    """Rows of conversations, newest activity first, past so many behind a place (updated_at, id), or from the top.
+    Raises Unavailable."""
     if before is not None:
-        return await database.fetch("list_conversations_before", user_id, limit, *before)
+        return await database.fetch("list_conversations_before", user_id, limit, skip, *before)
     return await database.fetch("list_conversations", user_id, limit, skip)
 
 

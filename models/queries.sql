@@ -179,7 +179,7 @@ WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 -- name: list_conversations_before
 -- The same, after a place in the list: as fast far down as at the top.
 SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-WHERE user_id = $1 AND (updated_at, id) < ($3, $4) ORDER BY updated_at DESC, id DESC LIMIT $2;
+WHERE user_id = $1 AND (updated_at, id) < ($4, $5) ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 
 -- name: update_conversation
 -- A field is set where its flag is. `updated_at` is the last activity, and stays.

@@ -15,15 +15,15 @@ from models.rules import OutOfOrder, Tail, refused_user, visible
 from server.agents.agent import HistoryMessage
 from server.bodies import AnyNewMessage, AssistantMessage, TextPart, ToolMessage
 from server.encoding import encode, tool_calls_of
-from server.errors import ConversationBusy, InvalidFrame, MessageTooLarge, NotFound, RoleOrder
-from server.protocol import Message, MessageSend, TurnRegenerate
+from server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
+from server.protocol import NOT_BLANK, Message, MessageSend, TurnRegenerate
 
 TITLE_LENGTH: Final = 80
 
 
 def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> Question:
     """The question in a frame, with the ids that it will have. Raises InvalidFrame or MessageTooLarge."""
-    if not frame.content.strip():
+    if NOT_BLANK.search(frame.content) is None:
         raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
     if len(frame.content.encode()) > message_bytes_max:
         raise MessageTooLarge(
@@ -114,7 +114,7 @@ def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> 
         case "role_order":
             raise RoleOrder(refused_user(admission.last_role), conversation_id=conversation_id)
         case "message_id_taken":
-            raise InvalidFrame("message_id names a message of another conversation", conversation_id=conversation_id)
+            raise MessageIdTaken(conversation_id=conversation_id)
 
 
 def history_of(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:

@@ -25,6 +25,7 @@ from server.health import health_routes
 from server.http import refuse_route, routes_of
 from server.node import Node
 from server.operations import OPERATIONS
+from server.reference import reference_routes
 from server.rest import Rest
 from server.settings import Settings
 from server.websocket import WebSocketEndpoint
@@ -74,6 +75,7 @@ class Anynode:
                     self.authenticator,
                     body_bytes_max=self.settings.frame_bytes_max,
                 ),
+                *reference_routes(),
                 *_page_routes(),
             ],
             exception_handlers={404: refuse_route, 405: refuse_route},

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from uuid import UUID
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from server.protocol import ClientId, Cursor, ErrorDetail, Message, Usage
+from server.protocol import NOT_BLANK, CallOfTool, ClientId, Cursor, ErrorDetail, Message, Time, Usage
 
 MESSAGES_AT_ONCE_MAX: Final = 1000
 TOOL_CALLS_MAX: Final = 128
 TEXT_PARTS_MAX: Final = 128
 
 Title: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-Printable: TypeAlias = Annotated[ClientId, Meta(extra_json_schema={"format": "printable"})]
-# Not blank. Only said in the schema, and checked by `decoding`: with a pattern in a union msgspec 0.22 frees what it
-# still uses, and the process dies.
-Content: TypeAlias = Annotated[str, Meta(min_length=1, extra_json_schema={"pattern": r"\S"})]
+# Patterns are only said in the schemas, and checked elsewhere: with one in a union msgspec 0.22 frees what it still
+# uses, and the process dies.
+Content: TypeAlias = Annotated[str, Meta(min_length=1, extra_json_schema={"pattern": NOT_BLANK.pattern})]
+Mark: TypeAlias = Annotated[
+    str,
+    Meta(
+        description="A `next_before`: fast, however far down.",
+        extra_json_schema={"pattern": r"^[0-9]{1,16}\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"},
+    ),
+]
 ToolName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Metadata: TypeAlias = Annotated[dict[str, Any], Meta(description="Any JSON object; at most 16 KiB.")]
 
@@ -37,21 +42,21 @@ class ConversationsQuery(Body, frozen=True):
 
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
     skip: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
-    before: Annotated[str, Meta(max_length=100, description="A `next_before`: fast, however far down.")] | None = None
+    before: Mark | UnsetType = UNSET
 
 
 class MessagesQuery(Body, frozen=True):
-    """Which messages: the newest, or the newest before one."""
+    """Which messages: the newest (50 of them, 1,000 for an export), or the newest before one."""
 
-    limit: Annotated[int, Meta(ge=1, le=1000)] | None = None
-    before: Annotated[UUID, Meta(description="The id of a message.")] | None = None
-    format: Literal["openai"] | None = None
+    limit: Annotated[int, Meta(ge=1, le=1000)] | UnsetType = UNSET
+    before: Annotated[UUID, Meta(description="The id of a message.")] | UnsetType = UNSET
+    format: Literal["openai"] | UnsetType = UNSET
 
 
 class EventsQuery(Body, frozen=True):
     """From which cursor on; without one a snapshot comes first."""
 
-    after: Cursor | None = None
+    after: Cursor | UnsetType = UNSET
 
 
 class NewConversation(Body, frozen=True):
@@ -65,23 +70,23 @@ class NewConversation(Body, frozen=True):
 class ConversationChanges(Body, frozen=True):
     """What to change; what is absent stays."""
 
-    title: Title | None | UnsetType = UNSET
-    system_prompt: str | None | UnsetType = UNSET
+    title: Title | UnsetType | None = UNSET
+    system_prompt: str | UnsetType | None = UNSET
     metadata: Metadata | UnsetType = UNSET
 
 
-class CalledFunction(Body, frozen=True):
-    """Which function a tool call calls, with JSON in `arguments`."""
+class NewCalledFunction(Body, frozen=True):
+    """Which tool a call calls, with its arguments as JSON text."""
 
     name: ToolName
     arguments: str
 
 
-class CallOfTool(Body, frozen=True):
-    """A tool call, as in the chat completions API."""
+class NewCall(Body, frozen=True):
+    """A call, as in the chat completions API."""
 
-    id: Printable
-    function: CalledFunction
+    id: ClientId
+    function: NewCalledFunction
     type: Literal["function"] = "function"
 
 
@@ -115,13 +120,13 @@ class AssistantMessage(NewMessage, frozen=True, tag="assistant"):
     """An answer; after one with calls comes the result of each."""
 
     content: str | Parts | None = None
-    tool_calls: Annotated[list[CallOfTool], Meta(max_length=TOOL_CALLS_MAX)] | None = None
+    tool_calls: Annotated[list[NewCall], Meta(max_length=TOOL_CALLS_MAX)] | None = None
 
 
 class ToolMessage(NewMessage, frozen=True, tag="tool"):
     """The result of a call; its tool's name is that of the call where none is given."""
 
-    tool_call_id: Printable
+    tool_call_id: ClientId
     content: str | Parts
     tool_name: ToolName | None = None
 
@@ -139,7 +144,7 @@ class Continue(Body, frozen=True):
     """A question; `message_id` makes it repeatable. With `wait` false the answer is not waited for."""
 
     content: Content
-    message_id: Printable | None = None
+    message_id: ClientId | None = None
     if_busy: Literal["reject", "interrupt"] = "reject"
     wait: bool = True
 
@@ -149,7 +154,7 @@ class Chat(Body, frozen=True):
 
     message: Content
     conversation_id: UUID | None = None
-    message_id: Printable | None = None
+    message_id: ClientId | None = None
     if_busy: Literal["reject", "interrupt"] = "reject"
 
 
@@ -162,7 +167,7 @@ class Cancel(Body, frozen=True):
 class Regenerate(Body, frozen=True):
     """Answer the last question again; with `message_id`, only if that is the last question."""
 
-    message_id: Printable | None = None
+    message_id: ClientId | None = None
     wait: bool = True
 
 
@@ -174,8 +179,8 @@ class Conversation(Struct, frozen=True):
     system_prompt: str | None
     metadata: Annotated[Raw, Meta(extra_json_schema={"type": "object"})]
     seq: int
-    created_at: datetime
-    updated_at: datetime
+    created_at: Time
+    updated_at: Time
 
 
 class Conversations(Struct, frozen=True):
@@ -254,11 +259,11 @@ class StoredTurn(Struct, frozen=True):
 
     conversation_id: UUID
     turn_id: UUID
-    status: str
+    status: Annotated[str, Meta(extra_json_schema={"enum": ["running", "completed", "cancelled", "failed"]})]
     usage: Usage | None
     error: ErrorDetail | None
-    created_at: datetime
-    finished_at: datetime | None
+    created_at: Time
+    finished_at: Time | None
     messages: Sequence[Message]
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import fields
 
 from server.bodies import Body, Content
 from server.errors import InvalidFrame, Problem
-from server.protocol import strict_json
+from server.protocol import NOT_BLANK, strict_json
 
 PROBLEMS_MAX: Final = 20  # of one request; the first say enough
 _IDS: Final = ("id", "message_id", "tool_call_id")
@@ -21,7 +21,7 @@ def decode_body(data: bytes, kinds: Sequence[type[Body]]) -> Any:
     """The body that `data` is, nothing being an empty object: of the first kind that has any of its fields, else of the
     last. Raises InvalidFrame."""
     try:
-        value = strict_json(data.decode() if data.strip() else "{}", "the body")
+        value = strict_json(data.decode() if data else "{}", "the body")
     except UnicodeDecodeError:
         raise InvalidFrame("the body is not UTF-8") from None
     if not isinstance(value, dict):
@@ -131,7 +131,7 @@ def _problems_of_texts(value: Any, path: str) -> Iterator[Problem]:
                 continue
             elif field.name in _IDS and not item.isprintable():
                 yield Problem(f"{path}{field.name}", "has characters that cannot be printed")
-            elif Content in _parts(field.type) and not item.strip():
+            elif Content in _parts(field.type) and NOT_BLANK.search(item) is None:
                 yield Problem(f"{path}{field.name}", "is empty")
     elif isinstance(value, list):
         for number, each in enumerate(value):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
+import asyncpg
 import msgspec
 from msgspec import UNSET
 
@@ -34,7 +35,7 @@ def error_frame(error: ClientError, request_id: str | None) -> str:
     )
 
 
-def message_of(row: Mapping[str, Any]) -> Message:
+def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
     """A message as people see it, from a row that has its fields."""
     return Message(
         row["id"],

@@ -59,6 +59,12 @@ class InvalidFrame(ClientError):
         self.problems = problems
 
 
+class MessageIdTaken(InvalidFrame):
+    """message_id names a message of another conversation"""
+
+    http_status = 409
+
+
 class NotFound(ClientError):
     """There is no such conversation."""
 

@@ -32,6 +32,7 @@ from server.errors import (
     ConversationBusy,
     Draining,
     Forbidden,
+    MessageIdTaken,
     NotFound,
     RateLimited,
     RoleOrder,
@@ -44,6 +45,7 @@ APPENDED_BYTES_MAX: Final = 8_388_608  # of a body that appends messages: a whol
 
 _ONE: Final = "/conversations/{conversation_id}"
 _TURN_ERRORS: Final = (NotFound, ConversationBusy, RoleOrder, RateLimited, Draining, AgentFailed)
+_QUESTION_ERRORS: Final = (*_TURN_ERRORS, MessageIdTaken)
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation(
@@ -121,7 +123,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         handler=Rest.proceed,
         bodies=(Continue,),
         replies={200: Answer, 202: StartedTurn},
-        errors=_TURN_ERRORS,
+        errors=_QUESTION_ERRORS,
     ),
     Operation(
         method="POST",
@@ -170,6 +172,6 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         handler=Rest.chat,
         bodies=(Chat,),
         replies={200: ChatAnswer},
-        errors=(Forbidden, *_TURN_ERRORS),
+        errors=(Forbidden, *_QUESTION_ERRORS),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias
@@ -17,8 +18,16 @@ from server.errors import InvalidFrame
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
+# A character that is no space, whatever dialect reads this.
+NOT_BLANK = re.compile(r"[^\s\u001c-\u001f\u0085\ufeff]")
 
-ClientId: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128)]
+# `decode_frame` and `decoding` check that it is printable.
+ClientId: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128, extra_json_schema={"format": "printable"})]
+Role: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": ["system", "user", "assistant", "tool"]})]
+MessageStatus: TypeAlias = Annotated[
+    str, Meta(extra_json_schema={"enum": ["completed", "cancelled", "failed", "superseded"]})
+]
+Time: TypeAlias = Annotated[datetime, Meta(tz=True)]
 Cursor: TypeAlias = Annotated[int, Meta(ge=0, le=SEQ_MAX)]
 
 
@@ -166,18 +175,33 @@ def _finite(text: str) -> float:
     return number
 
 
+class CalledFunction(Struct, frozen=True):
+    """Which tool a call calls, with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class CallOfTool(Struct, frozen=True):
+    """A call in a message, as the chat completions API has it."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Struct, frozen=True):
-    """A message as people see it; `tool_calls` is a list of calls or null."""
+    """A message as people see it."""
 
     id: UUID
-    role: str
+    role: Role
     content: str
-    tool_calls: Any
+    tool_calls: Sequence[CallOfTool] | None
     tool_name: str | None
     tool_call_id: str | None
-    status: str
+    status: MessageStatus
     turn_id: UUID | None
-    created_at: datetime
+    created_at: Time
 
 
 class ErrorDetail(Struct, frozen=True):

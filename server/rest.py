@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlencode
 from uuid import UUID
@@ -60,6 +59,9 @@ METADATA_BYTES_MAX: Final = 16_384
 MESSAGES_LISTED: Final = 50  # unless a `limit` is given …
 MESSAGES_EXPORTED: Final = 1000  # … which for an export is as much as there may be
 
+MARK_DIGITS_MAX: Final = 16  # until the year 2286
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 AnyCall: TypeAlias = Call[Any, Any]
 
 
@@ -91,9 +93,7 @@ class Rest:
     async def list(self, call: Call[ConversationsQuery, None]) -> ASGIApp:
         """`GET /conversations`."""
         limit, skip, before = call.query.limit, call.query.skip, call.query.before
-        place = None if before is None else _place(before)
-        if place is not None and skip:
-            raise InvalidFrame(problems=[Problem("query.skip", "does not go with before")])
+        place = None if before is UNSET else _place(before)
         rows = await list_conversations(self._database, call.user_id, limit=limit + 1, skip=skip, before=place)
         listed = [_conversation(row) for row in rows[:limit]]
         is_more = len(rows) > limit
@@ -126,18 +126,20 @@ class Rest:
 
     async def messages(self, call: Call[MessagesQuery, None]) -> ASGIApp:
         """`GET /conversations/{conversation_id}/messages`."""
-        is_export = call.query.format is not None
+        is_export = call.query.format is not UNSET
+        before = None if call.query.before is UNSET else call.query.before
         limit = call.query.limit or (MESSAGES_EXPORTED if is_export else MESSAGES_LISTED)
         page = await read_messages(
             self._database,
             call.user_id,
             call.conversation_id,
             limit=limit,
-            before=call.query.before,
+            before=before,
             with_superseded=not is_export,
         )
         if page is None:
-            raise await self._no_page(call)
+            await self._own(call)
+            raise NotFound("There is no such message in this conversation.")
         next_before = None if page.is_first else page.messages[0]["id"]
         headers = {} if next_before is None else {"Link": _link(call, limit, next_before)}
         if is_export:
@@ -188,7 +190,7 @@ class Rest:
 
     async def events(self, call: Call[EventsQuery, None]) -> ASGIApp:
         """`GET /conversations/{conversation_id}/events`."""
-        after = call.query.after
+        after = None if call.query.after is UNSET else call.query.after
         if (last := call.headers.get("last-event-id")) is not None:  # of a client that comes back to the same address
             if not (last.isascii() and last.isdigit() and len(last) < 20 and int(last) <= SEQ_MAX):
                 raise InvalidFrame(problems=[Problem("Last-Event-ID", "is not a seq")])
@@ -214,10 +216,6 @@ class Rest:
         if row is None:
             raise NotFound
         return row
-
-    async def _no_page(self, call: Call[MessagesQuery, None]) -> Exception:
-        await self._own(call)
-        return InvalidFrame(problems=[Problem("query.before", "is not the id of a message of this conversation")])
 
     async def _answered(self, call: AnyCall, admission: Admission) -> ASGIApp:
         return reply(await call.while_connected(answer_of(self._node, self._database, call.user_id, admission)))
@@ -265,29 +263,26 @@ def _started(admission: Admission) -> ASGIApp:
 
 def _link(call: Call[MessagesQuery, None], limit: int, before: UUID) -> str:
     parameters = {"limit": limit, "before": before}
-    if call.query.format is not None:
+    if call.query.format is not UNSET:
         parameters["format"] = call.query.format
     return f'</conversations/{call.conversation_id}/messages?{urlencode(parameters)}>; rel="next"'
 
 
-# A place in the list of conversations: the time and the id behind which the next page begins. Opaque to clients.
+# A place in the list of conversations, behind which the next page begins: a time in microseconds, and an id.
 
 
 def _mark(conversation: Conversation) -> str:
-    text = f"{conversation.updated_at.isoformat()} {conversation.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+    return f"{(conversation.updated_at - _EPOCH) // timedelta(microseconds=1)}.{conversation.id}"
 
 
 def _place(mark: str) -> tuple[datetime, UUID]:
+    time, _, id = mark.partition(".")
+    if not (time.isascii() and time.isdigit() and len(time) <= MARK_DIGITS_MAX):
+        raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")])
     try:
-        text = base64.b64decode(mark + "=" * (-len(mark) % 4), altchars=b"-_", validate=True).decode("ascii")
-        time, _, id = text.partition(" ")
-        place = datetime.fromisoformat(time), UUID(id)
-        if place[0].tzinfo is None:
-            raise ValueError(time)
-    except ValueError:
+        return _EPOCH + timedelta(microseconds=int(time)), msgspec.convert(id, UUID)
+    except msgspec.ValidationError:
         raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")]) from None
-    return place
 
 
 async def _no_content(scope: Scope, receive: Receive, send: Send) -> None:

@@ -102,7 +102,7 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "create_conversation": (["user0", NEW[0], "title", None, "{}", NOW], {"conversations": 1}),
     "read_conversation": (["user0", MINE], {"conversations": 1}),
     "list_conversations": (["user0", 20, 20], {"conversations": 41}),
-    "list_conversations_before": (["user0", 20, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 21}),
+    "list_conversations_before": (["user0", 20, 20, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 41}),
     "update_conversation": (["user0", MINE, True, "new", False, None, True, "{}"], {"conversations": 2}),
     "delete_conversation": (
         ["user0", MINE, True],

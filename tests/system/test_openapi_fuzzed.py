@@ -1,0 +1,59 @@
+"""The API does what `/openapi.json` says, whatever schemathesis makes of that: no crash, no undocumented answer,
+nothing refused that is allowed, and nothing taken that is not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import NodeProcess, token_for
+
+ROOT = Path(__file__).parents[2]
+SECONDS_MAX = 40
+# NUL is refused everywhere (Postgres cannot hold it), as no schema can say. A stream of events has no end, and is
+# tested by itself. That there is no such turn is no sign that a conversation has vanished.
+CONFIGURATION = """
+workers = 2
+seed = 1
+continue-on-failure = true
+
+[generation]
+allow-x00 = false
+max-examples = 10
+
+[[operations]]
+include-operation-id = "followConversation"
+enabled = false
+
+[[operations]]
+include-operation-id = ["cancelTurn", "readTurn"]
+checks.ensure_resource_availability.enabled = false
+
+[[operations]]
+include-operation-id = "chat"
+parameters = { user_id = "%(user)s" }
+"""
+
+
+@pytest.mark.parametrize("phases", ["examples,coverage,fuzzing", "stateful"])
+def test_schemathesis_finds_nothing(shared_node: NodeProcess, user: str, tmp_path: Path, phases: str) -> None:
+    (tmp_path / "schemathesis.toml").write_text(CONFIGURATION % {"user": user})
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "schemathesis.cli", "run", f"{shared_node.http}/openapi.json"),
+            *("--header", f"Authorization: Bearer {token_for(user)}", "--phases", phases),
+            *("--max-time", str(SECONDS_MAX)),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        timeout=3 * SECONDS_MAX,
+    )
+    assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
+    assert "Tested: 12" in finished.stdout
+    assert "Traceback" not in shared_node.log.read_text()
