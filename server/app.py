@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Final
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -79,6 +81,7 @@ class Anynode:
                 *_page_routes(),
             ],
             exception_handlers={404: refuse_route, 405: refuse_route},
+            middleware=_cross_origin(self.settings),
         )
 
     async def drain(self) -> None:
@@ -129,6 +132,21 @@ async def _run(node: Node, database: Database) -> None:
             pause = min(pause * 2, longest)
     logger.info("Postgres is there%s", ", behind a pooler" if database.is_pooled else "")
     await node.run()
+
+
+def _cross_origin(settings: Settings) -> list[Middleware]:
+    """What lets pages of the allowed origins ask over HTTP, as they may over the socket."""
+    if not settings.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.allowed_origins,
+            allow_methods=("GET", "POST", "PATCH", "DELETE"),
+            allow_headers=("Authorization", "Content-Type", "Last-Event-ID"),
+            expose_headers=("Link", "Location", "Retry-After"),
+        )
+    ]
 
 
 def _page_routes() -> list[Route]:

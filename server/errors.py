@@ -161,6 +161,7 @@ CLIENT_ERRORS: tuple[type[ClientError], ...] = (
     AgentFailed,
     InternalError,
 )
+HTTP_ERRORS: tuple[type[ClientError], ...] = (*CLIENT_ERRORS, MessageIdTaken)  # those that differ in their status
 
 
 class ConfigurationError(Exception):

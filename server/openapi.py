@@ -12,12 +12,11 @@ from msgspec.structs import fields
 
 from server.bodies import NoQuery, Refusal
 from server.errors import (
-    CLIENT_ERRORS,
+    HTTP_ERRORS,
     ClientError,
     DatabaseUnavailable,
     InternalError,
     InvalidFrame,
-    MessageIdTaken,
     MessageTooLarge,
     Unauthorized,
 )
@@ -123,8 +122,7 @@ def _refusals(operation: Operation) -> dict[str, Any]:
     if operation.bodies or operation.query is not NoQuery or "_id}" in operation.path:
         errors.append(InvalidFrame)
     by_status: dict[int, list[type[ClientError]]] = {}
-    known: tuple[type[ClientError], ...] = (*CLIENT_ERRORS, MessageIdTaken)
-    for error in known:
+    for error in HTTP_ERRORS:
         if error in errors:
             by_status.setdefault(error.http_status, []).append(error)
     return {str(status): _refusal(status, by_status[status]) for status in sorted(by_status)}

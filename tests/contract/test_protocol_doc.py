@@ -11,9 +11,12 @@ import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
 
-from server import connection, errors, listener
+from server import bodies, connection, errors, http, listener, operations, rest
+from server.bodies import AnyNewMessage
 from server.encoding import encode
-from server.errors import CLIENT_ERRORS, AgentFailed
+from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
+from server.examples import FRAMES
+from server.operations import OPERATIONS
 from server.protocol import (
     JOURNAL_FRAMES,
     SUBPROTOCOL,
@@ -52,6 +55,11 @@ def rows(section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
+def tables(section: str) -> list[list[list[str]]]:
+    """The cells of each of a section's tables, without its head."""
+    return [rows(part) for part in re.findall(r"(?:^\|.+\n)+", section, re.M)]
+
+
 def documented(heading: str) -> dict[str, bool]:
     """The fields of a table, and whether each may be absent."""
     return {row[0].strip("`"): "optional" in row[2] for row in rows(sections(3)[heading])}
@@ -62,6 +70,7 @@ def declared(of: list[FieldInfo]) -> dict[str, bool]:
     return {field.encode_name: not field.required for field in of}
 
 
+HTTP = sections(2)["Over HTTP"]
 FRAME_SECTIONS = {title.strip("`") for title in sections(3) if title.startswith("`")}
 EXAMPLES: list[dict[str, Any]] = [
     json.loads(text) for text in re.findall(r"^```json\n(.+?)\n```$", PROTOCOL, re.M | re.S)
@@ -94,8 +103,9 @@ def test_a_message_and_a_usage_have_exactly_the_fields_of_their_tables() -> None
     assert documented("A usage") == declared(list(fields(Usage)))
 
 
-def test_every_frame_has_an_example() -> None:
+def test_every_frame_has_an_example_which_is_that_of_the_asyncapi_document() -> None:
     assert {example["type"] for example in EXAMPLES} == FRAME_SECTIONS
+    assert {example["type"]: example for example in EXAMPLES} == FRAMES
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: str(example["type"]))
@@ -120,6 +130,32 @@ def test_every_close_code_is_there() -> None:
     assert {int(row[0]) for row in rows(sections(2)["Close codes"])} == own | LIBRARY_CLOSE_CODES
 
 
+def test_every_operation_over_http_is_there_with_its_fields() -> None:
+    table = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in tables(sections(2)["Over HTTP"])[0]}
+    assert set(table) == {f"{operation.method} {operation.path}" for operation in OPERATIONS}
+    for operation in OPERATIONS:
+        kinds = [operation.query, *(kind for kind in operation.bodies if kind is not AnyNewMessage)]
+        expected = {field.encode_name for kind in kinds for field in fields(kind)}
+        assert table[f"{operation.method} {operation.path}"] == expected, operation.name
+
+
+def test_every_status_over_http_is_there_with_its_codes() -> None:
+    table = {row[0]: set(re.findall(r"`([a-z_]+)`", row[1])) - {"user_id", "message_id"} for row in tables(HTTP)[1]}
+    known: dict[str, set[str]] = {"405": {"invalid_frame"}}
+    for error in HTTP_ERRORS:
+        known.setdefault(str(error.http_status), set()).add(error.code)
+    assert table == known
+
+
+def test_the_limits_over_http_are_those_of_the_code() -> None:
+    limits = {row[0]: row[1] for row in tables(HTTP)[2]}
+    assert limits["a body"].endswith(f"{operations.APPENDED_BYTES_MAX:,} where messages are appended")
+    assert limits["messages that are appended at once"] == f"{bodies.MESSAGES_AT_ONCE_MAX}"
+    assert limits["calls of a message"] == f"{bodies.TOOL_CALLS_MAX}"
+    assert limits["`metadata`"] == f"{rest.METADATA_BYTES_MAX} bytes of JSON"
+    assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
+
+
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in rows(sections(2)["Limits"])}
     assert limits["fragments of a frame"] == f"{listener.FRAGMENTS_MAX}"
@@ -136,5 +172,5 @@ def test_the_limits_are_those_of_the_code() -> None:
 
 def test_no_frame_is_named_that_does_not_exist() -> None:
     named = set(re.findall(r"`((?:message|conversation|turn|auth)\.[a-z_]+)`", PROTOCOL))
-    assert named - {"message.id"} <= FRAME_SECTIONS
+    assert named - {"message.id", "message.status"} <= FRAME_SECTIONS
     assert f"`{SUBPROTOCOL}`" in PROTOCOL
