@@ -11,7 +11,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -21,10 +22,12 @@ import uvloop
 from bench.faults import CONVERSATIONS, FAULTS
 from bench.faults import DEFAULT as DEFAULT_FAULTS
 from bench.faults import QUICK as QUICK_FAULTS
-from bench.faults import Scale as FaultScale
 from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
+from bench.rest import DEFAULT as DEFAULT_REST
+from bench.rest import QUICK as QUICK_REST
+from bench.rest import REST
 from bench.servers import SIDES, Bench, Side
 from server.embedded_postgres import embedded_postgres
 from server.errors import ConfigurationError
@@ -65,15 +68,22 @@ class Progress:
     help=f"Measure the product alone instead, several nodes under faults: {', '.join(FAULTS)}, or all. Repeatable.",
 )
 @click.option(
+    "--rest",
+    multiple=True,
+    metavar="NAME",
+    type=click.Choice([*REST, "all"]),
+    help=f"Measure what REST costs, the product alone: {', '.join(REST)}, or all. Repeatable.",
+)
+@click.option(
     "--rounds",
     type=click.IntRange(1, 100),
     help=f"Rounds of each measure.  [default: {DEFAULT.rounds}, faults {DEFAULT_FAULTS.rounds}; with --quick 1]",
 )
 @click.option("--quick", is_flag=True, help="Less of everything: does it work, and roughly how well?")
-def bench(names: Sequence[str], faults: Sequence[str], rounds: int | None, quick: bool) -> None:
+def bench(names: Sequence[str], faults: Sequence[str], rest: Sequence[str], rounds: int | None, quick: bool) -> None:
     """Measure this product and the floor in turn: turn_cpu, first_token, idle, flush; all of them by default."""
-    if names and faults:
-        raise click.UsageError("either NAME or --fault")
+    if sum(map(bool, (names, faults, rest))) > 1:
+        raise click.UsageError("either NAME or --fault or --rest")
     _raise_file_limit()
     directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
     try:
@@ -85,8 +95,12 @@ def bench(names: Sequence[str], faults: Sequence[str], rounds: int | None, quick
             bench = Bench(postgres, directory)
             if faults:
                 fault_scale = QUICK_FAULTS if quick else DEFAULT_FAULTS
-                fault_scale = dataclasses.replace(fault_scale, rounds=rounds or fault_scale.rounds)
-                failures = runner.run(_alone(bench, list(FAULTS) if "all" in faults else faults, fault_scale))
+                struck = {name: partial(FAULTS[name], bench, fault_scale) for name in _chosen(FAULTS, faults)}
+                failures = runner.run(_alone(bench, struck, rounds or fault_scale.rounds))
+            elif rest:
+                rest_scale = QUICK_REST if quick else DEFAULT_REST
+                asked = {name: partial(REST[name], bench, rest_scale) for name in _chosen(REST, rest)}
+                failures = runner.run(_alone(bench, asked, rounds or rest_scale.rounds))
             else:
                 scale = QUICK if quick else DEFAULT
                 scale = dataclasses.replace(scale, rounds=rounds or scale.rounds)
@@ -123,24 +137,28 @@ async def _compared(bench: Bench, names: Sequence[str], scale: Scale) -> int:
     return failures
 
 
-async def _alone(bench: Bench, names: Sequence[str], scale: FaultScale) -> int:
-    """Measure the product under faults and print; returns how many measurements failed."""
+def _chosen(known: Iterable[str], names: Sequence[str]) -> Iterable[str]:
+    return known if "all" in names else names
+
+
+async def _alone(bench: Bench, measures: Mapping[str, Callable[[], Awaitable[list[Figure]]]], rounds: int) -> int:
+    """Measure the product alone and print; returns how many measurements failed."""
     _end_at_sigterm()
-    progress = Progress(1 + scale.rounds * len(names))
+    progress = Progress(1 + rounds * len(measures))
     progress.step("seeding")
     await bench.prepare(CONVERSATIONS, ("product",))
-    found: dict[str, list[list[Figure]]] = {name: [] for name in names}
+    found: dict[str, list[list[Figure]]] = {name: [] for name in measures}
     failures = 0
-    for number in range(scale.rounds):
-        for name in names:
+    for number in range(rounds):
+        for name, measure in measures.items():
             progress.step(f"round {number + 1}: {name}")
-            figures = await _measure(bench, name, FAULTS[name](bench, scale))
+            figures = await _measure(bench, name, measure())
             if figures is None:
                 failures += 1
             else:
                 found[name].append(figures)
     progress.clear()
-    click.echo(table({name: lines(found[name], []) for name in names}, has_floor=False))
+    click.echo(table({name: lines(found[name], []) for name in measures}, has_floor=False))
     return failures
 
 

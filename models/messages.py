@@ -1,4 +1,4 @@
-"""Messages that are read and written without a turn: pages of them, and what is appended in the right order of roles."""
+"""Messages that are read and written without a turn: pages, and what is appended in the right order of roles."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def calls_in(tool_calls: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Messages, oldest first, as rows with the fields of a message. `is_first`: nothing is older. `newer` is the message
-    before which they were asked for."""
+    """Messages, oldest first, as rows with the fields of a message. `is_first`: nothing is older. `newer` is the
+    message before which they were asked for."""
 
     messages: Sequence[asyncpg.Record]
     is_first: bool

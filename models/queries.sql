@@ -122,8 +122,8 @@ LEFT JOIN LATERAL (
 ORDER BY w.number, e.seq;
 
 -- name: watch
--- What a node must hear of: its turns that are to be cancelled, and the conversations in which turns have begun since
--- an earlier watch, whose horizon is $2 (null: none). All transactions before a horizon have ended, so that none is
+-- What a node must hear of: its turns that are to be cancelled, and the conversations in which turns have begun, or that
+-- have been deleted, since an earlier watch, whose horizon is $2 (null: none). All transactions before a horizon have ended, so that none is
 -- ever missed; some are told of twice. Rows that another cluster has written, before a restore, may be of the future.
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
        ARRAY(SELECT id FROM turns WHERE node = $1 AND status = 'running' AND cancel_requested_at IS NOT NULL)
@@ -131,9 +131,13 @@ SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
        changed.ids, changed.last_seqs
 FROM (
     SELECT array_agg(c.id) AS ids, array_agg(c.last_seq) AS last_seqs
-    FROM (SELECT id, last_seq FROM conversations
-          WHERE changed_xid >= $2 AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
-          ORDER BY changed_xid DESC LIMIT $3) c
+    FROM ((SELECT id, last_seq FROM conversations
+           WHERE changed_xid >= $2 AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+           ORDER BY changed_xid DESC LIMIT $3)
+          UNION ALL
+          (SELECT conversation_id, 9223372036854775807 FROM deletions
+           WHERE changed_xid >= $2 AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+           ORDER BY changed_xid DESC LIMIT $3)) c
 ) changed;
 
 -- name: snapshot
@@ -309,3 +313,7 @@ WITH expired AS (
 )
 DELETE FROM events e USING expired x WHERE e.conversation_id = x.conversation_id AND e.seq = x.seq
 RETURNING e.seq;
+
+-- name: forget_deletions
+-- By then every node has heard of them, or looks again by itself.
+DELETE FROM deletions WHERE deleted_at < clock_timestamp() - make_interval(secs => $1);

@@ -97,3 +97,14 @@ class Event(Model):
 
     class Meta:
         table = "events"
+
+
+class Deletion(Model):
+    """That a conversation has been deleted, for as long as it takes every node to hear of it."""
+
+    conversation_id = fields.UUIDField(primary_key=True)
+    changed_xid = fields.BigIntField()
+    deleted_at = fields.DatetimeField()
+
+    class Meta:
+        table = "deletions"

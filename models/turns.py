@@ -30,7 +30,7 @@ class TakenTurn:
 @dataclass(frozen=True, slots=True)
 class News:
     """What a watch has found: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
-    `begun`, and the `horizon` from which the next watch goes on."""
+    `begun`, or that are deleted, and the `horizon` from which the next watch goes on."""
 
     horizon: int
     to_cancel: Sequence[UUID]
@@ -116,6 +116,11 @@ async def delete_expired_events(database: Database, *, retention_seconds: float,
 async def delete_expired_messages(database: Database, *, retention_seconds: float, limit: int) -> int:
     """Delete at most `limit` events of messages that came without a turn longer ago than that. Returns how many."""
     return len(await database.fetch("delete_expired_messages", retention_seconds, limit))
+
+
+async def forget_deletions(database: Database, *, after_seconds: float) -> None:
+    """Forget the conversations that were deleted longer ago than that."""
+    await database.fetch("forget_deletions", after_seconds)
 
 
 async def read_turn(

@@ -201,6 +201,7 @@ def _say_where_to_go(
     click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {nodes}", fg="cyan"))
     sockets = ", ".join(url.replace("http", "ws", 1) + "/ws" for url in urls)
     click.echo(f"\n  WebSocket          {sockets}")
+    click.echo(f"  HTTP               {urls[0]}/docs")
     click.echo(f"  Token (7 days)     {token}" if token else "  Tokens             are signed elsewhere (JWT_JWKS_URL)")
     if settings.agent == "echo":
         click.echo("\n  This is the echo agent. A real model, of any OpenAI-compatible server:")

@@ -24,6 +24,8 @@ logger = logging.getLogger("anynode")
 FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost far more memory than their bytes
 WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
 KEEPALIVE_SECONDS: Final = 20.0
+HTTP_IDLE_SECONDS: Final = 75  # longer than load balancers keep a connection, who else send requests into a closed one
+UNSENT_SECONDS_MAX: Final = 60  # how long a peer that reads nothing of a response holds its connection
 LINGERING_SECONDS: Final = 1.0  # how long a peer may take to read why its connection fails …
 LINGERING_BYTES_MAX: Final = 16_777_216  # … and what it may send in the meantime
 LETTING_GO_SECONDS: Final = 2.0  # how long what is cancelled at the very end may take
@@ -93,6 +95,14 @@ class Server(uvicorn.Server):
         """As at a signal."""
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; what is accepted inherits the bound on what a peer may leave unread."""
+        await super().startup(sockets)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
+            for server in self.servers:
+                for listening in server.sockets:
+                    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNSENT_SECONDS_MAX)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain, then shut down."""
         logger.info("draining")
@@ -129,6 +139,7 @@ async def _serve(settings: Settings, stop_with_input: bool) -> None:
             ws_per_message_deflate=False,
             ws_ping_interval=KEEPALIVE_SECONDS,
             ws_ping_timeout=KEEPALIVE_SECONDS,
+            timeout_keep_alive=HTTP_IDLE_SECONDS,
             timeout_graceful_shutdown=CLOSING_SECONDS,
             access_log=False,
             log_config=None,

@@ -17,7 +17,7 @@ from models.database import Database, Unavailable
 from models.events import Event
 from models.ids import uuid7
 from models.messages import append_messages
-from models.turns import delete_expired_events, delete_expired_messages, request_cancel, watch
+from models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
 from server.admission import appended_of, history_of, question_of, raise_refusal
 from server.agents.agent import Agent, Turn, can_continue
 from server.bodies import AnyNewMessage
@@ -38,6 +38,7 @@ EXPIRIES_AT_ONCE: Final = 100  # turns
 EXPIRED_MESSAGES_AT_ONCE: Final = 1000
 INTERRUPT_SECONDS: Final = 5.0  # how long `if_busy: interrupt` waits for the running turn to end
 INTERRUPT_POLL_SECONDS: Final = 0.05
+DELETIONS_KNOWN_SECONDS: Final = 60.0  # a node that was cut off for longer looks at everything again
 CANCEL_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
 
 Answer = TypeVar("Answer")
@@ -242,7 +243,7 @@ class Node:
                     if (running := self._turns.get(turn_id)) is not None:
                         running.cancel()
                 # Another server, which may know less; or more has happened than one answer tells.
-                if horizon is None or news.horizon < horizon or len(news.begun) == BEGUN_MAX:
+                if horizon is None or news.horizon < horizon or len(news.begun) >= BEGUN_MAX:
                     self.follows.look_again()
                 else:
                     self.follows.hear(news.begun)
@@ -264,6 +265,7 @@ class Node:
                     expired = await delete_expired_events(
                         self._database, retention_seconds=retention_seconds, limit=EXPIRIES_AT_ONCE
                     )
+                await forget_deletions(self._database, after_seconds=DELETIONS_KNOWN_SECONDS)
                 expired = EXPIRED_MESSAGES_AT_ONCE
                 while expired == EXPIRED_MESSAGES_AT_ONCE:
                     expired = await delete_expired_messages(

@@ -4,11 +4,19 @@ from tortoise.migrations.migration import Migration
 from tortoise.migrations.operations import RunSQL
 
 # `written_at` says when an event may be deleted that belongs to no turn; those of turns have none, which costs them
-# nothing. Its index has only events without a turn. What answered a turn is found by the index of `messages`.
+# nothing. Its index has only events without a turn. What answered a turn is found by the index of `messages`. A
+# deletion is remembered for a moment, until the watch of every node has seen it.
 COLUMNS = """
 ALTER TABLE events ADD COLUMN written_at timestamptz;
 CREATE INDEX events_without_turn ON events (written_at) WHERE turn_id IS NULL;
 CREATE INDEX messages_turn ON messages (turn_id) WHERE role <> 'user';
+
+CREATE TABLE deletions (
+    conversation_id uuid PRIMARY KEY,
+    changed_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
+    deleted_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX deletions_changed ON deletions (changed_xid);
 """
 
 # The function of 0002, which now also refuses a question while calls wait for their results, and gives a conversation
@@ -201,6 +209,7 @@ BEGIN
     DELETE FROM turns t WHERE t.conversation_id = p_conversation_id;
     DELETE FROM conversations c WHERE c.id = p_conversation_id;
     DELETE FROM events e WHERE e.conversation_id = p_conversation_id;
+    INSERT INTO deletions (conversation_id) VALUES (p_conversation_id) ON CONFLICT DO NOTHING;
     outcome := 'deleted';
 END
 $function$;
@@ -214,7 +223,7 @@ class Migration(Migration):  # type: ignore[no-redef]
     operations = [  # noqa: RUF012
         RunSQL(
             COLUMNS,
-            reverse_sql="DROP INDEX messages_turn; DROP INDEX events_without_turn;"
+            reverse_sql="DROP TABLE deletions; DROP INDEX messages_turn; DROP INDEX events_without_turn;"
             " ALTER TABLE events DROP COLUMN written_at",
         ),
         RunSQL(ADMIT),

@@ -1,0 +1,24 @@
+"""Yours only: a statement that a client's id of a conversation, turn or message reaches also asks for the user."""
+
+from __future__ import annotations
+
+import re
+
+from models.queries import statements
+
+# What a node asks for itself, of turns that it has or that nobody has, and never because a client said so.
+OF_THE_NODE = {
+    *("flush", "flush_one", "flush_with_endings", "turn_states", "renew", "release", "take_over", "watch", "history"),
+    *("read_running", "delete_expired_events", "delete_expired_messages", "forget_deletions"),
+}
+FUNCTIONS = {"admit", "regenerate", "append", "delete_conversation"}  # their first argument is the user's id
+
+
+def test_every_statement_for_clients_has_the_user_in_its_condition() -> None:
+    for name, statement in statements().items():
+        if name in FUNCTIONS:
+            assert re.search(r"FROM anynode_\w+\(\$1, \$2", statement), name
+        elif name == "create_conversation":
+            assert "VALUES ($2, $1," in statement
+        elif name not in OF_THE_NODE:
+            assert re.search(r"WHERE (?:c?\.?id = \$2 AND )?(?:c\.)?user_id = \$1", statement), name
