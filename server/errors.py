@@ -60,7 +60,7 @@ class InvalidFrame(ClientError):
 
 
 class MessageIdTaken(InvalidFrame):
-    """message_id names a message of another conversation"""
+    """`message_id` names a message of another conversation."""
 
     http_status = 409
 

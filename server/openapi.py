@@ -130,7 +130,7 @@ def _refusals(operation: Operation) -> dict[str, Any]:
 
 def _refusal(status: int, errors: Sequence[type[ClientError]]) -> dict[str, Any]:
     described: dict[str, Any] = {
-        "description": "; ".join(f"`{error.code}`: {error().message}" for error in errors),
+        "description": " ".join(f"`{error.code}`: {error().message}" for error in errors),
         "content": {
             "application/json": {
                 "schema": {"$ref": _REFERENCE.format(name="Refusal")},

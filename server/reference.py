@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, Final
@@ -64,7 +65,7 @@ def page(document: Mapping[str, Any]) -> str:
     )
     schemas = "".join(
         f'<details id="{escape(name)}"><summary><code>{escape(name)}</code><span>'
-        f"{escape(schema.get('description', ''))}</span></summary>{_json(schema)}</details>"
+        f"{_text(schema.get('description', ''))}</span></summary>{_json(schema)}</details>"
         for name, schema in document["components"]["schemas"].items()
     )
     info = document["info"]
@@ -74,7 +75,7 @@ def page(document: Mapping[str, Any]) -> str:
 <title>{escape(info["title"])} over HTTP</title><link rel="stylesheet" href="docs.css"></head>
 <body><main>
 <h1>{escape(info["title"])} {escape(info["version"])} over HTTP</h1>
-<p>{escape(info["description"])}</p>
+<p>{_text(info["description"])}</p>
 <p>Every request has the header <code>Authorization: Bearer</code> with a token; <code>anynode token --user ada</code>
 makes one. For machines: <a href="openapi.json">openapi.json</a>, and of the socket <a
 href="asyncapi.json">asyncapi.json</a>.</p>
@@ -88,10 +89,10 @@ href="asyncapi.json">asyncapi.json</a>.</p>
 
 
 def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
-    rows = "".join(_parameters(operation)) + "".join(_responses(operation))
+    rows = "".join((*_parameters(operation), *_body(operation), *_responses(operation)))
     return (
         f'<details id="{escape(operation["operationId"])}"><summary><code>{method.upper()} {escape(path)}</code>'
-        f"<span>{escape(operation['summary'])}</span></summary><table>{rows}</table>"
+        f"<span>{_text(operation['summary'])}</span></summary><table>{rows}</table>"
         f"{_curl(method, path, operation)}{_example_answer(operation)}</details>"
     )
 
@@ -101,13 +102,26 @@ def _parameters(operation: Mapping[str, Any]) -> Iterator[str]:
         schema = dict(parameter["schema"])
         said = [schema.pop("description", ""), parameter.get("description", "")]
         kind = ", ".join(f"{name} {json.dumps(value)}" for name, value in schema.items())
-        what = escape(" ".join(filter(None, said)))
+        what = _text(" ".join(filter(None, said)))
         yield _row(f"{parameter['name']} ({parameter['in']})", f"{what} <code>{escape(kind)}</code>")
+
+
+def _body(operation: Mapping[str, Any]) -> Iterator[str]:
+    if "requestBody" in operation:
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        names = [each["$ref"].rpartition("/")[2] for each in schema.get("anyOf", [schema])]
+        links = " or ".join(f'<a href="#{escape(name)}"><code>{escape(name)}</code></a>' for name in names)
+        yield _row("body", links)
 
 
 def _responses(operation: Mapping[str, Any]) -> Iterator[str]:
     for status, response in operation["responses"].items():
-        yield _row(status, escape(response["description"]))
+        yield _row(status, _text(response["description"]))
+
+
+def _text(text: str) -> str:
+    """As HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _row(name: str, text: str) -> str:
