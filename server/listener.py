@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Final
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
 
@@ -25,6 +26,8 @@ FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost fa
 WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
 KEEPALIVE_SECONDS: Final = 20.0
 HTTP_IDLE_SECONDS: Final = 75  # longer than load balancers keep a connection, who else send requests into a closed one
+HEAD_SECONDS_MAX: Final = 10.0  # for the head of a request to come …
+HEAD_BYTES_MAX: Final = 65_536  # … and how long it may be
 UNSENT_SECONDS_MAX: Final = 60  # how long a peer that reads nothing of a response holds its connection
 LINGERING_SECONDS: Final = 1.0  # how long a peer may take to read why its connection fails …
 LINGERING_BYTES_MAX: Final = 16_777_216  # … and what it may send in the meantime
@@ -78,6 +81,47 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         """Drop the socket: closing it would wait for a peer that does not read."""
         super().keepalive_timeout()
         self.transport.abort()
+
+
+class BoundedHttp(HttpToolsProtocol):
+    """Uvicorn's transport, less what lets a peer send the head of a request for ever."""
+
+    _head_timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request, but not for long."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._head_timer.cancel()
+        self._await_head()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Its head is whole."""
+        self._head_timer.cancel()
+        self._is_in_head = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, unless the head has become too long."""
+        super().data_received(data)
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX:
+                self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing more will come."""
+        self._head_timer.cancel()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.abort)
 
 
 class Server(uvicorn.Server):
@@ -134,7 +178,7 @@ async def _serve(settings: Settings, stop_with_input: bool) -> None:
             host=settings.host,
             port=settings.port,
             ws=BoundedWebSocket,
-            http="httptools",
+            http=BoundedHttp,
             ws_max_size=settings.frame_bytes_max,
             ws_per_message_deflate=False,
             ws_ping_interval=KEEPALIVE_SECONDS,

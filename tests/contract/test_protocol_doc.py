@@ -165,6 +165,8 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
     assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
     assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{listener.KEEPALIVE_SECONDS:g}"
+    assert limits["seconds for a request's head to come, also that of a WebSocket"] == f"{listener.HEAD_SECONDS_MAX:g}"
+    assert limits["bytes of a request's head"] == f"{listener.HEAD_BYTES_MAX}"
     assert limits["`content`"] == f"`MESSAGE_BYTES_MAX` ({Settings().message_bytes_max:,}) bytes of UTF-8"
     assert f"({6 * Settings().message_bytes_max + 16_384:,} by default)" in limits["a frame"]
     assert f"{connection.EXPIRING_SECONDS:g} seconds before its token's end" in PROTOCOL
