@@ -10,10 +10,16 @@ from typing import Any, Final
 import asyncpg
 from websockets.exceptions import WebSocketException
 
+from models.rules import NEXT_ROLES
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
 
 PATIENCE_SECONDS: Final = 60.0
 HEAD: Final = frozenset({"type", "conversation_id", "seq", "turn_id"})
+
+
+def roles_after(role: str | None) -> frozenset[str]:
+    """The roles that may come after this one (None: first), where it is not told which calls wait for results."""
+    return frozenset[str]().union(*(roles for (before, _), roles in NEXT_ROLES.items() if before == role))
 
 
 class Client:

@@ -12,8 +12,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from models.rules import NEXT_ROLES
 from tests.conftest import StartNode
+from tests.exactness import roles_after
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 from tests.scripted_agents import DIRECTORY, Strings, eventually
 from tests.stepping_agents import AGENT
@@ -73,7 +73,7 @@ async def messages_of(database_url: str, conversation_id: str) -> Sequence[async
     for message in messages:
         # An answer that is superseded is followed by another one.
         if before is None or before["status"] != "superseded" or before["turn_id"] == message["turn_id"]:
-            assert message["role"] in NEXT_ROLES[before["role"] if before else None]
+            assert message["role"] in roles_after(before["role"] if before else None)
         before = message
     return messages
 

@@ -768,7 +768,7 @@ async def test_conversations_are_listed_newest_activity_first(node: NodeProcess,
         await socket.answer("again", ids[1])
     status, body = await asyncio.to_thread(conversations, node, user)
     assert status == 200
-    assert set(body) == {"conversations", "next_skip"}
+    assert set(body) == {"conversations", "next_skip", "next_before"}
     assert [conversation["id"] for conversation in body["conversations"]] == [ids[1], ids[2], ids[0]]
     assert [conversation["title"] for conversation in body["conversations"]] == [
         *("question 1", "question 2", "question 0")
@@ -791,7 +791,7 @@ async def test_conversations_are_listed_in_pages(node: NodeProcess, user: str) -
 async def test_only_ones_own_conversations_are_listed(node: NodeProcess, user: str) -> None:
     async with socket_to(node, user) as socket:
         await socket.answer("mine")
-    assert conversations(node, user + "-not") == (200, {"conversations": [], "next_skip": None})
+    assert conversations(node, user + "-not") == (200, {"conversations": [], "next_skip": None, "next_before": None})
 
 
 @pytest.mark.parametrize("token", [None, "junk"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from models.rules import NEXT_ROLES
+from tests.exactness import roles_after
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 from tests.recalling_agents import AGENT, ids_of
 from tests.scripted_agents import Strings, script_of
@@ -59,7 +59,7 @@ async def stored_in(database_url: str, conversation_id: str) -> list[Stored]:
         )
         for row in rows
     ]
-    assert all(role in NEXT_ROLES[before] for before, role in pairwise([None, *(message[0] for message in stored)]))
+    assert all(role in roles_after(before) for before, role in pairwise([None, *(message[0] for message in stored)]))
     unanswered: list[str] = []
     for role, _, ids, _ in stored:
         if role == "tool":
