@@ -95,7 +95,7 @@ def conversations(length_max: int) -> Iterator[tuple[Word, ...]]:
 def test_exactly_what_a_conversation_can_begin_with_is_allowed() -> None:
     length = 6
     begun = {words[:end] for words in conversations(length + 3) for end in range(min(len(words), length) + 1)}
-    allowed = {()}
+    allowed: set[tuple[Word, ...]] = {()}
     longest: set[tuple[Word, ...]] = {()}
     for _ in range(length):
         longest = {(*words, word) for words in longest for word in ALPHABET if is_allowed((*words, word))}
