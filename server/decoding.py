@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
@@ -14,6 +15,7 @@ from server.errors import InvalidFrame, Problem
 from server.protocol import NOT_BLANK, strict_json
 
 PROBLEMS_MAX: Final = 20  # of one request; the first say enough
+ITEMS_MAX: Final = 1000  # of a list that are looked at
 _IDS: Final = ("id", "message_id", "tool_call_id")
 
 
@@ -47,11 +49,11 @@ def _converted(value: Mapping[str, Any], kind: Any, prefix: str, *, is_text: boo
     try:
         found = msgspec.convert(value, kind, strict=not is_text)
     except msgspec.ValidationError as error:
-        problems = list(_problems(value, kind, prefix, strict=not is_text))[:PROBLEMS_MAX]
+        problems = list(islice(_problems(value, kind, prefix, strict=not is_text), PROBLEMS_MAX))
         raise InvalidFrame(problems=problems or [Problem(prefix.rstrip("."), str(error))]) from None
     except RecursionError:
         raise InvalidFrame("the body is nested too deeply") from None
-    if problems := list(_problems_of_texts(found, prefix))[:PROBLEMS_MAX]:
+    if problems := list(islice(_problems_of_texts(found, prefix), PROBLEMS_MAX)):
         raise InvalidFrame(problems=problems)
     return found
 
@@ -65,7 +67,7 @@ def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Pro
             yield from _problems_of_fields(value, chosen, path, strict=strict)
             return
     if isinstance(value, list) and (item := _item_of(kind)) is not None:
-        for number, each in enumerate(value):
+        for number, each in enumerate(value[:ITEMS_MAX]):
             yield from _problems(each, item, f"{path[:-1]}[{number}].", strict=strict)
     try:
         msgspec.convert(value, kind, strict=strict)

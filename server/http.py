@@ -38,6 +38,7 @@ from server.errors import (
 logger = logging.getLogger("anynode.http")
 
 BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
+AT_ONCE_BYTES_MAX: Final = 65_536  # a longer body is decoded in a thread: turns must not stop for it
 RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
 
 AnyQuery = TypeVar("AnyQuery", bound=Body)
@@ -183,7 +184,11 @@ class _Resource:
         body = None
         if operation.bodies:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
-            body = decode_body(await _body(headers, receive, bytes_max), operation.bodies)
+            data = await _body(headers, receive, bytes_max)
+            if len(data) > AT_ONCE_BYTES_MAX:
+                body = await asyncio.to_thread(decode_body, data, operation.bodies)
+            else:
+                body = decode_body(data, operation.bodies)
         call = Call(identity, ids, query, body, headers, receive)
         return await operation.handler(self._served_by, call)
 

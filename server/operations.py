@@ -41,7 +41,7 @@ from server.http import Operation
 from server.protocol import Message
 from server.rest import Rest
 
-APPENDED_BYTES_MAX: Final = 8_388_608  # of a body that appends messages: a whole history moves in at once
+APPENDED_BYTES_MAX: Final = 4_194_304  # of a body that appends messages: a whole history moves in at once
 
 _ONE: Final = "/conversations/{conversation_id}"
 _TURN_ERRORS: Final = (NotFound, ConversationBusy, RoleOrder, RateLimited, Draining, AgentFailed)
