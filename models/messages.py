@@ -14,6 +14,7 @@ import msgspec
 from models.database import Database
 from models.rules import Tail
 
+PAGE_BYTES_MAX: Final = 2_097_152  # of content; a page is encoded at once
 MOVED_TIMES_MAX: Final = 20  # how often others may be faster before an append gives up
 
 
@@ -58,6 +59,8 @@ async def append_messages(
         rows = await database.fetch("read_tail", user_id, conversation_id)
         if not rows:
             return Appended("not_found", 0, ())
+        if rows[0]["is_running"]:
+            return Appended("conversation_busy", 0, ())
         messages = checked(_tail(rows))
         (row,) = await database.fetch(
             "append",
@@ -94,11 +97,12 @@ def calls_in(tool_calls: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Messages, oldest first, as rows with the fields of a message. `is_first`: nothing is older. `newer` is the
-    message before which they were asked for."""
+    """Messages, oldest first, as rows with the fields of a message. `is_first`: nothing is older. `older` and `newer`
+    are the ones next to them, where there are such."""
 
     messages: Sequence[asyncpg.Record]
     is_first: bool
+    older: asyncpg.Record | None
     newer: asyncpg.Record | None
     system_prompt: str | None
 
@@ -112,12 +116,10 @@ async def read_messages(
     before: UUID | None,
     with_superseded: bool = True,
 ) -> Page | None:
-    """The newest messages, or the newest before one of them. None: not this user's conversation, or no such message
-    in it. Raises Unavailable."""
-    more = 1 if before is None else 2  # one older, to know of it, and `before` itself
-    rows = await database.fetch(
-        "read_messages", user_id, conversation_id, before, limit + more, with_superseded, within_seconds=10.0
-    )
+    """The newest messages, or the newest before one of them, at most `limit` and no more than 2 MiB. None: not this
+    user's conversation, or no such message in it. Raises Unavailable."""
+    arguments = (before, limit + (1 if before is None else 2), with_superseded, PAGE_BYTES_MAX)
+    rows = await database.fetch("read_messages", user_id, conversation_id, *arguments, within_seconds=10.0)
     if not rows:
         return None
     found = [row for row in rows if row["id"] is not None]
@@ -126,4 +128,8 @@ async def read_messages(
         if not found or found[0]["id"] != before:
             return None
         newer = found.pop(0)
-    return Page(found[:limit][::-1], len(found) <= limit, newer, rows[0]["system_prompt"])
+    # One more than there may be, by number or by bytes, is the one before the page.
+    is_more = len(found) > limit or (len(found) > 1 and found[-1]["bytes"] > PAGE_BYTES_MAX)
+    older = found.pop() if is_more else None
+    is_first = older is None and (not found or found[-1]["position"] == 1)
+    return Page(found[::-1], is_first, older, newer, rows[0]["system_prompt"])

@@ -199,9 +199,10 @@ RETURNING id, title, system_prompt, metadata, last_seq, created_at, updated_at;
 SELECT outcome FROM anynode_delete($1, $2, $3);
 
 -- name: read_tail
--- The last position, and the messages that decide which role may come next: the last one that is no tool's result, and
--- the results behind it.
-SELECT m.position, m.role, m.tool_calls, m.tool_call_id
+-- The last position, whether a turn runs, and the messages that decide which role may come next: the last one that is
+-- no tool's result, and the results behind it.
+SELECT m.position, m.role, m.tool_calls, m.tool_call_id,
+       EXISTS (SELECT FROM turns t WHERE t.conversation_id = c.id AND t.status = 'running') AS is_running
 FROM conversations c LEFT JOIN LATERAL (
     SELECT position, role, tool_calls, tool_call_id FROM messages
     WHERE conversation_id = c.id AND position >= (
@@ -216,27 +217,41 @@ ORDER BY m.position;
 SELECT * FROM anynode_append($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11);
 
 -- name: read_messages
--- The newest messages before one ($3, itself included; null: from the end), newest first. One row with a null id where
--- there are none, no row: not your conversation.
+-- The newest messages before one ($3, itself included; null: from the end), newest first, not more than so many ($4) or
+-- so many bytes ($6), but two. One row with a null id where there are none, no row: not your conversation.
 SELECT c.system_prompt, m.*
 FROM conversations c LEFT JOIN LATERAL (
-    SELECT id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id, created_at FROM messages
-    WHERE conversation_id = c.id AND ($5 OR status <> 'superseded' OR id = $3) AND position <= coalesce(
-        CASE WHEN $3::uuid IS NULL THEN 2147483647 ELSE
-            (SELECT position FROM messages WHERE id = $3 AND conversation_id = c.id) END, 0)
-    ORDER BY position DESC LIMIT $4
+    SELECT * FROM (
+        SELECT *, sum(octet_length(content)) OVER newest_first AS bytes, row_number() OVER newest_first AS number
+        FROM (
+            SELECT id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id, created_at
+            FROM messages
+            WHERE conversation_id = c.id AND ($5 OR status <> 'superseded' OR id = $3) AND position <= coalesce(
+                CASE WHEN $3::uuid IS NULL THEN 2147483647 ELSE
+                    (SELECT position FROM messages WHERE id = $3 AND conversation_id = c.id) END, 0)
+            ORDER BY position DESC LIMIT $4
+        ) newest
+        WINDOW newest_first AS (ORDER BY position DESC)
+    ) counted
+    WHERE bytes <= $6 OR number <= 2
 ) m ON true
 WHERE c.id = $2 AND c.user_id = $1
 ORDER BY m.position DESC;
 
 -- name: read_turn
--- A turn, and the messages that answered in it, in order; one row with a null id where there are none yet.
+-- A turn, and the messages that answered in it, in order; one row with a null id where there are none yet. They come
+-- behind the turn's question, and before the next one.
 SELECT t.id AS turn_id, t.status, t.error, t.usage, t.created_at AS started_at, t.finished_at,
        m.id, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status AS message_status, m.created_at
 FROM conversations c
 JOIN turns t ON t.conversation_id = c.id AND t.id = $3
 LEFT JOIN LATERAL (
-    SELECT * FROM messages WHERE turn_id = t.id AND role <> 'user'
+    SELECT * FROM messages
+    WHERE conversation_id = c.id AND turn_id = t.id AND role <> 'user' AND position > coalesce(t.position, 0)
+        AND position < CASE WHEN t.position IS NULL THEN 2147483647 ELSE coalesce(
+            (SELECT position FROM messages
+             WHERE conversation_id = c.id AND position > t.position AND role = 'user'
+             ORDER BY position LIMIT 1), 2147483647) END
 ) m ON true
 WHERE c.id = $2 AND c.user_id = $1
 ORDER BY m.position;
@@ -267,9 +282,9 @@ WITH mine AS MATERIALIZED (
 UPDATE turns t SET lease_expires_at = '-infinity' FROM mine WHERE t.id = mine.id;
 
 -- name: take_over
--- ($1 node, $2 its turns, $3 seconds of lease, $4 turns, $5 attempts, $6 whether the agent can continue, $7 seconds of
--- two beats) See models/migrations.
-SELECT * FROM anynode_take_over($1, $2, $3, $4, $5, $6, $7);
+-- ($1 node, $2 its turns, $3 seconds of lease, $4 turns, $5 attempts, $6 types of events up to which a turn stands,
+-- $7 seconds of two beats) See models/migrations.
+SELECT * FROM anynode_take_over_turns($1, $2, $3, $4, $5, $6, $7);
 
 -- name: history
 -- What an agent needs of a conversation, as an admission returns it.

@@ -62,8 +62,8 @@ class Message(Model):
 
 
 class Turn(Model):
-    """A turn and its lease; `first_seq` is null once its events have been deleted; `attempts` counts the nodes that
-    died of it, and is not `epoch`, which counts its owners."""
+    """A turn and its lease; `position` is its question's; `first_seq` is null once its events have been deleted;
+    `attempts` counts the nodes that died of it, and is not `epoch`, which counts its owners."""
 
     id = fields.UUIDField(primary_key=True)
     conversation_id = fields.UUIDField()
@@ -73,6 +73,7 @@ class Turn(Model):
     attempts = fields.IntField()
     lease_expires_at = fields.DatetimeField()
     cancel_requested_at = fields.DatetimeField(null=True)
+    position = fields.IntField(null=True)
     first_seq = fields.BigIntField(null=True)
     error: fields.JSONField[Any] = fields.JSONField(null=True)
     usage: fields.JSONField[Any] = fields.JSONField(null=True)

@@ -74,14 +74,14 @@ async def take_over(
     beat_seconds: float,
     limit: int,
     max_attempts: int,
-    can_continue: bool,
+    standing: Sequence[str],
     within_seconds: float,
     on_sent: Callable[[], object],
 ) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch; and those that are its own
-    already, but not `known` to it and not renewed for two beats. Not on the beat's line: renewals must not wait for it.
-    Raises Unavailable."""
-    arguments = (node, list(known), lease_seconds, limit, max_attempts, can_continue, 2 * beat_seconds)
+    already, but not `known` to it and not renewed for two beats. They stand up to their last event of a type in
+    `standing`. Not on the beat's line: renewals must not wait for it. Raises Unavailable."""
+    arguments = (node, list(known), lease_seconds, limit, max_attempts, list(standing), 2 * beat_seconds)
     rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds, on_sent=on_sent)
     return [
         TakenTurn(

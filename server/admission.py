@@ -47,7 +47,12 @@ def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> 
 
 
 def appended_of(
-    given: Sequence[AnyNewMessage], tail: Tail, created_at: datetime, *, bytes_max: int
+    given: Sequence[AnyNewMessage],
+    tail: Tail,
+    created_at: datetime,
+    *,
+    message_bytes_max: int,
+    answer_bytes_max: int,
 ) -> list[tuple[AppendedMessage, Message]]:
     """Messages that come after `tail`, as the database takes them and as people see them. Raises RoleOrder or
     MessageTooLarge."""
@@ -61,6 +66,7 @@ def appended_of(
         if isinstance(new, ToolMessage):
             tool_call_id = new.tool_call_id
             tool_name = new.tool_name or tail.pending.get(tool_call_id)
+        bytes_max = message_bytes_max if role in ("system", "user") else answer_bytes_max
         if len(content.encode()) + len((tool_calls or "").encode()) > bytes_max:
             raise MessageTooLarge(f"messages[{number}] is longer than {bytes_max} bytes.")
         try:

@@ -67,7 +67,7 @@ class Anynode:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        return Starlette(
+        app = Starlette(
             routes=[
                 WebSocketRoute("/ws", self.websocket),
                 *health_routes(self.node, self.database),
@@ -83,6 +83,8 @@ class Anynode:
             exception_handlers={404: refuse_route, 405: refuse_route},
             middleware=_cross_origin(self.settings),
         )
+        app.router.redirect_slashes = False  # to http, behind a proxy that ends TLS
+        return app
 
     async def drain(self) -> None:
         """Take no more work, send clients elsewhere, and let the running turns end or hand them over."""

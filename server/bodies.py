@@ -10,7 +10,7 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from server.protocol import NOT_BLANK, CallOfTool, ClientId, Cursor, ErrorDetail, Message, Time, Usage
 
-MESSAGES_AT_ONCE_MAX: Final = 1000
+MESSAGES_AT_ONCE_MAX: Final = 2000  # more than an export has
 TOOL_CALLS_MAX: Final = 128
 TEXT_PARTS_MAX: Final = 128
 
@@ -93,11 +93,19 @@ class NewCall(Body, frozen=True):
 class TextPart(Body, frozen=True):
     """A part of a content, as in the chat completions API; only text can be stored."""
 
-    text: Content
+    text: str
     type: Literal["text"] = "text"
 
 
 Parts: TypeAlias = Annotated[list[TextPart], Meta(min_length=1, max_length=TEXT_PARTS_MAX)]
+SpokenParts: TypeAlias = Annotated[  # not all of them blank
+    list[TextPart],
+    Meta(
+        min_length=1,
+        max_length=TEXT_PARTS_MAX,
+        extra_json_schema={"contains": {"properties": {"text": {"pattern": NOT_BLANK.pattern}}}},
+    ),
+]
 
 
 class NewMessage(Body, frozen=True, tag_field="role"):
@@ -107,13 +115,13 @@ class NewMessage(Body, frozen=True, tag_field="role"):
 class SystemMessage(NewMessage, frozen=True, tag="system"):
     """Only the first message of a conversation can be one."""
 
-    content: Content | Parts
+    content: Content | SpokenParts
 
 
 class UserMessage(NewMessage, frozen=True, tag="user"):
     """A question that no agent is asked."""
 
-    content: Content | Parts
+    content: Content | SpokenParts
 
 
 class AssistantMessage(NewMessage, frozen=True, tag="assistant"):
@@ -268,11 +276,14 @@ class StoredTurn(Struct, frozen=True):
 
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True):
-    """Why a request was refused; `details` says what is wrong where."""
+    """Why a request was refused; `details` says what is wrong where. Where a question had been admitted by then, it and
+    its turn go on: its ids are told, to ask again with."""
 
     code: str
     message: str
     details: Sequence[WrongPart] | UnsetType = UNSET
+    conversation_id: UUID | UnsetType = UNSET
+    message_id: str | UnsetType = UNSET
 
 
 class WrongPart(Struct, frozen=True):

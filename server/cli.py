@@ -15,7 +15,7 @@ import click
 import platformdirs
 
 from models.migrate import migrate
-from server.agents.load import check_agent
+from server.agents.load import check_agent, check_tools
 from server.auth import make_token
 from server.chat import chat
 from server.configured import on_database
@@ -73,6 +73,7 @@ def serve(stop_with_input: bool, quiet: bool) -> None:
     settings = read_settings(os.environ)
     check_for_production(settings)
     check_agent(settings.agent)
+    check_tools(settings.tools)
     listen(settings, stop_with_input=stop_with_input)
 
 

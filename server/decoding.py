@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from itertools import islice
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
@@ -10,12 +12,14 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import fields
 
-from server.bodies import Body, Content
+from server.bodies import Body, Content, TextPart
 from server.errors import InvalidFrame, Problem
 from server.protocol import NOT_BLANK, strict_json
 
 PROBLEMS_MAX: Final = 20  # of one request; the first say enough
 ITEMS_MAX: Final = 1000  # of a list that are looked at
+SAID_CHARACTERS_MAX: Final = 200
+WHOLE_NUMBER: Final = re.compile(r"-?[0-9]{1,20}")
 _IDS: Final = ("id", "message_id", "tool_call_id")
 
 
@@ -37,7 +41,18 @@ def decode_query(parameters: Sequence[tuple[str, str]], kind: type[Body]) -> Any
     value = dict(parameters)
     if len(value) != len(parameters):
         raise InvalidFrame(problems=[Problem("query", "has a parameter twice")])
+    # msgspec would read 1e1 and 2.0 too.
+    wrong = [name for name in value if name in _numbers(kind) and not WHOLE_NUMBER.fullmatch(value[name])]
+    if wrong:
+        problems = [Problem(f"query.{name}", "Expected `int`, got `str`") for name in wrong]
+        rest = {name: text for name, text in value.items() if name not in wrong}
+        raise InvalidFrame(problems=[*problems, *_problems(rest, kind, "query.", strict=False)][:PROBLEMS_MAX])
     return _converted(value, kind, "query.", is_text=True)
+
+
+@cache
+def _numbers(kind: type[Body]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in fields(kind) if int in _plain(field.type))
 
 
 def _names(kind: Any) -> set[str]:
@@ -63,9 +78,14 @@ def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Pro
     structs = _structs_in(kind)
     if isinstance(value, dict) and structs:
         chosen = _chosen(structs, value)
+        tag = str(structs[0].__struct_config__.tag_field)
         if chosen is not None:
             yield from _problems_of_fields(value, chosen, path, strict=strict)
-            return
+        elif tag not in value:
+            yield Problem(f"{path}{tag}", "is missing")
+        else:
+            yield Problem(f"{path}{tag}", f"Invalid value {value[tag]!r}"[:SAID_CHARACTERS_MAX])
+        return
     if isinstance(value, list) and (item := _item_of(kind)) is not None:
         for number, each in enumerate(value[:ITEMS_MAX]):
             yield from _problems(each, item, f"{path[:-1]}[{number}].", strict=strict)
@@ -75,8 +95,7 @@ def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Pro
         said, _, place = str(error).partition(" - at `$")
         if isinstance(value, list) and place.startswith("["):
             return  # what is wrong with items has been told
-        inner = place.rstrip("`") if isinstance(value, dict) else ""
-        yield Problem(path[:-1] + inner, said)
+        yield Problem(path[:-1], said)
 
 
 def _problems_of_fields(value: Mapping[str, Any], kind: type[Struct], path: str, *, strict: bool) -> Iterator[Problem]:
@@ -125,21 +144,33 @@ def _item_of(kind: Any) -> Any:
 def _problems_of_texts(value: Any, path: str) -> Iterator[Problem]:
     """What is wrong with ids and contents that msgspec does not check."""
     if isinstance(value, Struct):
-        for field in fields(value):
-            item = getattr(value, field.name)
-            if isinstance(item, Struct | list):
-                yield from _problems_of_texts(item, f"{path}{field.name}.")
+        contents = _contents(type(value))
+        for name in value.__struct_fields__:
+            item = getattr(value, name)
+            if name in contents and _is_blank(item):
+                yield Problem(f"{path}{name}", "is empty")
+            elif isinstance(item, Struct | list):
+                yield from _problems_of_texts(item, f"{path}{name}.")
             elif not isinstance(item, str):
                 continue
-            elif field.name in _IDS and not item.isprintable():
-                yield Problem(f"{path}{field.name}", "has characters that cannot be printed")
-            elif Content in _parts(field.type) and NOT_BLANK.search(item) is None:
-                yield Problem(f"{path}{field.name}", "is empty")
+            elif name in _IDS and not item.isprintable():
+                yield Problem(f"{path}{name}", "has characters that cannot be printed")
     elif isinstance(value, list):
         for number, each in enumerate(value):
             if isinstance(each, Struct):
                 yield from _problems_of_texts(each, f"{path[:-1]}[{number}].")
 
 
-def _parts(kind: Any) -> Sequence[Any]:
+def _is_blank(content: str | list[TextPart]) -> bool:
+    texts = [content] if isinstance(content, str) else [part.text for part in content]
+    return not any(map(NOT_BLANK.search, texts))
+
+
+@cache
+def _contents(kind: type[Struct]) -> frozenset[str]:
+    """The fields of a kind that are contents. Kept: looking at types takes longer than decoding."""
+    return frozenset(field.name for field in fields(kind) if Content in _alternatives(field.type))
+
+
+def _alternatives(kind: Any) -> Sequence[Any]:
     return [kind] if get_origin(kind) is Annotated else get_args(kind) or [kind]

@@ -19,7 +19,7 @@ from typing import Final
 import click
 
 from models.migrate import migrate
-from server.agents.load import check_agent
+from server.agents.load import check_agent, check_tools
 from server.auth import make_token
 from server.configured import on_database
 from server.embedded_postgres import embedded_postgres
@@ -57,6 +57,7 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
     """Run until a signal. Raises ConfigurationError."""
     settings = read_settings(environment)
     check_agent(settings.agent)
+    check_tools(settings.tools)
     # SIGINT too: a shell that starts us in the background has it ignored.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

@@ -65,6 +65,12 @@ class MessageIdTaken(InvalidFrame):
     http_status = 409
 
 
+class BodyTimeout(InvalidFrame):
+    """The body did not come in time."""
+
+    http_status = 408
+
+
 class NotFound(ClientError):
     """There is no such conversation."""
 
@@ -161,7 +167,11 @@ CLIENT_ERRORS: tuple[type[ClientError], ...] = (
     AgentFailed,
     InternalError,
 )
-HTTP_ERRORS: tuple[type[ClientError], ...] = (*CLIENT_ERRORS, MessageIdTaken)  # those that differ in their status
+HTTP_ERRORS: tuple[type[ClientError], ...] = (
+    *CLIENT_ERRORS,
+    BodyTimeout,
+    MessageIdTaken,
+)  # those that differ in their status
 
 
 class ConfigurationError(Exception):

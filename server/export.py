@@ -15,10 +15,12 @@ from server.encoding import tool_calls_of
 def exported(page: Page) -> Export:
     """What stands of a page, as an agent would see it: no superseded answers, no turns that failed before they said
     anything; with the conversation's system prompt first, where the page is the first."""
-    # Whether a question at its end stands is known from what answers it, and that may be the first of the next page.
-    rows = [*page.messages] if page.newer is None else [*page.messages, page.newer]
-    kept = [_Row(row) for row in rows]
-    messages = [_message(row) for row in standing(kept) if page.newer is None or row is not kept[-1]]
+    # Whether a question stands is known from what answers it, and whether an empty end does from what is before it: the
+    # messages next to the page count, but are not in it.
+    beside = [row["id"] for row in (page.older, page.newer) if row is not None]
+    rows = [row for row in (page.older, *page.messages, page.newer) if row is not None]
+    kept = standing([_Row(row) for row in rows])
+    messages = [_message(each) for each in kept if each.row["id"] not in beside]
     if page.is_first and page.system_prompt and (not messages or messages[0].role != "system"):
         messages.insert(0, ExportedMessage("system", page.system_prompt))
     return Export(messages)

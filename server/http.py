@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 from uuid import UUID
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,6 +24,7 @@ from server.auth import Authenticator, Identity, bearer_of
 from server.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
 from server.decoding import decode_body, decode_query
 from server.errors import (
+    BodyTimeout,
     ClientError,
     DatabaseUnavailable,
     Forbidden,
@@ -38,7 +39,8 @@ from server.errors import (
 logger = logging.getLogger("anynode.http")
 
 BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
-AT_ONCE_BYTES_MAX: Final = 65_536  # a longer body is decoded in a thread: turns must not stop for it
+AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns must not stop for it
+LARGE_BODIES_MAX: Final = 4  # of those at once; others wait, unread
 RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
 
 AnyQuery = TypeVar("AnyQuery", bound=Body)
@@ -112,11 +114,19 @@ class Operation:
 
 def reply(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON answer."""
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+    all_headers = {"Cache-Control": "no-store", **(headers or {})}  # it is one user's
+    return Response(msgspec.json.encode(body), status, all_headers, media_type="application/json")
 
 
-def refusal(error: ClientError, headers: Mapping[str, str] | None = None, status: int | None = None) -> Response:
-    """The answer that an error is."""
+def refusal(
+    error: ClientError,
+    headers: Mapping[str, str] | None = None,
+    status: int | None = None,
+    *,
+    conversation_id: UUID | UnsetType = UNSET,
+    message_id: str | UnsetType = UNSET,
+) -> Response:
+    """The answer that an error is; with the ids of what was admitted before it came."""
     all_headers = dict(headers or {})
     if error.http_status in (429, 503):
         all_headers["Retry-After"] = str(RETRY_SECONDS)
@@ -124,7 +134,8 @@ def refusal(error: ClientError, headers: Mapping[str, str] | None = None, status
         all_headers["WWW-Authenticate"] = "Bearer"
     problems = error.problems if isinstance(error, InvalidFrame) else ()
     details = [WrongPart(*problem) for problem in problems] or UNSET
-    return reply(Refusal(ErrorBody(error.code, error.message, details)), status or error.http_status, all_headers)
+    body = ErrorBody(error.code, error.message, details, conversation_id, message_id)
+    return reply(Refusal(body), status or error.http_status, all_headers)
 
 
 def routes_of(
@@ -135,13 +146,16 @@ def routes_of(
     for operation in operations:
         by_path.setdefault(operation.path, {})[operation.method] = operation
     return [
-        Route(path, _Resource(methods, served_by, authenticator, body_bytes_max), methods=None)
+        # A user's id may be an address, with slashes in it.
+        Route(path.replace("{user_id}", "{user_id:path}"), _Resource(methods, served_by, authenticator, body_bytes_max))
         for path, methods in by_path.items()
     ]
 
 
 class _Resource:
     """The ASGI application behind one path."""
+
+    large_bodies = asyncio.Semaphore(LARGE_BODIES_MAX)  # of the process
 
     def __init__(
         self,
@@ -184,11 +198,13 @@ class _Resource:
         body = None
         if operation.bodies:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
-            data = await _body(headers, receive, bytes_max)
-            if len(data) > AT_ONCE_BYTES_MAX:
-                body = await asyncio.to_thread(decode_body, data, operation.bodies)
+            length = headers.get("content-length", "")
+            if length.isdigit() and int(length[:20]) <= AT_ONCE_BYTES_MAX:
+                body = decode_body(await _body(headers, receive, bytes_max), operation.bodies)
             else:
-                body = decode_body(data, operation.bodies)
+                async with self.large_bodies:
+                    data = await _body(headers, receive, bytes_max)
+                    body = await asyncio.to_thread(decode_body, data, operation.bodies)
         call = Call(identity, ids, query, body, headers, receive)
         return await operation.handler(self._served_by, call)
 
@@ -233,7 +249,7 @@ async def _body(headers: Headers, receive: Receive, bytes_max: int) -> bytes:
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise InvalidFrame(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+        raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
 
 
 def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:

@@ -14,11 +14,11 @@ from models.events import Event
 from models.turns import TakenTurn, release_leases, renew_leases, take_over
 from server import metrics
 from server.admission import history_of
-from server.agents.agent import Turn
+from server.agents.agent import Agent, Turn, can_resume_calls
 from server.encoding import encode
 from server.running import RunningTurns
 from server.settings import Settings
-from server.steps import history_of_steps, steps_in
+from server.steps import history_of_steps, standing_events, steps_in
 from server.turn import RunningTurn
 
 logger = logging.getLogger("anynode.node")
@@ -49,14 +49,15 @@ class Leases:
     """The leases of a node's turns. `may_take_over` is false from the beginning of its drain on."""
 
     def __init__(
-        self, settings: Settings, database: Database, turns: RunningTurns, *, node_id: str, can_continue: bool
+        self, settings: Settings, database: Database, turns: RunningTurns, *, node_id: str, agent: Agent
     ) -> None:
         self.may_take_over = True
         self._settings = settings
         self._database = database
         self._turns = turns
         self._node_id = node_id
-        self._can_continue = can_continue
+        self._standing = standing_events(agent)
+        self._resumes_calls = can_resume_calls(agent)
         self._take_over_soon = asyncio.Event()
         self._trusted_seconds = settings.lease_seconds * 0.8
         self._beat_seconds = min(BEAT_SECONDS, settings.lease_seconds / 5)
@@ -143,7 +144,7 @@ class Leases:
                     beat_seconds=self._beat_seconds,
                     limit=TAKEOVERS_AT_ONCE,
                     max_attempts=self._settings.max_attempts,
-                    can_continue=self._can_continue,
+                    standing=self._standing,
                     within_seconds=self._trusted_seconds,
                     on_sent=lease.is_asked,
                 )
@@ -163,11 +164,11 @@ class Leases:
             logger.warning("turn %s is left to its lease: %s", taken.turn_id, error)
             return
         try:
-            steps, partial = steps_in(taken.journal)
+            steps, partial, pending = steps_in(taken.journal)
             is_readable = True
         except Exception:
             logger.exception("what stands of turn %s cannot be read", taken.turn_id)
-            steps, partial, is_readable = [], taken.text, False
+            steps, partial, pending, is_readable = [], taken.text, [], False
         turn = Turn(
             taken.turn_id,
             taken.conversation_id,
@@ -176,6 +177,7 @@ class Leases:
             attempt=taken.epoch,
             steps=history_of_steps(steps),
             partial=partial,
+            pending=pending if self._resumes_calls else (),
         )
         restarted = encode({"epoch": taken.epoch, "text": taken.text})
         event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)

@@ -89,14 +89,14 @@ class BoundedHttp(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request, but not for long."""
+        """Wait for the first request as for the next one: browsers and balancers connect in advance."""
         super().connection_made(transport)
-        self._await_head()
+        self._await_head(HTTP_IDLE_SECONDS)
 
     def on_message_begin(self) -> None:
         """A request begins."""
         self._head_timer.cancel()
-        self._await_head()
+        self._await_head(HEAD_SECONDS_MAX)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -118,10 +118,16 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_timer.cancel()
         super().connection_lost(exc)
 
-    def _await_head(self) -> None:
+    def on_response_complete(self) -> None:
+        """Where it is answered already, the rest of a request is not waited for."""
+        if self.cycle.more_body and not self.transport.is_closing():
+            self._head_timer = self.loop.call_later(LINGERING_SECONDS, self.transport.close)
+        super().on_response_complete()
+
+    def _await_head(self, seconds: float) -> None:
         self._is_in_head = True
         self._head_bytes = 0
-        self._head_timer = self.loop.call_later(HEAD_SECONDS_MAX, self.transport.abort)
+        self._head_timer = self.loop.call_later(seconds, self.transport.abort)
 
 
 class Server(uvicorn.Server):

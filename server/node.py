@@ -19,7 +19,7 @@ from models.ids import uuid7
 from models.messages import append_messages
 from models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
 from server.admission import appended_of, history_of, question_of, raise_refusal
-from server.agents.agent import Agent, Turn, can_continue
+from server.agents.agent import Agent, Turn
 from server.bodies import AnyNewMessage
 from server.encoding import encode
 from server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
@@ -41,7 +41,7 @@ INTERRUPT_POLL_SECONDS: Final = 0.05
 DELETIONS_KNOWN_SECONDS: Final = 60.0  # a node that was cut off for longer looks at everything again
 CANCEL_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class AdmissionTerms(TypedDict):
@@ -64,7 +64,7 @@ class Node:
         self._settings = settings
         self._database = database
         self._turns = RunningTurns(settings, database, agent, self.follows)
-        self._leases = Leases(settings, database, self._turns, node_id=self.node_id, can_continue=can_continue(agent))
+        self._leases = Leases(settings, database, self._turns, node_id=self.node_id, agent=agent)
 
     async def run(self) -> None:
         """Flush, beat and clean up until cancelled; it ends by itself only when the node has failed for good."""
@@ -153,7 +153,7 @@ class Node:
             "history_messages_max": self._settings.history_messages_max,
         }
 
-    async def _ask(self, asked: Coroutine[Any, Any, Answer], conversation_id: UUID | None) -> Answer:
+    async def _ask(self, asked: Coroutine[Any, Any, Result], conversation_id: UUID | None) -> Result:
         try:
             return await asked
         except Unavailable as error:
@@ -198,7 +198,13 @@ class Node:
             user_id,
             conversation_id,
             created_at=created_at,
-            checked=lambda tail: appended_of(given, tail, created_at, bytes_max=self._settings.message_bytes_max),
+            checked=lambda tail: appended_of(
+                given,
+                tail,
+                created_at,
+                message_bytes_max=self._settings.message_bytes_max,
+                answer_bytes_max=self._settings.answer_bytes_max,
+            ),
         )
         appended = await self._ask(appending, conversation_id)
         match appended.outcome:
@@ -229,8 +235,11 @@ class Node:
     async def _watch(self) -> None:
         """Hear what other nodes want of this one's turns, and where turns have begun."""
         horizon: int | None = None
+        heard_at = 0.0
         while True:
             started = time.monotonic()
+            if started - heard_at > DELETIONS_KNOWN_SECONDS / 2:  # it was frozen
+                horizon = None
             try:
                 news = await watch(
                     self._database,
@@ -247,7 +256,7 @@ class Node:
                     self.follows.look_again()
                 else:
                     self.follows.hear(news.begun)
-                horizon = news.horizon
+                horizon, heard_at = news.horizon, started
             except Unavailable as error:
                 logger.warning("the watch waits for Postgres: %s", error)
                 horizon = None

@@ -13,6 +13,7 @@ from msgspec.structs import fields
 from server.bodies import NoQuery, Refusal
 from server.errors import (
     HTTP_ERRORS,
+    BodyTimeout,
     ClientError,
     DatabaseUnavailable,
     InternalError,
@@ -118,7 +119,7 @@ def _success(kind: Any) -> dict[str, Any]:
 def _refusals(operation: Operation) -> dict[str, Any]:
     errors = [*_ALWAYS, *operation.errors]
     if operation.bodies:
-        errors.append(MessageTooLarge)
+        errors += [MessageTooLarge, BodyTimeout]
     if operation.bodies or operation.query is not NoQuery or "_id}" in operation.path:
         errors.append(InvalidFrame)
     by_status: dict[int, list[type[ClientError]]] = {}

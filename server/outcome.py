@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -12,7 +13,7 @@ import asyncpg
 import msgspec
 
 from models.conversations import Admission, Snapshot
-from models.database import Database
+from models.database import Database, Unavailable
 from models.rules import FAILED, TERMINAL_EVENTS
 from models.turns import read_turn
 from server.bodies import Answer, StoredTurn
@@ -20,6 +21,8 @@ from server.encoding import message_of
 from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
 from server.node import Node
 from server.protocol import ErrorDetail, Message, Usage
+
+logger = logging.getLogger("anynode.http")
 
 LAST_WORDS_SECONDS: Final = 0.5
 
@@ -58,15 +61,22 @@ async def answer_of(node: Node, database: Database, user_id: str, admission: Adm
 
 
 async def _end_of_turn(node: Node, user_id: str, conversation_id: UUID, turn_id: UUID, after: int) -> None:
-    """Wait for it. Raises NotFound where the conversation is deleted meanwhile."""
+    """Wait for it, also while Postgres is away. Raises NotFound where the conversation is deleted meanwhile."""
     wanted = str(turn_id)
-    async with aclosing(node.follows.follow(user_id, conversation_id, after, is_own=True)) as steps:
-        async for step in steps:
-            if isinstance(step, Snapshot):
-                if step.running_turn_id != turn_id:
-                    return
-            elif any(event.type in _TERMINAL and event.turn_id == wanted for event in step):
-                return
+    while True:
+        try:
+            async with aclosing(node.follows.follow(user_id, conversation_id, after, is_own=True)) as steps:
+                async for step in steps:
+                    if isinstance(step, Snapshot):
+                        if step.running_turn_id != turn_id:
+                            return
+                        after = step.seq
+                    elif any(event.type in _TERMINAL and event.turn_id == wanted for event in step):
+                        return
+                    else:
+                        after = step[-1].seq
+        except Unavailable as error:
+            logger.warning("the end of turn %s is waited for, without Postgres: %s", turn_id, error)
 
 
 async def stored_turn(database: Database, user_id: str, conversation_id: UUID, turn_id: UUID) -> StoredTurn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlencode
@@ -11,7 +12,7 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, UnsetType
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.conversations import (
@@ -21,7 +22,7 @@ from models.conversations import (
     read_conversation,
     update_conversation,
 )
-from models.database import Database
+from models.database import Database, Unavailable
 from models.ids import uuid7
 from models.messages import read_messages
 from server.bodies import (
@@ -46,9 +47,17 @@ from server.bodies import (
     StartedTurn,
 )
 from server.encoding import message_of
-from server.errors import InvalidFrame, MessageTooLarge, NotFound, Problem, RateLimited
+from server.errors import (
+    ClientError,
+    DatabaseUnavailable,
+    InvalidFrame,
+    MessageTooLarge,
+    NotFound,
+    Problem,
+    RateLimited,
+)
 from server.export import exported
-from server.http import Call, reply
+from server.http import Call, refusal, reply
 from server.node import Node
 from server.outcome import answer_of, stored_turn
 from server.protocol import SEQ_MAX, MessageSend, TurnRegenerate
@@ -56,6 +65,7 @@ from server.settings import Settings
 from server.sse import EventStream
 
 METADATA_BYTES_MAX: Final = 16_384
+METADATA_DEPTH_MAX: Final = 100
 MESSAGES_LISTED: Final = 50  # unless a `limit` is given …
 MESSAGES_EXPORTED: Final = 1000  # … which for an export is as much as there may be
 
@@ -161,7 +171,7 @@ class Rest:
         frame = MessageSend(body.message_id or str(uuid7()), body.content, call.conversation_id, body.if_busy)
         with self._holding():
             admission = await self._node.send(call.user_id, frame)
-            return await self._answered(call, admission) if body.wait else _started(admission)
+            return await self._answered(call, admission, frame.message_id) if body.wait else _started(admission)
 
     async def regenerate(self, call: Call[NoQuery, Regenerate]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/regenerate`."""
@@ -176,8 +186,7 @@ class Rest:
         frame = MessageSend(body.message_id or str(uuid7()), body.message, body.conversation_id, body.if_busy)
         with self._holding():
             admission = await self._node.send(call.user_id, frame)
-            answer = await call.while_connected(answer_of(self._node, self._database, call.user_id, admission))
-        return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls))
+            return await self._answered(call, admission, frame.message_id, is_short=True)
 
     async def cancel(self, call: Call[NoQuery, Cancel]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/cancel`."""
@@ -196,16 +205,16 @@ class Rest:
                 raise InvalidFrame(problems=[Problem("Last-Event-ID", "is not a seq")])
             after = int(last)
         await self._own(call)
-        with ExitStack() as stack:
-            stack.enter_context(self._holding())
-            holding = stack.pop_all()
+        self._hold()
         stream = EventStream(
             self._node, call.identity, call.conversation_id, after, heartbeat_seconds=self._settings.heartbeat_seconds
         )
 
         async def held(scope: Scope, receive: Receive, send: Send) -> None:
-            with holding:
+            try:
                 await stream(scope, receive, send)
+            finally:
+                self._held -= 1
 
         return held
 
@@ -217,14 +226,28 @@ class Rest:
             raise NotFound
         return row
 
-    async def _answered(self, call: AnyCall, admission: Admission) -> ASGIApp:
-        return reply(await call.while_connected(answer_of(self._node, self._database, call.user_id, admission)))
+    async def _answered(
+        self, call: AnyCall, admission: Admission, message_id: str | UnsetType = UNSET, *, is_short: bool = False
+    ) -> ASGIApp:
+        """The end of a turn. What goes wrong with waiting for it does not end the turn, so the ids are told."""
+        try:
+            answer = await call.while_connected(answer_of(self._node, self._database, call.user_id, admission))
+        except Unavailable:
+            error: ClientError = DatabaseUnavailable()
+        except ClientError as refused:
+            error = refused
+        else:
+            return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls) if is_short else answer)
+        return refusal(error, conversation_id=admission.conversation_id, message_id=message_id)
 
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
+    def _hold(self) -> None:
         if self._held >= self._settings.connections_max:
             raise RateLimited("This node has as many requests that wait as it may.")
         self._held += 1
+
+    @contextmanager
+    def _holding(self) -> Iterator[None]:
+        self._hold()
         try:
             yield
         finally:
@@ -234,13 +257,42 @@ class Rest:
         """The fields that a body has, as the database takes them. Raises MessageTooLarge."""
         stored: dict[str, str | None] = {}
         for name, value in msgspec.structs.asdict(body).items():
+            if name == "metadata" and value is not UNSET:
+                if _is_deep(value):
+                    raise InvalidFrame(problems=[Problem(name, "is nested too deeply")])
+                value = msgspec.json.encode(value).decode()
             if value is not UNSET:
-                stored[name] = msgspec.json.encode(value).decode() if name == "metadata" else value
-        bounds = {"system_prompt": self._settings.message_bytes_max, "metadata": METADATA_BYTES_MAX}
-        for name, bytes_max in bounds.items():
-            if len((stored.get(name) or "").encode()) > bytes_max:
-                raise MessageTooLarge(f"{name} is longer than {bytes_max} bytes.")
+                stored[name] = value
+        if len((stored.get("system_prompt") or "").encode()) > self._settings.message_bytes_max:
+            raise MessageTooLarge(f"system_prompt is longer than {self._settings.message_bytes_max} bytes.")
+        if _stored_bytes(stored.get("metadata") or "") > METADATA_BYTES_MAX:
+            raise MessageTooLarge(f"metadata is longer than {METADATA_BYTES_MAX} bytes.")
         return stored
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(METADATA_DEPTH_MAX):
+        level = [item for each in level for item in _items(each)]
+    return bool(level)
+
+
+def _items(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _stored_bytes(text: str) -> int:
+    """How long JSON is as Postgres stores it: numbers with all their digits, 1e308 with 309."""
+    size = len(text.encode())
+
+    def count(number: str) -> float:
+        nonlocal size
+        size += abs(int(number.lower().partition("e")[2] or 0))
+        return 0.0
+
+    if text:
+        json.loads(text, parse_float=count)
+    return size
 
 
 def _conversation(row: asyncpg.Record) -> Conversation:

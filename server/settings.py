@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from models.text import is_storable
 from server.errors import ConfigurationError
 
+CALLS_AT_ONCE_MAX = 64  # of tools, in one step of a turn
 SECRET_BYTES_MIN = 32  # HS256: a key shorter than its hash can be guessed (RFC 7518, 3.2)
 
 
@@ -77,6 +80,30 @@ def _origins(name: str, value: str) -> tuple[str, ...]:
     return tuple(origins)
 
 
+class ScriptedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A call of a tool that the echo agent makes."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    arguments: dict[str, Any] = {}
+
+
+ScriptedSteps = tuple[tuple[ScriptedCall, ...], ...]
+_STEPS = Annotated[
+    tuple[Annotated[tuple[ScriptedCall, ...], msgspec.Meta(min_length=1, max_length=CALLS_AT_ONCE_MAX)], ...],
+    msgspec.Meta(max_length=100),
+]
+
+
+def _scripted_calls(name: str, value: str) -> ScriptedSteps:
+    try:
+        steps: ScriptedSteps = msgspec.json.decode(value, type=_STEPS)
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(
+            f'{name} must be a JSON list of steps, each a list of {{"name": …, "arguments": {{…}}}}: {error}'
+        ) from error
+    return steps
+
+
 def _setting(default: Any, parse: Callable[[str, str], Any], doc: str) -> Any:
     return field(default=default, metadata={"parse": parse, "doc": doc})
 
@@ -105,6 +132,18 @@ class Settings:
         60.0, _number(0.1, 3600), "A turn fails when its agent yields nothing for so long."
     )
     answer_bytes_max: int = _setting(1_048_576, _whole(1, 67_108_864), "A turn fails when its text grows beyond this.")
+    tools: str | None = _setting(
+        None, _text, "`package.module:attribute`, a list of functions that the model may call (`openai`, `echo`)."
+    )
+    tool_steps_max: int = _setting(
+        10, _whole(1, 1000), "Requests to the model in a turn; in the last one it may not call tools."
+    )
+    tool_timeout_seconds: float = _setting(
+        30.0, _number(0.1, 3600), "A call that takes longer is an error that the model is told."
+    )
+    tool_result_bytes_max: int = _setting(
+        65_536, _whole(1, 16_777_216), "So is a result that is longer, in bytes of UTF-8."
+    )
     openai_base_url: str = _setting("https://api.openai.com/v1", _http_url, "Any server of the chat completions API.")
     openai_api_key: str | None = _setting(None, _text, "Sent to it as a bearer token.")
     model: str = _setting("gpt-4o-mini", _text, "The model that is asked for.")
@@ -119,6 +158,9 @@ class Settings:
         0, _whole(0, 1_000_000), "The echo agent streams `w0 w1 …`, so many tokens, instead of the echo."
     )
     echo_fail_after: int = _setting(0, _whole(0, 1_000_000), "The echo agent fails after so many tokens; 0: never.")
+    echo_tool_calls: tuple[tuple[ScriptedCall, ...], ...] = _setting(
+        (), _scripted_calls, "Calls that the echo agent makes first: JSON, a list of steps, each a list of calls."
+    )
     flush_interval_ms: float = _setting(
         25.0, _number(0, 1000), "How long a token waits at most for others to be committed with."
     )

@@ -77,12 +77,18 @@ class EventStream:
                     # Say so, and go on trying from where the client is.
                     await _write(send, _data(error_frame(DatabaseUnavailable(), None)))
         except ClientError as error:  # it has been deleted
-            await _write(send, _data(error_frame(error, None)))
+            await self._last_words(send, error)
         except OSError:
             pass  # the client has gone
         except Exception:
             logger.exception("following conversation %s failed", self._conversation_id)
-            await _write(send, _data(error_frame(InternalError(), None)))
+            await self._last_words(send, InternalError())
+
+    async def _last_words(self, send: Send, error: ClientError) -> None:
+        try:
+            await _write(send, _data(error_frame(error, None)))
+        except OSError:
+            pass
 
     async def _frames(self) -> AsyncGenerator[bytes, None]:
         """What to write, and a heartbeat whenever there was nothing for long."""

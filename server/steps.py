@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import msgspec
 
-from server.agents.agent import HistoryMessage, ToolCall, ToolResult
-from server.encoding import encode
+from server.agents.agent import Agent, HistoryMessage, ToolCall, ToolResult, can_continue, can_resume_calls
+from server.agents.tool_calls import messages_of
 
 
 class _Text(msgspec.Struct):
@@ -53,49 +52,41 @@ class Step:
             raise ValueError(f"the call {result.tool_call_id!r} is answered twice")
         self.results.append(result)
 
-    def cut(self) -> None:
-        """Forget the calls that have no answer, so that what is left is complete."""
+    def cut(self) -> list[ToolCall]:
+        """Forget the calls that have no answer, so that what is left is complete. Returns them."""
         answered = {result.tool_call_id for result in self.results}
-        self.calls = [call for call in self.calls if call.tool_call_id in answered]
+        calls, self.calls = self.calls, [call for call in self.calls if call.tool_call_id in answered]
+        return [call for call in calls if call.tool_call_id not in answered]
 
 
-def tool_calls_json(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """The calls as a message has them."""
-    return [
-        {
-            "id": call.tool_call_id,
-            "type": "function",
-            "function": {"name": call.tool_name, "arguments": encode(call.arguments)},
-        }
-        for call in calls
-    ]
+def standing_events(agent: Agent) -> list[str]:
+    """The types of events up to the last of which a turn of this agent stands when it is taken over."""
+    if can_continue(agent):
+        return ["turn.delta", "turn.tool_call", "turn.tool_result", "turn.restarted"]
+    return ["turn.tool_call", "turn.tool_result"] if can_resume_calls(agent) else ["turn.tool_result"]
 
 
 def history_of_steps(steps: Sequence[Step]) -> list[HistoryMessage]:
     """The messages that completed steps leave in what the agent sees."""
-    messages = []
-    for step in steps:
-        messages.append(HistoryMessage("assistant", step.text, tool_calls_json(step.calls)))
-        messages += [
-            HistoryMessage("tool", result.content, None, result.tool_name, result.tool_call_id)
-            for result in step.results
-        ]
-    return messages
+    return [message for step in steps for message in messages_of(step.text, step.calls, step.results)]
 
 
-def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
-    """The completed steps in the events (type, JSON payload) of a turn, and the text of the step that was cut.
+def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str, list[ToolCall]]:
+    """The completed steps in the events (type, JSON payload) of a turn, the text of the step that was cut, and its
+    calls that have no result.
 
-    A tool's result stands, with its call and all text before it; a call that has no result does not. Raises ValueError
-    where it is no journal of a turn.
+    A tool's result stands, with its call and all text before it. Where it was not the only call of its step, that step
+    is completed without the others, and they are pending with no text. Raises ValueError where it is no journal of a
+    turn.
     """
     steps: list[Step] = []
     step = Step()
+    pending: list[ToolCall] = []  # of steps that were cut; those that were called again since are in `step`
 
     def complete() -> None:
         nonlocal step
         if step.results:
-            step.cut()
+            pending.extend(step.cut())
             steps.append(step)
             step = Step()
 
@@ -104,16 +95,26 @@ def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str]:
             case "turn.delta":
                 if step.is_complete:
                     complete()
-                step.texts.append(_TEXT.decode(payload).text)
+                text = _TEXT.decode(payload).text
+                step.texts.append(text)
+                if not step.calls:  # the agent has gone on without them
+                    pending.clear()
             case "turn.tool_call":
                 if step.is_complete:
                     complete()
-                step.add_call(_CALL.decode(payload))
+                call = _CALL.decode(payload)
+                step.add_call(call)
+                if any(call.tool_call_id == other.tool_call_id for other in pending):
+                    pending = [other for other in pending if other.tool_call_id != call.tool_call_id]
+                else:
+                    pending.clear()
             case "turn.tool_result":
                 step.add_result(_RESULT.decode(payload))
             case "turn.restarted":
                 complete()
+                # Those that the attempt before did not live to call again come first.
+                pending.extend(step.calls)
                 said = sum(len(before.text) for before in steps)
                 step = Step([_TEXT.decode(payload).text[said:]])
     complete()
-    return steps, step.text
+    return steps, step.text, [*pending, *step.calls]

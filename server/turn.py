@@ -22,12 +22,13 @@ from models.rules import CANCELLED, COMPLETED, FAILED, TERMINAL_EVENTS
 from models.text import TextCleaner, clean
 from server import metrics
 from server.agents.agent import Agent, AgentError, AgentEvent, StepEnd, TextDelta, ToolCall, ToolResult, Turn, Usage
+from server.agents.tool_calls import tool_calls_json
 from server.encoding import encode
 from server.errors import AgentFailed
 from server.journal import TurnJournal
 from server.protocol import ErrorDetail, Message
 from server.protocol import Usage as TurnUsage
-from server.steps import Step, tool_calls_json
+from server.steps import Step
 
 logger = logging.getLogger("anynode.turn")
 

@@ -58,6 +58,23 @@ def answer(*texts: str) -> Reply:
     return Reply((delta(role="assistant", content=""), *words, delta("stop"), usage(7, len(texts)), DONE))
 
 
+def call_of(id: str, name: str, /, **arguments: Any) -> dict[str, Any]:
+    """A call of a tool, whole, as a delta has it; its index is that in `calling`."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
+
+
+def calling(*calls: dict[str, Any], text: str = "", then: Literal["end", "cut", "hang"] = "end") -> Reply:
+    """A whole step that calls tools, with its usage; each call's arguments come in two pieces."""
+    deltas = [delta(content=text)] if text else []
+    for index, call in enumerate(calls):
+        function = call["function"]
+        half = len(function["arguments"]) // 2
+        begun = {**function, "arguments": function["arguments"][:half]}
+        deltas.append(delta(tool_calls=[{**call, "index": index, "function": begun}]))
+        deltas.append(delta(tool_calls=[{"index": index, "function": {"arguments": function["arguments"][half:]}}]))
+    return Reply((*deltas, delta("tool_calls"), usage(7, 1), DONE), then=then)
+
+
 @dataclass(frozen=True)
 class Request:
     headers: Mapping[str, str]

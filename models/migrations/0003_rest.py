@@ -3,20 +3,23 @@
 from tortoise.migrations.migration import Migration
 from tortoise.migrations.operations import RunSQL
 
-# `written_at` says when an event may be deleted that belongs to no turn; those of turns have none, which costs them
-# nothing. Its index has only events without a turn. What answered a turn is found by the index of `messages`. A
-# deletion is remembered for a moment, until the watch of every node has seen it.
-COLUMNS = """
-ALTER TABLE events ADD COLUMN written_at timestamptz;
-CREATE INDEX events_without_turn ON events (written_at) WHERE turn_id IS NULL;
-CREATE INDEX messages_turn ON messages (turn_id) WHERE role <> 'user';
-
+# `position` is that of a turn's question, behind which its answer is found; null for turns from before. A deletion is
+# remembered for a moment, until the watch of every node has seen it. `written_at` says when an event may be deleted
+# that belongs to no turn; those of turns have none, which costs them nothing, and are not in its index. All of it is
+# quick: `messages`, which is large and must not stand still, gets no index; `events`, which all flushes need, comes
+# last.
+TURNS = """
 CREATE TABLE deletions (
     conversation_id uuid PRIMARY KEY,
     changed_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint,
     deleted_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 CREATE INDEX deletions_changed ON deletions (changed_xid);
+ALTER TABLE turns ADD COLUMN position integer;
+"""
+EVENTS = """
+ALTER TABLE events ADD COLUMN written_at timestamptz;
+CREATE INDEX events_without_turn ON events (written_at) WHERE turn_id IS NULL;
 """
 
 # The function of 0002, which now also refuses a question while calls wait for their results, and gives a conversation
@@ -93,9 +96,11 @@ BEGIN
         END IF;
 
         IF v_is_admitted THEN
-            INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at)
+            INSERT INTO turns
+                (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, position)
             VALUES (p_turn_id, v_conversation_id, 'running', p_node, 1,
-                    clock_timestamp() + make_interval(secs => p_lease_seconds), v_seq + 1, p_created_at);
+                    clock_timestamp() + make_interval(secs => p_lease_seconds), v_seq + 1, p_created_at,
+                    v_position + 1);
             INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload) VALUES
                 (v_conversation_id, v_seq + 1, p_turn_id, 1, 'message.created', p_message_created),
                 (v_conversation_id, v_seq + 2, p_turn_id, 1, 'turn.started', p_turn_started);
@@ -142,6 +147,83 @@ END
 $function$;
 """
 
+# The function of 0002, which now notes the position of the question.
+REGENERATE = """
+CREATE OR REPLACE FUNCTION anynode_regenerate(
+    p_user_id text, p_conversation_id uuid, p_client_id text, p_turn_id uuid, p_created_at timestamptz,
+    p_node text, p_lease_seconds double precision, p_history_messages_max integer,
+    OUT outcome text, OUT conversation_id uuid, OUT turn_id uuid, OUT first_seq bigint,
+    OUT last_role text, OUT system_prompt text, OUT client_id text,
+    OUT roles text[], OUT contents text[], OUT statuses text[], OUT turn_ids uuid[],
+    OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
+) LANGUAGE plpgsql AS $function$
+#variable_conflict use_column
+DECLARE
+    v_seq bigint;
+    v_position integer;
+BEGIN
+    anynode_regenerate.conversation_id := p_conversation_id;
+    SELECT c.last_seq, c.system_prompt INTO v_seq, anynode_regenerate.system_prompt
+    FROM conversations c WHERE c.id = p_conversation_id AND c.user_id = p_user_id
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not_found';
+        RETURN;
+    END IF;
+
+    SELECT t.id, t.first_seq INTO anynode_regenerate.turn_id, anynode_regenerate.first_seq
+    FROM turns t WHERE t.id = p_turn_id AND t.conversation_id = p_conversation_id;
+    IF NOT FOUND THEN
+        SELECT t.id INTO anynode_regenerate.turn_id
+        FROM turns t WHERE t.conversation_id = p_conversation_id AND t.status = 'running';
+        IF FOUND THEN
+            outcome := 'conversation_busy';
+            RETURN;
+        END IF;
+        SELECT m.position, coalesce(m.client_id, m.id::text) INTO v_position, anynode_regenerate.client_id
+        FROM messages m WHERE m.conversation_id = p_conversation_id AND m.role = 'user'
+        ORDER BY m.position DESC LIMIT 1;
+        IF NOT FOUND THEN
+            outcome := 'role_order';
+            RETURN;
+        END IF;
+        IF p_client_id <> anynode_regenerate.client_id THEN
+            outcome := 'not_last';
+            RETURN;
+        END IF;
+
+        UPDATE messages m SET status = 'superseded'
+        WHERE m.conversation_id = p_conversation_id AND m.position > v_position AND m.status <> 'superseded';
+        UPDATE messages m SET turn_id = p_turn_id
+        WHERE m.conversation_id = p_conversation_id AND m.position = v_position;
+        INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, position)
+        VALUES (p_turn_id, p_conversation_id, 'running', p_node, 1,
+                clock_timestamp() + make_interval(secs => p_lease_seconds), v_seq + 1, p_created_at, v_position);
+        INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
+        VALUES (p_conversation_id, v_seq + 1, p_turn_id, 1, 'turn.started',
+                jsonb_build_object('message_id', anynode_regenerate.client_id));
+        UPDATE conversations
+        SET last_seq = v_seq + 1, updated_at = p_created_at, changed_xid = pg_current_xact_id()::text::bigint
+        WHERE id = p_conversation_id;
+        anynode_regenerate.turn_id := p_turn_id;
+        anynode_regenerate.first_seq := v_seq + 1;
+    ELSE
+        SELECT e.payload ->> 'message_id' INTO anynode_regenerate.client_id
+        FROM events e WHERE e.conversation_id = p_conversation_id AND e.seq = anynode_regenerate.first_seq;
+    END IF;
+
+    outcome := 'admitted';
+    SELECT coalesce(m.content, anynode_regenerate.system_prompt) INTO anynode_regenerate.system_prompt
+    FROM (VALUES (true)) AS always LEFT JOIN messages m
+        ON m.conversation_id = p_conversation_id AND m.position = 1 AND m.role = 'system';
+    SELECT h.* INTO anynode_regenerate.roles, anynode_regenerate.contents, anynode_regenerate.statuses,
+        anynode_regenerate.turn_ids, anynode_regenerate.tool_calls, anynode_regenerate.tool_names,
+        anynode_regenerate.tool_call_ids
+    FROM anynode_history(p_conversation_id, p_history_messages_max) h;
+END
+$function$;
+"""
+
 # Messages that come without a turn. Whether their roles are in order was decided (`models/rules.py`) for a conversation
 # whose last message is at `p_position`; here that is made sure of, under the lock. Repeating it with the same ids is
 # harmless.
@@ -161,6 +243,12 @@ BEGIN
         outcome := 'not_found';
     ELSIF EXISTS (SELECT FROM messages m WHERE m.id = p_ids[1]) THEN
         outcome := 'appended';
+        anynode_append.last_seq := coalesce(
+            (SELECT e.seq FROM events e
+             WHERE e.conversation_id = p_conversation_id AND e.turn_id IS NULL
+                 AND e.payload #>> '{message,id}' = p_ids[cardinality(p_ids)]::text
+             ORDER BY e.seq DESC LIMIT 1),
+            anynode_append.last_seq);
     ELSIF EXISTS (SELECT FROM turns t WHERE t.conversation_id = p_conversation_id AND t.status = 'running') THEN
         outcome := 'conversation_busy';
     ELSIF p_position <> coalesce(
@@ -189,14 +277,21 @@ $function$;
 """
 
 # A conversation and all that belongs to it. While a turn runs nothing is deleted, unless `p_is_forced`: its owner then
-# finds its writes refused. The turns go first: a flush holds a turn when it asks for the conversation, and what
-# it writes meanwhile is in the journal when that is emptied, as every statement of a function takes a new snapshot.
+# finds its writes refused. The turn is locked first: a flush holds a turn when it asks for the conversation. Under both
+# locks it is looked again, for a turn may have been admitted meanwhile. Every statement of a function takes a new
+# snapshot, so what a flush wrote in the meantime is deleted too.
 DELETE = """
 CREATE FUNCTION anynode_delete(
     p_user_id text, p_conversation_id uuid, p_is_forced boolean, OUT outcome text
 ) LANGUAGE plpgsql AS $function$
 BEGIN
     PERFORM FROM conversations c WHERE c.id = p_conversation_id AND c.user_id = p_user_id;
+    IF NOT FOUND THEN
+        outcome := 'not_found';
+        RETURN;
+    END IF;
+    PERFORM FROM turns t WHERE t.conversation_id = p_conversation_id AND t.status = 'running' FOR UPDATE;
+    PERFORM FROM conversations c WHERE c.id = p_conversation_id AND c.user_id = p_user_id FOR UPDATE;
     IF NOT FOUND THEN
         outcome := 'not_found';
         RETURN;
@@ -221,12 +316,10 @@ class Migration(Migration):  # type: ignore[no-redef]
 
     dependencies = [("models", "0002_many_nodes")]  # noqa: RUF012
     operations = [  # noqa: RUF012
-        RunSQL(
-            COLUMNS,
-            reverse_sql="DROP TABLE deletions; DROP INDEX messages_turn; DROP INDEX events_without_turn;"
-            " ALTER TABLE events DROP COLUMN written_at",
-        ),
+        RunSQL(TURNS, reverse_sql="ALTER TABLE turns DROP COLUMN position; DROP TABLE deletions"),
         RunSQL(ADMIT),
+        RunSQL(REGENERATE),
         RunSQL(APPEND, reverse_sql="DROP FUNCTION anynode_append"),
         RunSQL(DELETE, reverse_sql="DROP FUNCTION anynode_delete"),
+        RunSQL(EVENTS, reverse_sql="DROP INDEX events_without_turn; ALTER TABLE events DROP COLUMN written_at"),
     ]

@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from functools import lru_cache
 from itertools import chain
 
-from server.agents.agent import Agent, AgentError, AgentEvent, TextDelta, Turn, Usage, continues
-from server.settings import Settings
+from server.agents.agent import (
+    Agent,
+    AgentError,
+    AgentEvent,
+    StepEnd,
+    TextDelta,
+    ToolCall,
+    Turn,
+    Usage,
+    continues,
+    resumes_calls,
+)
+from server.agents.tool_calls import ToolRunner
+from server.agents.tools import Tool, make_tool
+from server.settings import ScriptedSteps, Settings
 
 _WORD = re.compile(r"\S+\s*|\s+")  # every character is in exactly one match, so that the words join to the text
 
 
-def make_echo(settings: Settings) -> Agent:
-    """The agent that streams `[n] question` (n: messages given), or `w0 w1 …`, at the speed of the settings."""
+async def echo(text: str) -> str:
+    """Return the text."""
+    return text
+
+
+def make_echo(settings: Settings, tools: Sequence[Tool] = ()) -> Agent:
+    """The agent that streams `[n] question` (n: messages given), or `w0 w1 …`, at the speed of the settings; before
+    that it makes the calls of ECHO_TOOL_CALLS, where there are no `tools` to one that is `echo`."""
+    runner = ToolRunner(tools or (make_tool(echo),), settings)
+    script = settings.echo_tool_calls
     tokens_per_second = settings.echo_tokens_per_second
     tokens = settings.echo_tokens
     fail_after = settings.echo_fail_after
 
+    @resumes_calls
     @continues
     async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
+        for calls in _calls(turn, script):
+            async with aclosing(runner.run(turn, calls)) as events:
+                async for event in events:
+                    yield event
+            yield StepEnd()
         loop = asyncio.get_running_loop()
         start = loop.time()
         streamed = 0
@@ -41,6 +69,23 @@ def make_echo(settings: Settings) -> Agent:
         yield Usage(input_tokens=words, output_tokens=streamed, model="echo")
 
     return answer
+
+
+def _calls(turn: Turn, script: ScriptedSteps) -> Iterator[Sequence[ToolCall]]:
+    """The calls that are still to be made, step by step, first those that are pending. The ids count through the turn,
+    so that they are the same in every attempt."""
+    if turn.pending:
+        yield turn.pending
+    made = {message.tool_call_id for message in turn.steps} | {call.tool_call_id for call in turn.pending}
+    number = 0
+    for step in script:
+        calls = []
+        for scripted in step:
+            number += 1
+            if f"call_{number}" not in made:
+                calls.append(ToolCall(f"call_{number}", scripted.name, scripted.arguments))
+        if calls:
+            yield calls
 
 
 def _echo(turn: Turn) -> Iterator[TextDelta]:

@@ -1,10 +1,8 @@
-"""Finds the agent that `AGENT` names, and opens it."""
+"""Finds the agent that `AGENT` names, and opens it with the tools that `TOOLS` names."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -12,7 +10,9 @@ from typing import Any, cast
 
 from server.agents.agent import Agent
 from server.agents.echo import make_echo
+from server.agents.named import import_named
 from server.agents.openai import open_openai
+from server.agents.tools import load_tools
 from server.errors import ConfigurationError
 from server.settings import Settings
 
@@ -22,10 +22,11 @@ BUILT_IN = ("echo", "openai")
 @asynccontextmanager
 async def open_agent(settings: Settings) -> AsyncIterator[Agent]:
     """The agent of the settings, and what it holds, for as long as the context lasts. Raises ConfigurationError."""
+    tools = load_tools(settings.tools)
     if settings.agent == "echo":
-        yield make_echo(settings)
+        yield make_echo(settings, tools)
     elif settings.agent == "openai":
-        async with open_openai(settings) as agent:
+        async with open_openai(settings, tools) as agent:
             yield agent
     else:
         yield _import_agent(settings.agent)
@@ -37,22 +38,13 @@ def check_agent(name: str) -> None:
         _import_agent(name)
 
 
+def check_tools(name: str | None) -> None:
+    """The same for what TOOLS names."""
+    load_tools(name)
+
+
 def _import_agent(name: str) -> Agent:
-    module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute:
-        raise ConfigurationError(f"AGENT must be `echo`, `openai` or `package.module:attribute`, not {name!r}")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the current directory, as with `python -m`; an installed command leaves it out
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigurationError(f"AGENT={name}: module {module_name!r} cannot be imported: {cause}") from error
-    for part in attribute.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError:
-            raise ConfigurationError(f"AGENT={name}: module {module_name!r} has no {attribute!r}") from None
+    found: Any = import_named("AGENT", name, forms="`echo`, `openai` or `package.module:attribute`")
     if not _is_agent(found):
         raise ConfigurationError(
             f"AGENT={name} must be an async generator function, "

@@ -1,4 +1,4 @@
-"""The openai agent: streams answers from any server of the chat completions API.
+"""The openai agent: streams answers from any server of the chat completions API, and runs the tools that it asks for.
 
 Nothing beyond the API's common core is asked for, except `stream_options`: a provider that refuses it is not served.
 """
@@ -9,7 +9,7 @@ import asyncio
 import io
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -19,8 +19,25 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage, continues
+from models.text import clean
+from server.agents.agent import (
+    Agent,
+    AgentError,
+    AgentEvent,
+    HistoryMessage,
+    StepEnd,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    Turn,
+    Usage,
+    continues,
+    resumes_calls,
+)
+from server.agents.openai_calls import Calls
 from server.agents.openai_stream import ProviderError, StepDecoder, quote
+from server.agents.tool_calls import NO_ERRORS, ToolRunner, messages_of
+from server.agents.tools import Tool
 from server.errors import ConfigurationError
 from server.settings import Settings
 
@@ -33,7 +50,7 @@ END_OF_STREAM_SECONDS = 0.1  # for the last bytes after [DONE]: only a body that
 
 class _Message(msgspec.Struct, omit_defaults=True, gc=False):
     role: str
-    content: str
+    content: str  # empty beside calls, not null, which more servers refuse
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
 
@@ -42,11 +59,13 @@ class _StreamOptions(msgspec.Struct):
     include_usage: bool
 
 
-class _Request(msgspec.Struct):
+class _Request(msgspec.Struct, omit_defaults=True):
     model: str
     messages: list[_Message]
     stream: bool
     stream_options: _StreamOptions
+    tools: msgspec.Raw | None = None
+    tool_choice: str | None = None
 
 
 class _ErrorBody(msgspec.Struct):
@@ -66,10 +85,12 @@ class _Provider:
     model: str
     key: str | None
     timeout_seconds: float
+    tools: msgspec.Raw | None  # as a request has them; None: no tools
+    calls_bytes_max: int
 
 
 @asynccontextmanager
-async def open_openai(settings: Settings) -> AsyncIterator[Agent]:
+async def open_openai(settings: Settings, tools: Sequence[Tool] = ()) -> AsyncIterator[Agent]:
     """The agent over the connections that it holds; one serves all turns of a node. Raises ConfigurationError."""
     base = URL(settings.openai_base_url)
     # Compressed streams come late: a compressor waits for more to compress.
@@ -94,51 +115,116 @@ async def open_openai(settings: Settings) -> AsyncIterator[Agent]:
             model=settings.model,
             key=settings.openai_api_key,
             timeout_seconds=settings.agent_timeout_seconds,
+            tools=_tools(tools) if tools else None,
+            calls_bytes_max=settings.answer_bytes_max,
         )
+        runner = ToolRunner(tools, settings)
 
+        @resumes_calls
         async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
-            messages = [*turn.history, *turn.steps]
-            if turn.partial:
-                messages.append(HistoryMessage("assistant", turn.partial))
+            answering = _answer(provider, runner, turn, requests_max=settings.tool_steps_max)
             # aclosing: a generator that is left in the middle would keep its connection until it is collected.
-            async with aclosing(_stream_step(provider, messages)) as step:
-                async for event in step:
+            async with aclosing(answering) as events:
+                async for event in events:
                     yield event
 
         yield continues(answer) if settings.continue_partial else answer
 
 
-async def _stream_step(provider: _Provider, messages: Iterable[HistoryMessage]) -> AsyncGenerator[AgentEvent, None]:
-    """One model request: its text as it comes, one delta for each read, then what it cost. Raises AgentError."""
-    response = await _post(provider, _encode(provider.model, messages))
-    try:
-        if response.status != 200 or response.content_type != "text/event-stream":
-            raise await _refused(provider, response)
-        decoder = StepDecoder(provider.key)
-        while not decoder.ended:
-            data = await _read(provider, response, finishing=decoder.finish_reason is not None)
-            text = decoder.feed(data) if data else decoder.end()
-            yield TextDelta(text)  # an empty one, too: a model that thinks is no silent one
-        decoder.check()
-        if decoder.usage is not None:
-            yield Usage(
-                input_tokens=decoder.usage.prompt_tokens or 0,
-                output_tokens=decoder.usage.completion_tokens or 0,
-                model=decoder.model or provider.model,
-            )
-        await _read_to_end(response)
-    finally:
-        # Close, not release: what is not at its end must stop now, and what is has given its connection back already.
-        response.close()
+def _tools(tools: Sequence[Tool]) -> msgspec.Raw:
+    functions = [{"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools]
+    return msgspec.Raw(_ENCODER.encode([{"type": "function", "function": function} for function in functions]))
 
 
-def _encode(model: str, messages: Iterable[HistoryMessage]) -> bytes:
+async def _answer(
+    provider: _Provider, runner: ToolRunner, turn: Turn, *, requests_max: int
+) -> AsyncGenerator[AgentEvent, None]:
+    """Ask the model and run the tools that it asks for, in turn, until it asks for none."""
+    messages = [*turn.history, *turn.steps]
+    requests = sum(message.role == "assistant" for message in turn.steps)  # those of earlier attempts
+    said = turn.partial
+    calls: Sequence[ToolCall] = turn.pending
+    errors = NO_ERRORS
+    while True:
+        if not calls:
+            requests += 1
+            step = _Step(provider, [*messages, HistoryMessage("assistant", said)] if said else messages)
+            async with aclosing(step.stream(may_call=requests < requests_max)) as events:
+                async for event in events:
+                    yield event
+            said += clean("".join(step.texts))
+            calls, errors = step.calls, step.errors
+            if not calls:
+                return
+            if requests >= requests_max:
+                raise AgentError(f"the model asks for tools after {requests_max} requests (TOOL_STEPS_MAX)")
+        else:
+            requests += 1  # which the attempt before has made
+        results: dict[str, ToolResult] = {}
+        async with aclosing(runner.run(turn, calls, errors)) as events:
+            async for event in events:
+                if isinstance(event, ToolResult):
+                    results[event.tool_call_id] = event
+                yield event
+        yield StepEnd()
+        messages += messages_of(said, calls, [results[call.tool_call_id] for call in calls])
+        said, calls = "", ()
+
+
+class _Step:
+    """One model request; after its stream, `texts` and `calls` are what the model has said, and `errors` says by their
+    ids why some of the calls cannot be run."""
+
+    def __init__(self, provider: _Provider, messages: Sequence[HistoryMessage]) -> None:
+        self.texts: list[str] = []
+        self.calls: Sequence[ToolCall] = ()
+        self.errors: Mapping[str, str] = NO_ERRORS
+        self._provider = provider
+        self._messages = messages
+
+    async def stream(self, *, may_call: bool) -> AsyncGenerator[AgentEvent, None]:
+        """Its text as it comes, one delta for each read, then what it cost. Raises AgentError."""
+        provider = self._provider
+        response = await _post(provider, _encode(provider, self._messages, may_call=may_call))
+        try:
+            if response.status != 200 or response.content_type != "text/event-stream":
+                raise await _refused(provider, response)
+            calls = None if provider.tools is None else Calls(provider.calls_bytes_max)
+            decoder = StepDecoder(provider.key, calls)
+            while not decoder.ended:
+                data = await _read(provider, response, finishing=decoder.finish_reason is not None)
+                text = decoder.feed(data) if data else decoder.end()
+                self.texts.append(text)
+                yield TextDelta(text)  # an empty one, too: a model that thinks is no silent one
+            decoder.check()
+            if decoder.usage is not None:
+                yield Usage(
+                    input_tokens=decoder.usage.prompt_tokens or 0,
+                    output_tokens=decoder.usage.completion_tokens or 0,
+                    model=decoder.model or provider.model,
+                )
+            if calls:
+                self.calls, self.errors = calls.finish(_ids(self._messages))
+            await _read_to_end(response)
+        finally:
+            # Close, not release: what is not at its end must stop now, and what is has given its connection back.
+            response.close()
+
+
+def _ids(messages: Iterable[HistoryMessage]) -> set[str]:
+    """The ids that calls have had."""
+    return {message.tool_call_id for message in messages if message.tool_call_id is not None}
+
+
+def _encode(provider: _Provider, messages: Iterable[HistoryMessage], *, may_call: bool) -> bytes:
     return _ENCODER.encode(
         _Request(
-            model=model,
+            model=provider.model,
             messages=[_Message(m.role, m.content, m.tool_calls, m.tool_call_id) for m in messages],
             stream=True,
             stream_options=_StreamOptions(include_usage=True),
+            tools=provider.tools,
+            tool_choice=None if may_call or provider.tools is None else "none",
         )
     )
 

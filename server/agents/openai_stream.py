@@ -1,4 +1,4 @@
-"""The stream of a chat completion: bytes cut anywhere become text, usage, and an end that is whole or an error."""
+"""The stream of a chat completion: bytes cut anywhere become text, calls, usage, and an end, whole or an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import msgspec
 
 from server.agents.agent import AgentError
+from server.agents.openai_calls import CallDelta, Calls
 
 LINE_BYTES_MAX = 1_048_576
 QUOTE_CHARACTERS_MAX = 300
@@ -15,7 +16,7 @@ QUOTE_CHARACTERS_MAX = 300
 class _Delta(msgspec.Struct, gc=False):
     content: str | None = None
     refusal: str | None = None
-    tool_calls: list[msgspec.Raw] | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -51,10 +52,12 @@ class _Garbage(AgentError):
 class StepDecoder:
     """One streamed answer, fed in bytes cut anywhere, until it has `ended`; `check` then says whether it is whole.
 
-    Every `data:` line is an event by itself, also without the empty line that should follow it.
+    Every `data:` line is an event by itself, also without the empty line that should follow it. Tools that are asked
+    for go to `calls`; where that is None, asking for one is an error.
     """
 
-    def __init__(self, key: str | None) -> None:
+    def __init__(self, key: str | None, calls: Calls | None = None) -> None:
+        self.calls = calls
         self.ended = False
         self.finish_reason: str | None = None
         self.usage: _Tokens | None = None
@@ -94,6 +97,8 @@ class StepDecoder:
             raise self._error
         if self.finish_reason == "content_filter" and not self._said:
             raise AgentError("the provider's content filter stopped the answer")
+        if self.finish_reason == "tool_calls" and not self.calls:
+            raise AgentError("the model asked for a tool, and did not say for which", retryable=True)
 
     def _lines(self, data: bytes) -> list[bytearray]:
         self._line += data
@@ -122,7 +127,10 @@ class StepDecoder:
                     pieces.append(choice.delta.refusal)
             if choice.finish_reason:
                 self.finish_reason = choice.finish_reason
-            if choice.finish_reason == "tool_calls" or (choice.delta is not None and choice.delta.tool_calls):
+            asked = choice.delta.tool_calls if choice.delta is not None else None
+            if self.calls is not None:
+                self.calls.add(asked or ())
+            elif asked or choice.finish_reason == "tool_calls":
                 raise AgentError("the model asked for a tool, and this server has none")
         if chunk.usage is not None:
             self.usage = chunk.usage  # the newest: some providers count on in every chunk

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
 
+from models import messages
 from server import bodies, connection, errors, http, listener, operations, rest
 from server.bodies import AnyNewMessage
 from server.encoding import encode
@@ -152,7 +153,8 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
     assert limits["a body"].endswith(f"{operations.APPENDED_BYTES_MAX:,} where messages are appended")
     assert limits["messages that are appended at once"] == f"{bodies.MESSAGES_AT_ONCE_MAX}"
     assert limits["calls of a message"] == f"{bodies.TOOL_CALLS_MAX}"
-    assert limits["`metadata`"] == f"{rest.METADATA_BYTES_MAX} bytes of JSON"
+    assert limits["`metadata`"].startswith(f"{rest.METADATA_BYTES_MAX} bytes of JSON")
+    assert limits["messages that are read at once"].startswith(f"{messages.PAGE_BYTES_MAX:,} bytes of content")
     assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
 
 

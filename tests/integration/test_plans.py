@@ -28,9 +28,10 @@ INSERT INTO conversations (id, user_id, title, last_seq, updated_at)
     FROM generate_series(1, 2000) c;
 INSERT INTO conversations (id, user_id, updated_at)
     SELECT md5('e' || c)::uuid, 'other' || c % 1000, now() - make_interval(secs => c) FROM generate_series(1, 60000) c;
-INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, finished_at)
+INSERT INTO turns
+    (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, finished_at, position)
     SELECT md5('t' || c || '.' || t)::uuid, md5('c' || c)::uuid, 'completed', 'n', 1, now() - interval '1 hour',
-           2 * t - 1, now() - interval '1 hour', now() - make_interval(secs => 50 * c - t)
+           2 * t - 1, now() - interval '1 hour', now() - make_interval(secs => 50 * c - t), 2 * t - 1
     FROM generate_series(1, 2000) c, generate_series(1, 50) t;
 INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq)
     SELECT md5('r' || c)::uuid, md5('c' || c)::uuid, 'running', 'n', 1, now() + interval '1 hour', 101
@@ -108,16 +109,19 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
         ["user0", MINE, True],
         {"conversations": 3, "turns": 110, "messages": 110, "events": 120},
     ),
-    "read_tail": (["user1", id_of("c1")], {"conversations": 1, "messages": 2}),
+    "read_tail": (["user1", id_of("c1")], {"conversations": 1, "messages": 2, "turns": 1}),
     "append": (
         ["user1", id_of("c1"), 100, NOW, [NEW[0]], ["user"], ["x"], [None], [None], [None], ["{}"]],
         {"conversations": 3, "messages": 3, "turns": 1},
     ),
-    "read_messages": (["user0", MINE, id_of("m20.60"), 20, True], {"conversations": 1, "messages": 21}),
-    "read_turn": (["user0", MINE, id_of("t20.7")], {"conversations": 1, "turns": 1, "messages": 1}),
+    "read_messages": (["user0", MINE, id_of("m20.60"), 20, True, 2**21], {"conversations": 1, "messages": 21}),
+    "read_turn": (["user0", MINE, id_of("t20.7")], {"conversations": 1, "turns": 1, "messages": 3}),
     "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
     "release": ([HUNDRED, [1] * 100], {"turns": 300}),
-    "take_over": (["n2", [], 5.0, 100, 3, True, 2.0], {"turns": 300, "events": 5, "conversations": 5}),
+    "take_over": (
+        ["n2", [], 5.0, 100, 3, ["turn.tool_call", "turn.tool_result"], 2.0],
+        {"turns": 300, "events": 5, "conversations": 5},
+    ),
     "history": ([MINE, 20], {"conversations": 1, "messages": 41}),
     "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
     "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),

@@ -71,7 +71,7 @@ async def take(database: Database, node: str) -> Sequence[Any]:
         beat_seconds=1,
         limit=10,
         max_attempts=3,
-        can_continue=False,
+        standing=["turn.tool_result"],
         within_seconds=5,
         on_sent=lambda: None,
     )
@@ -153,7 +153,7 @@ async def test_a_turn_that_is_being_taken_over_is_left_to_who_takes_it(
 ) -> None:
     await connection.execute("UPDATE turns SET lease_expires_at = clock_timestamp()")
     async with connection.transaction():
-        taken = await connection.fetch(query("take_over"), "third", [], 3600.0, 10, 3, False, 2.0)
+        taken = await connection.fetch(query("take_over"), "third", [], 3600.0, 10, 3, [], 2.0)
         assert [row["turn_id"] for row in taken] == [turn_id]
         assert await take(database, "other") == []
     assert await take(database, "other") == []

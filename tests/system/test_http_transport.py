@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 
+import pytest
+
 from tests.harness import NodeProcess, token_for
 
 # Bytes that come in one piece with the last allowed one are read before they are counted.
@@ -39,12 +41,25 @@ async def test_a_head_that_does_not_end_is_dropped_by_its_length(shared_node: No
     writer.close()
 
 
-async def test_a_connection_that_says_nothing_is_dropped(shared_node: NodeProcess) -> None:
-    readers = [await connect(shared_node) for _ in range(2)]
-    readers[1][1].write(b"GET /livez HTT")
-    for reader, writer in readers:
-        assert await is_dropped(reader)
-        writer.close()
+async def test_a_request_that_begins_and_does_not_go_on_is_dropped(shared_node: NodeProcess) -> None:
+    reader, writer = await connect(shared_node)
+    writer.write(b"GET /livez HTT")
+    assert await is_dropped(reader)
+    writer.close()
+
+
+@pytest.mark.parametrize("token", [None, "good"])
+async def test_the_rest_of_a_body_is_not_waited_for_behind_a_refusal(
+    shared_node: NodeProcess, user: str, token: str | None
+) -> None:
+    reader, writer = await connect(shared_node)
+    bearer = f"Authorization: Bearer {token_for(user)}\r\n" if token else ""
+    writer.write(f"POST /conversations HTTP/1.1\r\nHost: a\r\n{bearer}Content-Length: 100000000\r\n\r\n{{".encode())
+    assert (await reader.readuntil(b"\r\n\r\n")).split()[1] == (b"413" if token else b"401")
+    writer.write(b" ")
+    async with asyncio.timeout(20):
+        assert (await reader.read()).startswith(b'{"error"')
+    writer.close()
 
 
 async def test_a_second_request_of_a_connection_has_the_same_bounds(shared_node: NodeProcess) -> None:

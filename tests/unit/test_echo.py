@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -11,9 +12,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.agents.agent import AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage
+from server.agents.agent import (
+    AgentError,
+    AgentEvent,
+    HistoryMessage,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    Turn,
+    Usage,
+    can_continue,
+    can_resume_calls,
+)
 from server.agents.echo import make_echo
-from server.settings import Settings
+from server.agents.tools import make_tool
+from server.settings import ScriptedCall, Settings
 
 
 def ask(*contents: str) -> Turn:
@@ -96,3 +109,82 @@ async def test_a_speed_of_zero_never_sleeps(monkeypatch: pytest.MonkeyPatch) -> 
     await texts(make_echo(fast(echo_tokens=100))(ask("Hi")))
     monkeypatch.undo()
     assert clock.slept == []
+
+
+# Calls of tools
+
+SCRIPT = (
+    (ScriptedCall("echo", {"text": "one"}),),
+    (ScriptedCall("echo", {"text": "two"}), ScriptedCall("echo", {"text": "three"})),
+    (ScriptedCall("echo", {"text": "four"}),),
+)
+
+
+def answered(*ids: str) -> list[HistoryMessage]:
+    """What steps with these calls have left, each call in a step of its own."""
+    return [HistoryMessage("tool", "done", None, "echo", id) for id in ids]
+
+
+def echoed(text: str, number: int) -> ToolCall:
+    return ToolCall(f"call_{number}", "echo", {"text": text})
+
+
+ALL = [echoed(text, number) for number, text in enumerate(("one", "two", "three", "four"), 1)]
+
+
+async def tool_events(turn: Turn, **settings: Any) -> list[ToolCall | ToolResult]:
+    events = [event async for event in make_echo(fast(echo_tool_calls=SCRIPT, **settings))(turn)]
+    assert "".join(event.text for event in events if isinstance(event, TextDelta)) == "[1] Hi"
+    return [event for event in events if isinstance(event, ToolCall | ToolResult)]
+
+
+def result_of(call: ToolCall) -> ToolResult:
+    return ToolResult(call.tool_call_id, "echo", call.arguments["text"])
+
+
+async def test_the_calls_of_the_script_are_made_step_by_step_before_the_echo() -> None:
+    one, two, three, four = ALL
+    events = await tool_events(ask("Hi"))
+    assert events[:4] == [one, result_of(one), two, three]
+    assert set(map(str, events[4:6])) == {str(result_of(two)), str(result_of(three))}
+    assert events[6:] == [four, result_of(four)]
+
+
+@pytest.mark.parametrize(
+    ("made", "pending", "expected"),
+    [
+        ([], [ALL[0]], [[1], [2, 3], [4]]),
+        (["call_1"], [], [[2, 3], [4]]),
+        (["call_1"], ALL[1:3], [[2, 3], [4]]),
+        (["call_1", "call_3"], [ALL[1]], [[2], [4]]),
+        (["call_1", "call_2"], [], [[3], [4]]),
+        (["call_1", "call_2", "call_3", "call_4"], [], []),
+    ],
+)
+async def test_after_a_takeover_pending_calls_are_made_first_and_finished_ones_not_at_all(
+    made: Sequence[str], pending: Sequence[ToolCall], expected: list[list[int]]
+) -> None:
+    events = await tool_events(replace(ask("Hi"), attempt=2, steps=answered(*made), pending=pending))
+    steps: list[list[int]] = []
+    before: object = None
+    for event in events:
+        if isinstance(event, ToolCall):
+            if not isinstance(before, ToolCall):
+                steps.append([])
+            steps[-1].append(ALL.index(event) + 1)
+        before = event
+    assert steps == expected
+
+
+async def test_the_calls_go_to_the_tools_that_it_is_given() -> None:
+    def echo(text: str) -> str:
+        return text.upper()
+
+    agent = make_echo(fast(echo_tool_calls=SCRIPT[:1]), [make_tool(echo)])
+    events = [event async for event in agent(ask("Hi"))]
+    assert events[1] == ToolResult("call_1", "echo", "ONE")
+
+
+def test_it_continues_and_resumes_calls() -> None:
+    assert can_continue(make_echo(fast()))
+    assert can_resume_calls(make_echo(fast()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import ConfigurationError
-from server.settings import SECRET_BYTES_MIN, Settings, check_for_production, read_settings
+from server.settings import SECRET_BYTES_MIN, ScriptedCall, Settings, check_for_production, read_settings
 
 NAMES = [setting.name.upper() for setting in fields(Settings)]
 GOOD = {"JWT_SECRET": "x" * SECRET_BYTES_MIN, "DATABASE_URL": "postgresql://localhost/anynode"}
@@ -175,3 +176,37 @@ def test_a_secret_that_is_not_utf_8_is_one_line() -> None:
 
 def test_a_secret_is_never_shown() -> None:
     assert "hunter2" not in complaint({**GOOD, "JWT_SECRET": "hunter2"}, production=True)
+
+
+# What the echo agent is to call.
+
+
+def test_a_script_of_calls_is_a_list_of_steps() -> None:
+    script = '[[{"name": "a", "arguments": {"x": 1}}, {"name": "b"}], [{"name": "c", "arguments": {}}]]'
+    assert read_settings({"ECHO_TOOL_CALLS": script}).echo_tool_calls == (
+        (ScriptedCall("a", {"x": 1}), ScriptedCall("b", {})),
+        (ScriptedCall("c", {}),),
+    )
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "calls",
+        "{}",
+        '[{"name": "a"}]',
+        "[[]]",
+        '[["a"]]',
+        '[[{"arguments": {}}]]',
+        '[[{"name": ""}]]',
+        '[[{"name": "a", "arguments": []}]]',
+        '[[{"name": "a", "more": 1}]]',
+        json.dumps([[{"name": "a"}] * 65]),
+        json.dumps([[{"name": "a"}]] * 101),
+        "[" * 5000,
+    ],
+)
+def test_a_script_of_calls_that_is_none_is_one_line(script: str) -> None:
+    line = complaint({"ECHO_TOOL_CALLS": script})
+    assert line.startswith("ECHO_TOOL_CALLS must be a JSON list of steps, each a list of ")
+    assert len(line.splitlines()) == 1

@@ -24,7 +24,7 @@ def journal(type: str, **fields: Any) -> list[tuple[str, str]]:
 
 
 def test_a_journal_that_nobody_has_changed_is_read() -> None:
-    ((step,), partial) = steps_in(journal("turn.delta"))
+    ((step,), partial, _) = steps_in(journal("turn.delta"))
     assert (step.text, [call.tool_call_id for call in step.calls], partial) == ("said ", ["1"], "")
 
 

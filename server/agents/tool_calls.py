@@ -1,0 +1,207 @@
+"""Runs the calls of tools that a model makes, all of a step at once, and makes a result of whatever comes of them.
+
+What goes wrong with a call is a result that the model can act on, never the end of the turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+
+from models.text import clean
+from server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
+from server.agents.tools import Tool, ToolContext
+from server.encoding import encode
+from server.settings import Settings
+
+logger = logging.getLogger("anynode.tools")
+
+THREADS_MAX: Final = 32
+LIFE_SECONDS: Final = 3.0  # between signs of life while tools work
+ERROR_CHARACTERS_MAX: Final = 1000
+NO_ERRORS: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+class ToolRunner:
+    """Runs the calls of all turns of a node.
+
+    Async functions run in its loop. Others run in daemon threads, `THREADS_MAX` at once; who waits for one does so
+    within the call's timeout. A thread cannot be stopped: one whose call has timed out, or whose turn is over, goes on
+    until its function returns, and only then makes room for another.
+    """
+
+    def __init__(self, tools: Sequence[Tool], settings: Settings) -> None:
+        self.tools: Mapping[str, Tool] = {tool.name: tool for tool in tools}
+        self._timeout_seconds = settings.tool_timeout_seconds
+        self._result_bytes_max = settings.tool_result_bytes_max
+        # A tool may take longer than an agent may be silent.
+        self._life_seconds = min(LIFE_SECONDS, settings.agent_timeout_seconds / 3)
+        # Not the loop's executor: its end waits for threads that are stuck.
+        self._threads = asyncio.Semaphore(THREADS_MAX)
+        self._left: set[asyncio.Task[ToolResult]] = set()  # calls that timed out, and have not let go yet
+
+    async def run(
+        self, turn: Turn, calls: Sequence[ToolCall], errors: Mapping[str, str] = NO_ERRORS
+    ) -> AsyncGenerator[AgentEvent, None]:
+        """All `calls`, then the result of each as it comes, with signs of life in between. `errors` says of calls, by
+        their ids, why they cannot be run.
+
+        Where the generator is cancelled or closed, so are the tools, and it ends when they have let go.
+        """
+        # Without an await in between, so that they are committed together.
+        for call in calls:
+            yield call
+        running: dict[asyncio.Task[ToolResult], ToolCall] = {}
+        try:
+            for call in calls:
+                if call.tool_call_id in errors:
+                    yield _error(call, errors[call.tool_call_id])
+                else:
+                    running[asyncio.create_task(self._result(turn, call))] = call
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + self._timeout_seconds
+            while running and (left_seconds := deadline - loop.time()) > 0:
+                pause = min(self._life_seconds, left_seconds)
+                done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    yield TextDelta("")
+                for task in [task for task in running if task in done]:
+                    yield _outcome(task, running.pop(task))
+            for task, call in list(running.items()):
+                del running[task]
+                yield _outcome(task, call) if task.done() else self._given_up(task, call)
+        finally:
+            await _stop(running)
+
+    def _given_up(self, task: asyncio.Task[ToolResult], call: ToolCall) -> ToolResult:
+        """Cancel a call that has had its time. Its turn does not wait for it: it may not let go."""
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
+        task.cancel()
+        return _error(call, f"{call.tool_name} has not answered within {self._timeout_seconds:g} s")
+
+    async def _result(self, turn: Turn, call: ToolCall) -> ToolResult:
+        name = call.tool_name
+        tool = self.tools.get(name)
+        if tool is None:
+            return _error(call, f"there is no tool {name!r}; there is: {', '.join(self.tools) or 'none'}")
+        context = ToolContext(
+            call.tool_call_id, name, turn.turn_id, turn.conversation_id, turn.user_id, attempt=turn.attempt
+        )
+        try:
+            made = tool.bind(call.arguments, context)
+        except msgspec.ValidationError as error:
+            return _error(call, f"the arguments of {name} are not valid: {error}")
+        try:
+            returned = await (made() if tool.is_async else self._in_thread(name, made))
+            if inspect.isawaitable(returned):
+                returned = await returned
+        except (Exception, SystemExit) as error:
+            logger.exception("the tool %s failed in turn %s", name, turn.turn_id)
+            return _error(call, f"{name} failed: {type(error).__name__}: {error}")
+        return self._told(call, returned)
+
+    def _told(self, call: ToolCall, returned: Any) -> ToolResult:
+        if not isinstance(returned, str):
+            try:
+                returned = encode(returned)
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                logger.exception("what the tool %s returned cannot be told", call.tool_name)
+                return _error(call, f"what {call.tool_name} returned is neither text nor JSON: {error}")
+        content: str = clean(returned)
+        size = len(content.encode())
+        if size > self._result_bytes_max:
+            limit = self._result_bytes_max
+            return _error(call, f"the result of {call.tool_name} has {size} bytes, and may have {limit}: ask for less")
+        return ToolResult(call.tool_call_id, call.tool_name, content)
+
+    async def _in_thread(self, name: str, made: Callable[[], Any]) -> Any:
+        await self._threads.acquire()
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def hear(outcome: tuple[Any, BaseException | None]) -> None:
+            self._threads.release()
+            if not ended.done():
+                ended.set_result(outcome)
+
+        def work() -> None:
+            try:
+                outcome: tuple[Any, BaseException | None] = (context.run(made), None)
+            except BaseException as error:  # noqa: BLE001  (raised again where it is awaited)
+                outcome = (None, error)
+            try:
+                loop.call_soon_threadsafe(hear, outcome)
+            except RuntimeError:
+                pass  # the node has stopped meanwhile
+
+        try:
+            threading.Thread(target=work, name=f"tool {name}", daemon=True).start()
+        except BaseException:
+            self._threads.release()
+            raise
+        returned, error = await ended
+        if error is not None and not isinstance(error, Exception):
+            raise RuntimeError(repr(error)) from error  # as it is, it would stop more than the call
+        if error is not None:
+            raise error
+        return returned
+
+
+def messages_of(text: str, calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[HistoryMessage]:
+    """What a completed step is in what the agent sees."""
+    return [
+        HistoryMessage("assistant", text, tool_calls_json(calls)),
+        *(HistoryMessage("tool", result.content, None, result.tool_name, result.tool_call_id) for result in results),
+    ]
+
+
+def tool_calls_json(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """The calls as a message has them."""
+    return [
+        {
+            "id": call.tool_call_id,
+            "type": "function",
+            "function": {"name": call.tool_name, "arguments": encode(call.arguments)},
+        }
+        for call in calls
+    ]
+
+
+def _outcome(task: asyncio.Task[ToolResult], call: ToolCall) -> ToolResult:
+    if task.cancelled():  # not by its turn, which would not be here
+        return _error(call, f"{call.tool_name} was interrupted")
+    if (error := task.exception()) is not None:
+        logger.error("the tool %s failed", call.tool_name, exc_info=error)
+        return _error(call, f"{call.tool_name} failed ({type(error).__name__})")
+    return task.result()
+
+
+def _error(call: ToolCall, text: str) -> ToolResult:
+    text = clean(text)
+    if len(text) > ERROR_CHARACTERS_MAX:
+        text = text[: ERROR_CHARACTERS_MAX - 1] + "…"
+    return ToolResult(call.tool_call_id, call.tool_name, text, is_error=True)
+
+
+async def _stop(tasks: Collection[asyncio.Task[ToolResult]]) -> None:
+    """Cancel them all, and wait until they have let go, also when that is interrupted."""
+    for task in tasks:
+        task.cancel()
+    interrupted: asyncio.CancelledError | None = None
+    while left := [task for task in tasks if not task.done()]:
+        try:
+            await asyncio.wait(left)
+        except asyncio.CancelledError as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted
