@@ -15,7 +15,7 @@ from msgspec import Struct
 from models.database import Database
 from models.rules import COMPLETED
 
-DELETE_SECONDS_MAX: Final = 30.0  # a conversation may have a million messages
+DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
 
 
 class StoredMessage(Struct, frozen=True, gc=False):

@@ -59,6 +59,7 @@ SECOND: Final = "models/migrations/0002_many_nodes.py"
 THIRD: Final = "models/migrations/0003_rest.py"
 FOURTH: Final = "models/migrations/0004_pending_calls.py"
 
+MESSAGES: Final = "system/test_rest_messages.py"
 OWNERS: Final = "integration/test_turns.py"
 CRASHES: Final = "system/test_crashes.py"
 CUT_POINTS: Final = "system/test_cut_points.py"
@@ -237,7 +238,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a regeneration leaves the old answer as it was",
-        [Change(SECOND, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
+        [Change(THIRD, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
         ["system/test_regenerate.py"],
     ),
     # Yours only.
@@ -248,7 +249,14 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "anybody may regenerate",
-        [Change(SECOND, "c.id = p_conversation_id AND c.user_id = p_user_id\n", "c.id = p_conversation_id\n")],
+        [
+            Change(
+                THIRD,
+                "c.id = p_conversation_id AND c.user_id = p_user_id\n",
+                "c.id = p_conversation_id\n",
+                within="INTO v_seq, anynode_regenerate.system_prompt",
+            )
+        ],
         [STRANGERS, "system/test_regenerate.py"],
     ),
     Mutation(
@@ -355,12 +363,84 @@ MUTATIONS: Final = (
         "a regeneration is not marked for the watch of others",
         [
             Change(
-                SECOND,
-                "last_seq = v_seq + 1, updated_at = p_created_at, changed_xid = pg_current_xact_id()::text::bigint",
-                "last_seq = v_seq + 1, updated_at = p_created_at",
+                THIRD,
+                "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),\n"
+                "            changed_xid = pg_current_xact_id()::text::bigint\n",
+                "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at)\n",
             )
         ],
         ["system/test_regenerate.py"],
+    ),
+    # Messages without a turn, deletions, those who wait.
+    Mutation(
+        "messages are appended behind whatever comes last",
+        [Change(THIRD, "ELSIF p_position <> coalesce(", "ELSIF false AND p_position <> coalesce(")],
+        [MESSAGES],
+    ),
+    Mutation(
+        "messages are appended while a turn runs",
+        [
+            Change("models/messages.py", '        if rows[0]["is_running"]:\n', "        if False:\n"),
+            Change(
+                THIRD, "ELSIF EXISTS (SELECT FROM turns t WHERE", "ELSIF false AND EXISTS (SELECT FROM turns t WHERE"
+            ),
+        ],
+        [MESSAGES],
+    ),
+    Mutation(
+        "an append is made again when its answer was lost",
+        [
+            Change(
+                THIRD,
+                "ELSIF EXISTS (SELECT FROM messages m WHERE m.id",
+                "ELSIF false AND EXISTS (SELECT FROM messages m WHERE m.id",
+            )
+        ],
+        [MESSAGES],
+    ),
+    Mutation(
+        "anybody may append",
+        [
+            Change(
+                THIRD,
+                "c.id = p_conversation_id AND c.user_id = p_user_id\n",
+                "c.id = p_conversation_id\n",
+                within="SELECT c.last_seq INTO anynode_append.last_seq",
+            ),
+            Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_tail\n"),
+        ],
+        ["system/test_rest.py"],
+    ),
+    Mutation(
+        "anybody may read messages",
+        [Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_messages\n")],
+        ["system/test_rest.py"],
+    ),
+    Mutation(
+        "a deletion leaves the journal",
+        [Change(THIRD, "    DELETE FROM events e WHERE e.conversation_id = p_conversation_id;\n", "")],
+        ["system/test_rest_turns.py", "system/test_rest.py"],
+    ),
+    Mutation(
+        "other nodes do not hear of a deletion",
+        [
+            Change(
+                THIRD,
+                "    INSERT INTO deletions (conversation_id) VALUES (p_conversation_id) ON CONFLICT DO NOTHING;\n",
+                "",
+            )
+        ],
+        ["system/test_sse.py", "system/test_rest_turns.py"],
+    ),
+    Mutation(
+        "events of messages without a turn do not expire",
+        [Change(QUERIES, "WHERE turn_id IS NULL AND written_at <", "WHERE false AND written_at <")],
+        [MESSAGES],
+    ),
+    Mutation(
+        "who waits for a turn is not told of a drain",
+        [Change(NODE, "        self.drained.set()\n", "")],
+        ["system/test_rest_turns.py"],
     ),
     # Takeover, cancel, drain.
     Mutation(

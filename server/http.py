@@ -33,6 +33,7 @@ from server.errors import (
     MessageTooLarge,
     NotFound,
     Problem,
+    RateLimited,
     Unauthorized,
 )
 
@@ -40,7 +41,8 @@ logger = logging.getLogger("anynode.http")
 
 BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
 AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns must not stop for it
-LARGE_BODIES_MAX: Final = 4  # of those at once; others wait, unread
+DECODED_AT_ONCE: Final = 2  # of those; others wait
+READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
 RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
 
 AnyQuery = TypeVar("AnyQuery", bound=Body)
@@ -155,7 +157,7 @@ def routes_of(
 class _Resource:
     """The ASGI application behind one path."""
 
-    large_bodies = asyncio.Semaphore(LARGE_BODIES_MAX)  # of the process
+    decoding = asyncio.Semaphore(DECODED_AT_ONCE)  # in the process
 
     def __init__(
         self,
@@ -198,12 +200,11 @@ class _Resource:
         body = None
         if operation.bodies:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
-            length = headers.get("content-length", "")
-            if length.isdigit() and int(length[:20]) <= AT_ONCE_BYTES_MAX:
-                body = decode_body(await _body(headers, receive, bytes_max), operation.bodies)
+            data = await _body(headers, receive, bytes_max)
+            if len(data) <= AT_ONCE_BYTES_MAX:
+                body = decode_body(data, operation.bodies)
             else:
-                async with self.large_bodies:
-                    data = await _body(headers, receive, bytes_max)
+                async with self.decoding:
                     body = await asyncio.to_thread(decode_body, data, operation.bodies)
         call = Call(identity, ids, query, body, headers, receive)
         return await operation.handler(self._served_by, call)
@@ -232,6 +233,12 @@ def _query(scope: Scope, kind: type[Body]) -> Any:
     return decode_query(parameters, kind)
 
 
+class _Bodies:
+    """All bodies that are being read."""
+
+    read_bytes = 0
+
+
 async def _body(headers: Headers, receive: Receive, bytes_max: int) -> bytes:
     length = headers.get("content-length", "0")
     if length.isdigit() and int(length[:20]) > bytes_max:
@@ -243,13 +250,19 @@ async def _body(headers: Headers, receive: Receive, bytes_max: int) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
-                body += message.get("body", b"")
+                piece = message.get("body", b"")
+                body += piece
+                _Bodies.read_bytes += len(piece)
                 if len(body) > bytes_max:
                     raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+                if _Bodies.read_bytes > READ_BYTES_MAX:
+                    raise RateLimited("This node is being sent as much as it may.")
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
         raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+    finally:
+        _Bodies.read_bytes -= len(body)
 
 
 def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:

@@ -1,13 +1,16 @@
-"""Tools that mark with what they are called, and wait for gates where their words say so."""
+"""Tools that mark with what they are called and wait for gates, and agents that tell which calls they are given."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+from server.agents.agent import AgentEvent, TextDelta, ToolCall, ToolResult, Turn, resumes_calls
 from server.agents.tools import ToolContext
 from tests.scripted_agents import DIRECTORY, POLL_SECONDS
 
@@ -42,6 +45,23 @@ async def rest(seconds: float) -> str:
 
 
 tools = [look_up, block, rest]
+
+
+async def forgetful(turn: Turn) -> AsyncIterator[AgentEvent]:
+    """Gets stuck between two results; after a takeover it tells the ids of the pending calls."""
+    if turn.attempt == 1:
+        yield ToolCall("1", "tool", {})
+        yield ToolCall("2", "tool", {})
+        yield ToolResult("1", "tool", "found")
+        await asyncio.Event().wait()
+    yield TextDelta(json.dumps([call.tool_call_id for call in turn.pending]))
+
+
+@resumes_calls
+async def attentive(turn: Turn) -> AsyncIterator[AgentEvent]:
+    """The same, of an agent that says that it runs them."""
+    async for event in forgetful(turn):
+        yield event
 
 
 def _directory() -> Path:

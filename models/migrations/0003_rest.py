@@ -105,7 +105,7 @@ BEGIN
                 (v_conversation_id, v_seq + 1, p_turn_id, 1, 'message.created', p_message_created),
                 (v_conversation_id, v_seq + 2, p_turn_id, 1, 'turn.started', p_turn_started);
             UPDATE conversations
-            SET last_seq = v_seq + 2, updated_at = p_created_at, title = coalesce(title, p_title),
+            SET last_seq = v_seq + 2, updated_at = greatest(updated_at, p_created_at), title = coalesce(title, p_title),
                 changed_xid = pg_current_xact_id()::text::bigint
             WHERE id = v_conversation_id;
             anynode_admit.conversation_id := v_conversation_id;
@@ -203,7 +203,8 @@ BEGIN
         VALUES (p_conversation_id, v_seq + 1, p_turn_id, 1, 'turn.started',
                 jsonb_build_object('message_id', anynode_regenerate.client_id));
         UPDATE conversations
-        SET last_seq = v_seq + 1, updated_at = p_created_at, changed_xid = pg_current_xact_id()::text::bigint
+        SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),
+            changed_xid = pg_current_xact_id()::text::bigint
         WHERE id = p_conversation_id;
         anynode_regenerate.turn_id := p_turn_id;
         anynode_regenerate.first_seq := v_seq + 1;
@@ -267,7 +268,7 @@ BEGIN
         FROM unnest(p_payloads) WITH ORDINALITY AS n (payload, number);
         anynode_append.last_seq := anynode_append.last_seq + cardinality(p_ids);
         UPDATE conversations c
-        SET last_seq = anynode_append.last_seq, updated_at = p_created_at,
+        SET last_seq = anynode_append.last_seq, updated_at = greatest(updated_at, p_created_at),
             changed_xid = pg_current_xact_id()::text::bigint
         WHERE c.id = p_conversation_id;
         outcome := 'appended';

@@ -136,6 +136,12 @@ async def test_without_tools_none_are_sent_and_asking_for_one_is_an_error(provid
     assert "tools" not in provider.requests[0].body
 
 
+async def test_without_tools_the_only_request_forbids_none(provider: Provider) -> None:
+    async with open_openai(settings(provider, tool_steps_max=1)) as agent:
+        await collect(agent)
+    assert "tool_choice" not in provider.requests[0].body
+
+
 async def test_several_calls_are_told_back_in_their_order_whatever_that_of_their_results(provider: Provider) -> None:
     second_ran = asyncio.Event()
 

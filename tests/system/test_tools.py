@@ -345,6 +345,21 @@ async def test_a_cancel_that_comes_while_nobody_runs_the_calls_ends_the_turn_wit
     ]
 
 
+@pytest.mark.parametrize(("agent", "pending"), [("forgetful", "[]"), ("attentive", '["2"]')])
+async def test_only_an_agent_that_resumes_calls_is_given_those_that_are_pending(
+    start_node: StartNode, database_url: str, user: str, agent: str, pending: str
+) -> None:
+    nodes = [start_node(AGENT=f"tests.waiting_tools:{agent}", LEASE_SECONDS="1") for _ in range(2)]
+    client = Client(user, QUESTION)
+
+    async def is_in_the_middle() -> bool:
+        return ("result", "1") in called(client)
+
+    await watched([client], nodes, [is_in_the_middle], lambda: None)
+    await assert_right(database_url, [client], epoch=2)
+    assert client.text == pending
+
+
 # At the start.
 
 

@@ -447,6 +447,23 @@ async def test_closing_the_generator_cancels_all_calls_and_waits_for_them(holdin
     assert holding.let_go == 1
 
 
+async def test_a_cancel_while_calls_let_go_is_heard_when_they_have(holding: Holding) -> None:
+    events = runner(holding.tool).run(TURN, calls("tool"))
+    assert isinstance(await anext(events), ToolCall)
+    waiting = asyncio.ensure_future(anext(events))
+    await asyncio.wait_for(holding.begun.wait(), PATIENCE_SECONDS)
+    waiting.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    waiting.cancel("again")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    holding.may_let_go.set()
+    with pytest.raises(asyncio.CancelledError, match="again"):
+        await waiting
+    assert holding.let_go == 1
+
+
 async def test_cancelling_the_turn_does_not_wait_for_a_thread() -> None:
     with gate() as opened:
         begun = asyncio.Event()

@@ -114,6 +114,13 @@ def test_a_context_that_may_be_none_is_no_parameter_of_the_model_either() -> Non
     assert tool.bind({}, CONTEXT)() == "ada"
 
 
+def test_keys_of_an_object_may_be_numbers_as_json_has_them() -> None:
+    def name(numbers: dict[int, str]) -> str:
+        return numbers[1]
+
+    assert make_tool(name).bind({"numbers": {"1": "one"}}, CONTEXT)() == "one"
+
+
 class Service:
     def method(self, number: int) -> int:
         return number + 1
