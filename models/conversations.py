@@ -136,10 +136,11 @@ def _admission(row: asyncpg.Record) -> Admission:
 
 async def read_history(
     database: Database, conversation_id: UUID, *, messages_max: int
-) -> tuple[str | None, list[StoredMessage]]:
-    """The system prompt and the newest messages, whoever's they are. Raises Unavailable."""
+) -> tuple[str | None, list[StoredMessage]] | None:
+    """The system prompt and the newest messages, whoever's they are. None: the conversation is deleted. Raises
+    Unavailable."""
     rows = await database.fetch("history", conversation_id, messages_max)
-    return (rows[0]["system_prompt"], history_of(rows[0])) if rows else (None, [])
+    return (rows[0]["system_prompt"], history_of(rows[0])) if rows else None
 
 
 def history_of(row: asyncpg.Record) -> list[StoredMessage]:

@@ -157,12 +157,16 @@ class Leases:
     async def _continue(self, taken: TakenTurn, lease: Lease) -> None:
         """Go on with a turn, each by itself, so that one that cannot be read does not keep the others."""
         try:
-            system_prompt, stored = await read_history(
+            found = await read_history(
                 self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
             )
         except Unavailable as error:
             logger.warning("turn %s is left to its lease: %s", taken.turn_id, error)
             return
+        if found is None:
+            logger.info("the conversation of turn %s has been deleted", taken.turn_id)
+            return
+        system_prompt, stored = found
         try:
             steps, partial, pending = steps_in(taken.journal)
             is_readable = True

@@ -11,6 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from models.conversations import read_history
 from models.database import Database
 from models.events import Ending, Entry, Event, NewMessage, delta_payload, ended_under, flush
 from models.ids import uuid7
@@ -240,3 +241,7 @@ async def test_a_watch_misses_no_turn_that_began_before_others_and_committed_aft
         assert slow in (await hear(second)).begun
     finally:
         await early.close()
+
+
+async def test_the_history_of_a_deleted_conversation_is_none_and_not_an_empty_one(database: Database) -> None:
+    assert await read_history(database, uuid.uuid4(), messages_max=10) is None
