@@ -33,6 +33,7 @@ class TurnJournal:
     """One running turn's way into the journal; `closed` is done when its ending is committed (True) or it is lost."""
 
     __slots__ = (
+        "_committed_seq",
         "_ending",
         "_is_dirty",
         "_is_sealed",
@@ -40,6 +41,7 @@ class TurnJournal:
         "_next_seq",
         "_on_committed",
         "_pending",
+        "_progress",
         "_texts",
         "_turn_id_text",
         "closed",
@@ -54,6 +56,8 @@ class TurnJournal:
         self.closed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._journal = journal
         self._next_seq = next_seq
+        self._committed_seq = next_seq - 1
+        self._progress: asyncio.Future[None] | None = None  # done at the next commit, or when the turn is over
         self._on_committed = on_committed
         self._pending: list[tuple[str, str]] = []
         self._texts: list[str] = []
@@ -77,6 +81,15 @@ class TurnJournal:
         self._pending.append((type, payload))
         self._journal.want_flush(self, is_urgent=True)
 
+    async def committed(self) -> None:
+        """Wait until all that was appended so far is committed, or the turn is over or lost. The one thing here that
+        waits: for an agent that is about to do what must not be done without a trace."""
+        self._close_text()
+        last_seq = self._next_seq - 1 + len(self._pending)
+        while self._committed_seq < last_seq and not self.closed.done():
+            self._progress = asyncio.get_running_loop().create_future()
+            await self._progress
+
     def end(self, type: str, payload: str, ending: Ending) -> None:
         """Append the turn's last event, which commits with its messages and status. Only the first one counts."""
         if self._is_sealed:
@@ -92,6 +105,7 @@ class TurnJournal:
         self._texts.clear()
         if not self.closed.done():
             self.closed.set_result(False)
+        self._tell_progress()
 
     @property
     def is_ending(self) -> bool:
@@ -122,8 +136,14 @@ class TurnJournal:
         if self.is_lost:
             return
         self._on_committed(entry.events, entry.ending is not None)
+        self._committed_seq = entry.events[-1].seq
         if entry.ending is not None:
             self.closed.set_result(True)
+        self._tell_progress()
+
+    def _tell_progress(self) -> None:
+        if self._progress is not None and not self._progress.done():
+            self._progress.set_result(None)
 
 
 class Journal:

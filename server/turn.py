@@ -1,7 +1,8 @@
 """One running turn: the agent's events go to the journal as they come, and exactly one end follows them.
 
-Nothing here waits for the database or for a client. Whatever stops a turn (the agent's end or error, a cancel, no
-progress, a lost lease), the first one counts; what the agent says afterwards is not heard.
+Nothing here waits for a client, or for the database; only tools do, for their calls to be committed. Whatever stops a
+turn (the agent's end or error, a cancel, no progress, a lost lease), the first one counts; what the agent says
+afterwards is not heard.
 """
 
 from __future__ import annotations
@@ -116,9 +117,16 @@ class RunningTurn:
         events = self._agent(self.turn)
         try:
             count = 0
+            has_called = False
             async for event in events:
                 self._progress_at = self._loop.time()
                 self._hear(event)
+                if isinstance(event, ToolCall):
+                    has_called = True
+                elif has_called:
+                    # What runs from here on has a trace: a takeover finds the call, with its id.
+                    has_called = False
+                    await self.journal.committed()
                 count += 1
                 if count % YIELD_EVERY == 0:
                     await asyncio.sleep(0)

@@ -31,7 +31,11 @@ class TextDelta(Struct, frozen=True):
 
 
 class ToolCall(Struct, frozen=True):
-    """The model asks for a tool; ``arguments`` is the JSON object that the model gave."""
+    """The model asks for a tool; ``arguments`` is the JSON object that the model gave.
+
+    The first event behind calls that is none, be it an empty ``TextDelta``, is heard when they are committed: an agent
+    that runs tools yields one before it does.
+    """
 
     tool_call_id: str
     tool_name: str

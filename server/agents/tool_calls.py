@@ -59,6 +59,8 @@ class ToolRunner:
         # Without an await in between, so that they are committed together.
         for call in calls:
             yield call
+        if calls:
+            yield TextDelta("")  # the turn goes on when they are
         running: dict[asyncio.Task[ToolResult], ToolCall] = {}
         try:
             for call in calls:

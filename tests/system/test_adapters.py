@@ -10,7 +10,7 @@ import pytest
 from tests.adapted_agents import PYDANTIC_AI, RUN_AGENT
 from tests.conftest import StartNode
 from tests.harness import TERMINAL, socket_to, sql, text_of
-from tests.scripted_agents import DIRECTORY, Strings
+from tests.scripted_agents import DIRECTORY, Strings, eventually
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ async def test_calls_and_results_are_shown_stored_and_seen_in_the_next_turn(
     assert contents[: contents.index("figs") + 1] == ["apples pears", "found apples", "found pears", answer, "figs"]
 
 
-async def test_a_tool_of_pydantic_ai_that_has_answered_is_not_run_again_when_the_node_dies(
+async def test_of_the_tools_of_pydantic_ai_the_node_that_takes_over_runs_only_those_that_have_not_answered(
     start_node: StartNode, environment: dict[str, str], strings: Strings, user: str
 ) -> None:
     dying, other = [start_node(AGENT=PYDANTIC_AI, **environment) for _ in range(2)]
@@ -74,6 +74,11 @@ async def test_a_tool_of_pydantic_ai_that_has_answered_is_not_run_again_when_the
         await socket.ask("quick slow")
         frames = await socket.until("turn.tool_result")
         assert frames[-1]["content"] == "found quick"
+
+        async def both_run() -> bool:
+            return strings.marks("slow-run") == [1]
+
+        await eventually(both_run)
         dying.kill()
         await elsewhere.follow(frames[0]["conversation_id"], frames[-1]["seq"])
         strings.open("slow")
@@ -81,3 +86,4 @@ async def test_a_tool_of_pydantic_ai_that_has_answered_is_not_run_again_when_the
     assert frames[-1]["type"] == "turn.completed"
     assert ["tool-return", "found quick"] in json.loads(frames[-1]["message"]["content"])
     assert strings.marks("quick-run") == [1]
+    assert strings.marks("slow-run") == [1, 2]

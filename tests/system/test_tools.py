@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import StartNode
 from tests.exactness import Client
 from tests.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
+from tests.postgres_proxy import postgres_proxy
 from tests.provider import Provider, answer, call_of, calling, serve_provider
 from tests.scripted_agents import DIRECTORY, eventually
 from tests.system.test_agent_faults import openai_environment
@@ -377,3 +378,29 @@ def test_serve_refuses_what_is_no_tool_in_one_line(
 ) -> None:
     result = anynode("serve", **{**GOOD, "DATABASE_URL": database_url, **settings})
     assert_refused_in_one_line(result, *words)
+
+
+async def test_a_tool_does_not_begin_before_its_call_is_committed(
+    start_node: StartNode, database_url: str, user: str, tmp_path: Path
+) -> None:
+    """Else a node could die of it, and nobody would know under which id it has run."""
+    script = [[{"name": name, "arguments": {"word": name}} for name in ("look_up", "block")]]
+    settings = {"TOOLS": TOOLS, DIRECTORY: str(tmp_path), "ECHO_TOOL_CALLS": json.dumps(script), "LEASE_SECONDS": "60"}
+    with postgres_proxy(database_url) as proxy:
+        node = start_node(proxy.url, **settings)
+        async with socket_to(node, user) as socket:
+            hold = proxy.hold("before", "flush")
+            await socket.ask(QUESTION)
+            await hold.reached()
+            watches = proxy.executions("watch")
+
+            async def has_had_time() -> bool:
+                assert not runs_of(tmp_path, "look_up")
+                assert not runs_of(tmp_path, "block")
+                return proxy.executions("watch") > watches + 3
+
+            await eventually(has_had_time)
+            hold.release()
+            frames = await socket.until(*TERMINAL)
+    assert frames[-1]["type"] == "turn.completed"
+    assert [len(runs_of(tmp_path, word)) for word in ("look_up", "block")] == [1, 1]
