@@ -182,7 +182,7 @@ async def test_the_calls_go_to_the_tools_that_it_is_given() -> None:
 
     agent = make_echo(fast(echo_tool_calls=SCRIPT[:1]), [make_tool(echo)])
     events = [event async for event in agent(ask("Hi"))]
-    assert events[1] == ToolResult("call_1", "echo", "ONE")
+    assert ToolResult("call_1", "echo", "ONE") in events
 
 
 def test_it_continues_and_resumes_calls() -> None:
