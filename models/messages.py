@@ -35,7 +35,7 @@ AnyShown = TypeVar("AnyShown")
 
 
 @dataclass(frozen=True, slots=True)
-class Appended(Generic[AnyShown]):
+class AppendOutcome(Generic[AnyShown]):
     """What became of messages: `outcome` is `appended`, `not_found` or `conversation_busy`; `last_seq` is the seq of
     the last one's event. Each comes with what `checked` made of it for whoever asked."""
 
@@ -51,16 +51,16 @@ async def append_messages(
     *,
     created_at: datetime,
     checked: Callable[[Tail], Sequence[tuple[AppendedMessage, AnyShown]]],
-) -> Appended[AnyShown]:
+) -> AppendOutcome[AnyShown]:
     """Append all that `checked` makes of the conversation's end, or nothing. It raises where the order of roles is not
     kept, and is asked again when others were faster: what it has decided holds under the conversation's lock.
     Raises Unavailable."""
     for _ in range(MOVED_TIMES_MAX):
         rows = await database.fetch("read_tail", user_id, conversation_id)
         if not rows:
-            return Appended("not_found", 0, ())
+            return AppendOutcome("not_found", 0, ())
         if rows[0]["is_running"]:
-            return Appended("conversation_busy", 0, ())
+            return AppendOutcome("conversation_busy", 0, ())
         messages = checked(_tail(rows))
         (row,) = await database.fetch(
             "append",
@@ -77,8 +77,8 @@ async def append_messages(
             [message.payload for message, _ in messages],
         )
         if row["outcome"] != "moved":
-            return Appended(row["outcome"], row["last_seq"] or 0, messages)
-    return Appended("conversation_busy", 0, ())
+            return AppendOutcome(row["outcome"], row["last_seq"] or 0, messages)
+    return AppendOutcome("conversation_busy", 0, ())
 
 
 def _tail(rows: Sequence[asyncpg.Record]) -> Tail:

@@ -13,7 +13,7 @@ from models.ids import uuid7
 from models.messages import AppendedMessage
 from models.rules import OutOfOrder, Tail, refused_user, visible
 from server.agents.agent import HistoryMessage
-from server.bodies import AnyNewMessage, AssistantMessage, TextPart, ToolMessage
+from server.bodies import AnyPostedMessage, AssistantMessage, TextPart, ToolMessage
 from server.encoding import encode, tool_calls_of
 from server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
 from server.protocol import NOT_BLANK, Message, MessageSend, TurnRegenerate
@@ -47,7 +47,7 @@ def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> 
 
 
 def appended_of(
-    given: Sequence[AnyNewMessage],
+    given: Sequence[AnyPostedMessage],
     tail: Tail,
     created_at: datetime,
     *,

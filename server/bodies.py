@@ -108,30 +108,30 @@ SpokenParts: TypeAlias = Annotated[  # not all of them blank
 ]
 
 
-class NewMessage(Body, frozen=True, tag_field="role"):
+class PostedMessage(Body, frozen=True, tag_field="role"):
     """A message to append, in the form of the chat completions API."""
 
 
-class SystemMessage(NewMessage, frozen=True, tag="system"):
+class SystemMessage(PostedMessage, frozen=True, tag="system"):
     """Only the first message of a conversation can be one."""
 
     content: Content | SpokenParts
 
 
-class UserMessage(NewMessage, frozen=True, tag="user"):
+class UserMessage(PostedMessage, frozen=True, tag="user"):
     """A question that no agent is asked."""
 
     content: Content | SpokenParts
 
 
-class AssistantMessage(NewMessage, frozen=True, tag="assistant"):
+class AssistantMessage(PostedMessage, frozen=True, tag="assistant"):
     """An answer; after one with calls comes the result of each."""
 
     content: str | Parts | None = None
     tool_calls: Annotated[list[NewCall], Meta(max_length=TOOL_CALLS_MAX)] | None = None
 
 
-class ToolMessage(NewMessage, frozen=True, tag="tool"):
+class ToolMessage(PostedMessage, frozen=True, tag="tool"):
     """The result of a call; its tool's name is that of the call where none is given."""
 
     tool_call_id: ClientId
@@ -139,13 +139,13 @@ class ToolMessage(NewMessage, frozen=True, tag="tool"):
     tool_name: ToolName | None = None
 
 
-AnyNewMessage: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
+AnyPostedMessage: TypeAlias = SystemMessage | UserMessage | AssistantMessage | ToolMessage
 
 
 class NewMessages(Body, frozen=True):
     """Messages to append, all or none."""
 
-    messages: Annotated[list[AnyNewMessage], Meta(min_length=1, max_length=MESSAGES_AT_ONCE_MAX)]
+    messages: Annotated[list[AnyPostedMessage], Meta(min_length=1, max_length=MESSAGES_AT_ONCE_MAX)]
 
 
 class Continue(Body, frozen=True):

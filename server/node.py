@@ -20,7 +20,7 @@ from models.messages import append_messages
 from models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
 from server.admission import appended_of, history_of, question_of, raise_refusal
 from server.agents.agent import Agent, Turn
-from server.bodies import AnyNewMessage
+from server.bodies import AnyPostedMessage
 from server.encoding import encode
 from server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
 from server.follow import Follows
@@ -188,7 +188,7 @@ class Node:
     # Without a turn.
 
     async def append(
-        self, user_id: str, conversation_id: UUID, given: Sequence[AnyNewMessage]
+        self, user_id: str, conversation_id: UUID, given: Sequence[AnyPostedMessage]
     ) -> tuple[list[Message], int]:
         """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. Raises
         ClientError."""

@@ -6,7 +6,7 @@ from typing import Final
 
 from server.bodies import (
     Answer,
-    AnyNewMessage,
+    AnyPostedMessage,
     Appended,
     Cancel,
     CancelledTurn,
@@ -110,7 +110,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         name="appendMessages",
         summary="Append one message or several, all or none, in the right order of roles. No agent is asked.",
         handler=Rest.append,
-        bodies=(NewMessages, AnyNewMessage),
+        bodies=(NewMessages, AnyPostedMessage),
         body_bytes_max=APPENDED_BYTES_MAX,
         replies={201: Message | Appended},
         errors=(NotFound, ConversationBusy, RoleOrder),

@@ -13,7 +13,7 @@ from msgspec.structs import FieldInfo, fields
 
 from models import messages
 from server import bodies, connection, errors, http, listener, operations, rest
-from server.bodies import AnyNewMessage
+from server.bodies import AnyPostedMessage
 from server.encoding import encode
 from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
 from server.examples import FRAMES
@@ -135,7 +135,7 @@ def test_every_operation_over_http_is_there_with_its_fields() -> None:
     table = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in tables(sections(2)["Over HTTP"])[0]}
     assert set(table) == {f"{operation.method} {operation.path}" for operation in OPERATIONS}
     for operation in OPERATIONS:
-        kinds = [operation.query, *(kind for kind in operation.bodies if kind is not AnyNewMessage)]
+        kinds = [operation.query, *(kind for kind in operation.bodies if kind is not AnyPostedMessage)]
         expected = {field.encode_name for kind in kinds for field in fields(kind)}
         assert table[f"{operation.method} {operation.path}"] == expected, operation.name
 

@@ -16,7 +16,7 @@ from msgspec import UNSET
 
 from server.bodies import (
     MESSAGES_AT_ONCE_MAX,
-    AnyNewMessage,
+    AnyPostedMessage,
     AssistantMessage,
     Body,
     Cancel,
@@ -41,7 +41,7 @@ from server.errors import InvalidFrame
 from server.operations import OPERATIONS
 
 ID = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11"
-APPENDED: Final[Sequence[Any]] = (NewMessages, AnyNewMessage)
+APPENDED: Final[Sequence[Any]] = (NewMessages, AnyPostedMessage)
 KINDS: Final = [operation.bodies for operation in OPERATIONS if operation.bodies]
 
 
