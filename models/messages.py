@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Generic, TypeVar
@@ -84,15 +84,11 @@ async def append_messages(
 def _tail(rows: Sequence[asyncpg.Record]) -> Tail:
     """The end of a conversation whose last messages these are, from the last one that is no tool's."""
     stored = rows[0]["tool_calls"]
-    pending = {} if stored is None else calls_in(msgspec.json.decode(stored))
+    calls = [] if stored is None else msgspec.json.decode(stored)
+    pending: dict[str, str] = {call["id"]: call["function"]["name"] for call in calls}
     for row in rows[1:]:
         pending.pop(row["tool_call_id"], None)
     return Tail(rows[-1]["role"], pending)
-
-
-def calls_in(tool_calls: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, str]:
-    """The calls (id → tool's name) in the `tool_calls` of a message."""
-    return {str(call["id"]): call["function"]["name"] for call in tool_calls}
 
 
 @dataclass(frozen=True, slots=True)

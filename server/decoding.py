@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
-from msgspec.structs import fields
+from msgspec.structs import FieldInfo, fields
 
 from server.bodies import Body, Content, TextPart
 from server.errors import InvalidFrame, Problem
@@ -52,12 +52,18 @@ def decode_query(parameters: Sequence[tuple[str, str]], kind: type[Body]) -> Any
 
 @cache
 def _numbers(kind: type[Body]) -> frozenset[str]:
-    return frozenset(field.encode_name for field in fields(kind) if int in _plain(field.type))
+    return frozenset(name for name, field in _fields(kind).items() if int in _plain(field.type))
 
 
-def _names(kind: Any) -> set[str]:
-    kinds = _structs_in(kind)
-    return {field.encode_name for each in kinds for field in fields(each)}
+@cache
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(name for each in _structs_in(kind) for name in _fields(each))
+
+
+@cache
+def _fields(kind: type[Struct]) -> Mapping[str, FieldInfo]:
+    """By their names. Kept, as all that looks at types: it takes longer than decoding."""
+    return {field.encode_name: field for field in fields(kind)}
 
 
 def _converted(value: Mapping[str, Any], kind: Any, prefix: str, *, is_text: bool) -> Any:
@@ -99,7 +105,7 @@ def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Pro
 
 
 def _problems_of_fields(value: Mapping[str, Any], kind: type[Struct], path: str, *, strict: bool) -> Iterator[Problem]:
-    known = {field.encode_name: field for field in fields(kind)}
+    known = _fields(kind)
     for name in value:
         if name not in known and name != kind.__struct_config__.tag_field:
             yield Problem(f"{path}{name}", "is not known here")
@@ -168,8 +174,8 @@ def _is_blank(content: str | list[TextPart]) -> bool:
 
 @cache
 def _contents(kind: type[Struct]) -> frozenset[str]:
-    """The fields of a kind that are contents. Kept: looking at types takes longer than decoding."""
-    return frozenset(field.name for field in fields(kind) if Content in _alternatives(field.type))
+    """The fields of a kind that are contents."""
+    return frozenset(name for name, field in _fields(kind).items() if Content in _alternatives(field.type))
 
 
 def _alternatives(kind: Any) -> Sequence[Any]:

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from models.database import Unavailable
 from server.auth import Authenticator, Identity, bearer_of
 from server.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
+from server.cut_short import CutShort, until
 from server.decoding import decode_body, decode_query
 from server.errors import (
     BodyTimeout,
@@ -82,16 +83,10 @@ class Call(Generic[AnyQuery, AnyBody]):
 
     async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, which is cancelled when the client goes. Raises ClientGone."""
-        working, gone = asyncio.create_task(work), asyncio.create_task(self.disconnected())
         try:
-            await asyncio.wait((working, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise ClientGone
-            return working.result()
-        finally:
-            for task in (working, gone):
-                task.cancel()
-            await asyncio.wait((working, gone))
+            return await until(work, self.disconnected())
+        except CutShort:
+            raise ClientGone from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +139,16 @@ def routes_of(
     operations: Sequence[Operation], served_by: object, authenticator: Authenticator, *, body_bytes_max: int
 ) -> list[BaseRoute]:
     """A route for each path."""
+    bodies = _Bodies()
     by_path: dict[str, dict[str, Operation]] = {}
     for operation in operations:
         by_path.setdefault(operation.path, {})[operation.method] = operation
     return [
         # A user's id may be an address, with slashes in it.
-        Route(path.replace("{user_id}", "{user_id:path}"), _Resource(methods, served_by, authenticator, body_bytes_max))
+        Route(
+            path.replace("{user_id}", "{user_id:path}"),
+            _Resource(methods, served_by, authenticator, bodies, body_bytes_max),
+        )
         for path, methods in by_path.items()
     ]
 
@@ -157,15 +156,15 @@ def routes_of(
 class _Resource:
     """The ASGI application behind one path."""
 
-    decoding = asyncio.Semaphore(DECODED_AT_ONCE)  # in the process
-
     def __init__(
         self,
         operations: Mapping[str, Operation],
         served_by: object,
         authenticator: Authenticator,
+        bodies: _Bodies,
         body_bytes_max: int,
     ) -> None:
+        self._bodies = bodies
         self._operations = operations
         self._served_by = served_by
         self._authenticator = authenticator
@@ -200,12 +199,8 @@ class _Resource:
         body = None
         if operation.bodies:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
-            data = await _body(headers, receive, bytes_max)
-            if len(data) <= AT_ONCE_BYTES_MAX:
-                body = decode_body(data, operation.bodies)
-            else:
-                async with self.decoding:
-                    body = await asyncio.to_thread(decode_body, data, operation.bodies)
+            data = await self._bodies.read(headers, receive, bytes_max)
+            body = await self._bodies.decode(data, operation.bodies)
         call = Call(identity, ids, query, body, headers, receive)
         return await operation.handler(self._served_by, call)
 
@@ -234,35 +229,44 @@ def _query(scope: Scope, kind: type[Body]) -> Any:
 
 
 class _Bodies:
-    """All bodies that are being read."""
+    """All bodies that are being read and decoded: bounded in time, size and sum."""
 
-    read_bytes = 0
+    def __init__(self) -> None:
+        self._read_bytes = 0
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
+    async def read(self, headers: Headers, receive: Receive, bytes_max: int) -> bytes:
+        """The whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:20]) > bytes_max:
+            raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._read_bytes += len(piece)
+                    if len(body) > bytes_max:
+                        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+                    if self._read_bytes > READ_BYTES_MAX:
+                        raise RateLimited("This node is being sent as much as it may.")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+        finally:
+            self._read_bytes -= len(body)
 
-async def _body(headers: Headers, receive: Receive, bytes_max: int) -> bytes:
-    length = headers.get("content-length", "0")
-    if length.isdigit() and int(length[:20]) > bytes_max:
-        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS_MAX):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                piece = message.get("body", b"")
-                body += piece
-                _Bodies.read_bytes += len(piece)
-                if len(body) > bytes_max:
-                    raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
-                if _Bodies.read_bytes > READ_BYTES_MAX:
-                    raise RateLimited("This node is being sent as much as it may.")
-                if not message.get("more_body", False):
-                    return bytes(body)
-    except TimeoutError:
-        raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
-    finally:
-        _Bodies.read_bytes -= len(body)
+    async def decode(self, data: bytes, kinds: Sequence[Any]) -> Any:
+        """What it is. Raises InvalidFrame."""
+        if len(data) <= AT_ONCE_BYTES_MAX:
+            return decode_body(data, kinds)
+        async with self._decoding:
+            return await asyncio.to_thread(decode_body, data, kinds)
 
 
 def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:

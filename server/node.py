@@ -269,17 +269,13 @@ class Node:
         retention_seconds = self._settings.journal_retention_minutes * 60
         while True:
             try:
-                expired = EXPIRIES_AT_ONCE
-                while expired == EXPIRIES_AT_ONCE:
-                    expired = await delete_expired_events(
-                        self._database, retention_seconds=retention_seconds, limit=EXPIRIES_AT_ONCE
-                    )
                 await forget_deletions(self._database, after_seconds=DELETIONS_KNOWN_SECONDS)
-                expired = EXPIRED_MESSAGES_AT_ONCE
-                while expired == EXPIRED_MESSAGES_AT_ONCE:
-                    expired = await delete_expired_messages(
-                        self._database, retention_seconds=retention_seconds, limit=EXPIRED_MESSAGES_AT_ONCE
-                    )
+                for delete, limit in (
+                    (delete_expired_events, EXPIRIES_AT_ONCE),
+                    (delete_expired_messages, EXPIRED_MESSAGES_AT_ONCE),
+                ):
+                    while await delete(self._database, retention_seconds=retention_seconds, limit=limit) == limit:
+                        pass
             except Unavailable as error:
                 logger.warning("expired events wait for Postgres: %s", error)
             except Exception:

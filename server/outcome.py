@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import aclosing
@@ -17,6 +16,7 @@ from models.database import Database, Unavailable
 from models.rules import FAILED, TERMINAL_EVENTS
 from models.turns import read_turn
 from server.bodies import Answer, StoredTurn
+from server.cut_short import CutShort, until
 from server.encoding import message_of
 from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
 from server.node import Node
@@ -37,19 +37,14 @@ async def answer_of(node: Node, database: Database, user_id: str, admission: Adm
     assert admission.turn_id is not None
     turn_id, conversation_id = admission.turn_id, admission.conversation_id
     if admission.first_seq is not None:
-        ending = asyncio.create_task(_end_of_turn(node, user_id, conversation_id, turn_id, admission.first_seq - 1))
-        drained = asyncio.create_task(node.drained.wait())
+        ending = _end_of_turn(node, user_id, conversation_id, turn_id, admission.first_seq - 1)
         try:
-            await asyncio.wait((ending, drained), return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():  # it may be that this very end has let the drain be over
-                await asyncio.wait((ending,), timeout=LAST_WORDS_SECONDS)
-            if not ending.done():
-                raise Draining("This node is shutting down, the turn goes on: send again with the same message_id.")
-            ending.result()
-        finally:
-            for task in (ending, drained):
-                task.cancel()
-            await asyncio.wait((ending, drained))
+            # It may be that this very end has let the drain be over.
+            await until(ending, node.drained.wait(), grace_seconds=LAST_WORDS_SECONDS)
+        except CutShort:
+            raise Draining(
+                "This node is shutting down, the turn goes on: send again with the same message_id."
+            ) from None
     turn = await stored_turn(database, user_id, conversation_id, turn_id)
     if turn.status == FAILED:
         raise AgentFailed(turn.error.message if turn.error else None)

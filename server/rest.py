@@ -207,7 +207,12 @@ class Rest:
         await self._own(call)
         self._hold()
         stream = EventStream(
-            self._node, call.identity, call.conversation_id, after, heartbeat_seconds=self._settings.heartbeat_seconds
+            self._node,
+            call.identity,
+            call.conversation_id,
+            after,
+            disconnected=call.disconnected,
+            heartbeat_seconds=self._settings.heartbeat_seconds,
         )
 
         async def held(scope: Scope, receive: Receive, send: Send) -> None:
@@ -329,11 +334,11 @@ def _mark(conversation: Conversation) -> str:
 
 def _place(mark: str) -> tuple[datetime, UUID]:
     time, _, id = mark.partition(".")
-    if not (time.isascii() and time.isdigit() and len(time) <= MARK_DIGITS_MAX):
-        raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")])
     try:
+        if not (time.isascii() and time.isdigit() and len(time) <= MARK_DIGITS_MAX):
+            raise ValueError(time)
         return _EPOCH + timedelta(microseconds=int(time)), msgspec.convert(id, UUID)
-    except msgspec.ValidationError:
+    except ValueError:  # msgspec's too
         raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")]) from None
 
 

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Final
+from typing import Any, Final
 from uuid import UUID
 
 from starlette.types import Receive, Scope, Send
@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from models.conversations import Snapshot
 from models.database import Unavailable
 from server.auth import Identity
+from server.cut_short import CutShort, until
 from server.encoding import encode, error_frame, numbered_frames, snapshot_frame
 from server.errors import ClientError, DatabaseUnavailable, InternalError
 from server.follow import Step
@@ -38,12 +39,20 @@ class EventStream:
     node drains or the token runs out; a client then comes back with the last `id`."""
 
     def __init__(
-        self, node: Node, identity: Identity, conversation_id: UUID, after: int | None, *, heartbeat_seconds: float
+        self,
+        node: Node,
+        identity: Identity,
+        conversation_id: UUID,
+        after: int | None,
+        *,
+        disconnected: Callable[[], Coroutine[Any, Any, None]],
+        heartbeat_seconds: float,
     ) -> None:
         self._node = node
         self._identity = identity
         self._conversation_id = conversation_id
         self._after = after
+        self._disconnected = disconnected
         self._heartbeat_seconds = heartbeat_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -52,18 +61,12 @@ class EventStream:
         if scope["method"] != "HEAD":
             retry = random.randint(*RETRY_MILLISECONDS)  # noqa: S311
             await _write(send, f"retry: {retry}\n\n".encode())
-            showing = asyncio.create_task(self._show(send))
-            ends = [
-                asyncio.create_task(self._node.draining.wait()),
-                asyncio.create_task(_disconnected(receive)),
-                asyncio.create_task(asyncio.sleep(max(0.0, self._identity.expires_at - time.time()))),
-            ]
+            expiry_seconds = max(0.0, self._identity.expires_at - time.time())
+            ends = (self._node.draining.wait(), self._disconnected(), asyncio.sleep(expiry_seconds))
             try:
-                await asyncio.wait((showing, *ends), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (showing, *ends):
-                    task.cancel()
-                await asyncio.wait((showing, *ends))
+                await until(self._show(send), *ends)
+            except CutShort:
+                pass
         await send({"type": "http.response.body", "body": b""})
 
     async def _show(self, send: Send) -> None:
@@ -120,8 +123,3 @@ def _data(frame: str, seq: int | None = None) -> bytes:
 
 async def _write(send: Send, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -1,0 +1,33 @@
+"""Work that something else may cut short: a client that goes, a node that drains, a token that runs out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class CutShort(Exception):
+    """The work was cancelled before it was done."""
+
+
+async def until(
+    work: Coroutine[Any, Any, Result], *ends: Coroutine[Any, Any, object], grace_seconds: float = 0.0
+) -> Result:
+    """The result of `work`; it is cancelled, and waited for, when one of `ends` is over and the grace has passed.
+    Raises CutShort then."""
+    working = asyncio.create_task(work)
+    ending = [asyncio.create_task(end) for end in ends]
+    try:
+        await asyncio.wait((working, *ending), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and grace_seconds:
+            await asyncio.wait((working,), timeout=grace_seconds)
+        if not working.done():
+            raise CutShort
+        return working.result()
+    finally:
+        for task in (working, *ending):
+            task.cancel()
+        await asyncio.wait((working, *ending))
