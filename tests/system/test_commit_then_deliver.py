@@ -61,10 +61,15 @@ class StoppablePostgres:
         return with_database(self.server.url, name)
 
     def stall(self) -> None:
-        """SIGSTOP all of its processes; the postmaster first, so that there will be no more of them."""
-        for process in self._processes():
-            process.send_signal(signal.SIGSTOP)
-        for process in self._processes():
+        """SIGSTOP all of its processes; the postmaster first, and until it stands, so that there will be no more."""
+        self._stop(self._processes()[:1])
+        self._stop(self._processes()[1:])
+
+    def _stop(self, processes: Sequence[psutil.Process]) -> None:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGSTOP)
+        for process in processes:
             while process.is_running() and process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                 os.sched_yield()
 
