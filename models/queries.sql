@@ -332,3 +332,8 @@ RETURNING e.seq;
 -- name: forget_deletions
 -- By then every node has heard of them, or looks again by itself.
 DELETE FROM deletions WHERE deleted_at < clock_timestamp() - make_interval(secs => $1);
+
+-- name: find_turn
+-- A turn of one of the user's conversations, by its id alone. `first_seq` is null when its events have been deleted.
+SELECT t.conversation_id, t.id AS turn_id, t.status, t.first_seq
+FROM turns t JOIN conversations c ON c.id = t.conversation_id WHERE t.id = $2 AND c.user_id = $1;

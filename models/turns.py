@@ -129,3 +129,19 @@ async def read_turn(
     """A row for each message that answered in the turn, in order, or one without a message. None: no such turn, or not
     this user's. Raises Unavailable."""
     return await database.fetch("read_turn", user_id, conversation_id, turn_id) or None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundTurn:
+    """Where a turn is; `first_seq` is that of its first event, None when its events have been deleted."""
+
+    conversation_id: UUID
+    turn_id: UUID
+    status: str
+    first_seq: int | None
+
+
+async def find_turn(database: Database, user_id: str, turn_id: UUID) -> FoundTurn | None:
+    """A turn by its id alone. None: no such turn, or not this user's. Raises Unavailable."""
+    rows = await database.fetch("find_turn", user_id, turn_id)
+    return FoundTurn(**rows[0]) if rows else None
