@@ -19,15 +19,15 @@ from typing import Final
 import click
 import uvloop
 
+from bench.faces import DEFAULT as DEFAULT_FACES
+from bench.faces import FACES
+from bench.faces import QUICK as QUICK_FACES
 from bench.faults import CONVERSATIONS, FAULTS
 from bench.faults import DEFAULT as DEFAULT_FAULTS
 from bench.faults import QUICK as QUICK_FAULTS
 from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
-from bench.rest import DEFAULT as DEFAULT_REST
-from bench.rest import QUICK as QUICK_REST
-from bench.rest import REST
 from bench.servers import SIDES, Bench, Side
 from server.embedded_postgres import embedded_postgres
 from server.errors import ConfigurationError
@@ -68,11 +68,12 @@ class Progress:
     help=f"Measure the product alone instead, several nodes under faults: {', '.join(FAULTS)}, or all. Repeatable.",
 )
 @click.option(
-    "--rest",
+    "--face",
+    "faces",
     multiple=True,
     metavar="NAME",
-    type=click.Choice([*REST, "all"]),
-    help=f"Measure what REST costs, the product alone: {', '.join(REST)}, or all. Repeatable.",
+    type=click.Choice([*FACES, "all"]),
+    help=f"Measure what other faces cost, the product alone: {', '.join(FACES)}, or all. Repeatable.",
 )
 @click.option(
     "--rounds",
@@ -80,10 +81,10 @@ class Progress:
     help=f"Rounds of each measure.  [default: {DEFAULT.rounds}, faults {DEFAULT_FAULTS.rounds}; with --quick 1]",
 )
 @click.option("--quick", is_flag=True, help="Less of everything: does it work, and roughly how well?")
-def bench(names: Sequence[str], faults: Sequence[str], rest: Sequence[str], rounds: int | None, quick: bool) -> None:
+def bench(names: Sequence[str], faults: Sequence[str], faces: Sequence[str], rounds: int | None, quick: bool) -> None:
     """Measure this product and the floor in turn: turn_cpu, first_token, idle, flush; all of them by default."""
-    if sum(map(bool, (names, faults, rest))) > 1:
-        raise click.UsageError("either NAME or --fault or --rest")
+    if sum(map(bool, (names, faults, faces))) > 1:
+        raise click.UsageError("either NAME or --fault or --face")
     _raise_file_limit()
     directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
     try:
@@ -97,10 +98,10 @@ def bench(names: Sequence[str], faults: Sequence[str], rest: Sequence[str], roun
                 fault_scale = QUICK_FAULTS if quick else DEFAULT_FAULTS
                 struck = {name: partial(FAULTS[name], bench, fault_scale) for name in _chosen(FAULTS, faults)}
                 failures = runner.run(_alone(bench, struck, rounds or fault_scale.rounds))
-            elif rest:
-                rest_scale = QUICK_REST if quick else DEFAULT_REST
-                asked = {name: partial(REST[name], bench, rest_scale) for name in _chosen(REST, rest)}
-                failures = runner.run(_alone(bench, asked, rounds or rest_scale.rounds))
+            elif faces:
+                face_scale = QUICK_FACES if quick else DEFAULT_FACES
+                asked = {name: partial(FACES[name], bench, face_scale) for name in _chosen(FACES, faces)}
+                failures = runner.run(_alone(bench, asked, rounds or face_scale.rounds))
             else:
                 scale = QUICK if quick else DEFAULT
                 scale = dataclasses.replace(scale, rounds=rounds or scale.rounds)

@@ -29,6 +29,11 @@ _DELTA: Final = b'{"type":"turn.delta"'
 _COMPLETED: Final = b'{"type":"turn.completed"'
 _FAILURES: Final = (b'{"type":"error"', b'{"type":"turn.failed"', b'{"type":"turn.cancelled"', b'{"type":"goaway"')
 _BEFORE_TEXT: Final = b'"text":'
+_BEFORE_CHUNK: Final = b',"chunk":'
+_TEXT_DELTA: Final = b'{"type":"text-delta"'
+_BEFORE_DELTA: Final = b'"delta":"'
+_FINISH: Final = b'{"type":"finish"'
+_END: Final = b'{"type":"end"'
 
 
 class LoadError(Exception):
@@ -80,15 +85,17 @@ def client_frame(first_byte: int, payload: bytes) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """One WebSocket; `opened` is done at the server's first frame, which it sends when the token is accepted."""
+    """One WebSocket; `opened` is done at the server's first frame, which it sends when the token is accepted; one that
+    `is_silent` sends none."""
 
-    __slots__ = ("_handshake", "_on_end", "_on_text", "_parser", "_request", "_transport", "opened")
+    __slots__ = ("_handshake", "_is_silent", "_on_end", "_on_text", "_parser", "_request", "_transport", "opened")
 
-    def __init__(self, request: bytes, on_text: OnText, on_end: OnEnd) -> None:
+    def __init__(self, request: bytes, on_text: OnText, on_end: OnEnd, *, is_silent: bool) -> None:
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._request = request
         self._on_text = on_text
         self._on_end = on_end
+        self._is_silent = is_silent
         self._handshake: bytes | None = b""  # what has come of it; None when it is over
         self._parser = FrameParser()
         self._transport: asyncio.Transport | None = None
@@ -109,6 +116,8 @@ class Connection(asyncio.Protocol):
             if not head.startswith(b"HTTP/1.1 101 "):
                 self._fail(f"the server refuses: {head[:60]!r}")
                 return
+            if self._is_silent:
+                self.opened.set_result(None)
         for first_byte, payload in self._parser.feed(data):
             if first_byte == TEXT:
                 if self.opened.done():
@@ -147,17 +156,26 @@ class Connection(asyncio.Protocol):
 
 
 async def connect(
-    port: int, token: str, on_text: OnText = lambda text: None, on_end: OnEnd = lambda error: None
+    port: int,
+    token: str,
+    on_text: OnText = lambda text: None,
+    on_end: OnEnd = lambda error: None,
+    *,
+    path: str = "/ws",
+    subprotocol: str = "anynode.v1",
+    is_silent: bool = False,
 ) -> Connection:
     """An authenticated connection. Raises LoadError or OSError."""
     key = base64.b64encode(os.urandom(16)).decode()
     request = (
-        f"GET /ws HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: anynode.v1\r\n"
+        f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: {subprotocol}\r\n"
         f"Authorization: Bearer {token}\r\n\r\n"
     ).encode()
     loop = asyncio.get_running_loop()
-    _, connection = await loop.create_connection(lambda: Connection(request, on_text, on_end), "127.0.0.1", port)
+    _, connection = await loop.create_connection(
+        lambda: Connection(request, on_text, on_end, is_silent=is_silent), "127.0.0.1", port
+    )
     async with asyncio.timeout(30):
         await connection.opened
     return connection
@@ -198,12 +216,14 @@ class Chat:
         self._done = asyncio.get_running_loop().create_future()
         self._done.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody need look at it
         self._is_first = True
-        frame = (
+        self._connection.send(self._question().encode())
+        return self._done
+
+    def _question(self) -> str:
+        return (
             f'{{"type":"message.send","conversation_id":"{self.conversation_id}",'
             f'"message_id":"{uuid.uuid4()}","content":"What is new?"}}'
         )
-        self._connection.send(frame.encode())
-        return self._done
 
     async def ask_turns(self, turns: int, tokens_each: int, *, after_seconds: float = 0.0) -> None:
         """Ask so often. Raises LoadError unless every answer is complete."""
@@ -249,6 +269,38 @@ class Chat:
             self._done.set_exception(error)
 
 
+class UiChat(Chat):
+    """The same over the AI SDK's wire, as its `WebSocketChatTransport` speaks it."""
+
+    async def open(self, port: int, token: str) -> None:
+        """Connect."""
+        self._has_finished = False
+        self._connection = await connect(
+            port, token, self._hear, self._fail, path="/api/chat", subprotocol="anynode.ai-sdk", is_silent=True
+        )
+
+    def _question(self) -> str:
+        self._has_finished = False
+        return (
+            f'{{"type":"send","requestId":"{uuid.uuid4().hex[:16]}","id":"{self.conversation_id}",'
+            f'"trigger":"submit-message","messages":[{{"id":"{uuid.uuid4().hex[:16]}","role":"user",'
+            '"parts":[{"type":"text","text":"What is new?"}]}],"headers":{},"body":{}}'
+        )
+
+    def _hear(self, frame: bytes) -> None:
+        chunk = frame.partition(_BEFORE_CHUNK)[2]
+        if chunk.startswith(_TEXT_DELTA):
+            self.frames += 1
+            self.tokens += chunk.partition(_BEFORE_DELTA)[2].count(b" ")
+        elif chunk.startswith(_FINISH):
+            self._has_finished = True
+        elif not chunk and self._done is not None and not self._done.done():
+            if frame.startswith(_END) and self._has_finished:
+                self._done.set_result(None)
+            else:
+                self._fail(LoadError(frame.decode()))
+
+
 def text_in(frame: bytes) -> bytes:
     """The text of a delta's frame, in which any number of tokens, each with a space behind it, may be merged."""
     # What the product reads back from jsonb has a space behind the colon.
@@ -256,9 +308,9 @@ def text_in(frame: bytes) -> bytes:
     return frame[start : frame.index(b'"', start)]
 
 
-async def open_chats(port: int, token: str, conversation_ids: Sequence[UUID]) -> list[Chat]:
+async def open_chats(port: int, token: str, conversation_ids: Sequence[UUID], kind: type[Chat] = Chat) -> list[Chat]:
     """A connected client for each conversation."""
-    chats = [Chat(conversation_id) for conversation_id in conversation_ids]
+    chats = [kind(conversation_id) for conversation_id in conversation_ids]
     for start in range(0, len(chats), CONNECTING_AT_ONCE):
         await asyncio.gather(*(chat.open(port, token) for chat in chats[start : start + CONNECTING_AT_ONCE]))
     return chats

@@ -13,6 +13,7 @@ import asyncpg
 from msgspec import Struct
 
 from models.database import Database
+from models.ids import as_uuid
 from models.rules import COMPLETED
 
 DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
@@ -34,7 +35,8 @@ class StoredMessage(Struct, frozen=True, gc=False):
 class Question:
     """A user's message on its way in, with the ids and events that it will have; those make it repeatable.
 
-    `conversation_id` is None for a new conversation, which then gets `new_conversation_id` and `title`.
+    `conversation_id` is None for a new conversation, which then gets `new_conversation_id` and `title`; with a
+    `chat_id`, which is the client's own id of it, only where there is none yet.
     `message_created` and `turn_started` are the payloads of its two events, JSON.
     """
 
@@ -49,6 +51,7 @@ class Question:
     turn_id: UUID
     message_created: str
     turn_started: str
+    chat_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +84,15 @@ async def admit(
     on_sent: Callable[[], object],
 ) -> Admission:
     """One transaction in one round trip; the lease runs from after `on_sent` is called. Raises Unavailable."""
+    named: list[object]
+    if question.chat_id is None:
+        statement, named = "admit", [question.conversation_id]
+    else:
+        statement, named = "admit_to_chat", [question.chat_id, as_uuid(question.chat_id)]
     rows = await database.fetch(
-        "admit",
+        statement,
         question.user_id,
-        question.conversation_id,
+        *named,
         question.new_conversation_id,
         question.title,
         question.message_id,

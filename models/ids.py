@@ -20,3 +20,11 @@ def uuid7() -> UUID:
 def made_at(id: UUID) -> float:
     """When an id of `uuid7` was made, in Unix seconds, by the clock of who made it."""
     return (id.int >> 80) / 1000
+
+
+def as_uuid(text: str) -> UUID | None:
+    """The UUID that is written so, None where it is none."""
+    try:
+        return UUID(text) if len(text) == 36 else None
+    except ValueError:
+        return None

@@ -170,19 +170,19 @@ WITH known AS (
 INSERT INTO conversations (id, user_id, title, system_prompt, metadata, created_at, updated_at)
 VALUES ($2, $1, $3, $4, $5, $6, $6)
 ON CONFLICT (id) DO UPDATE SET id = excluded.id
-RETURNING id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
 
 -- name: read_conversation
-SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
 WHERE id = $2 AND user_id = $1;
 
 -- name: list_conversations
-SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
 WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 
 -- name: list_conversations_before
 -- The same, after a place in the list: as fast far down as at the top.
-SELECT id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
 WHERE user_id = $1 AND (updated_at, id) < ($4, $5) ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 
 -- name: update_conversation
@@ -192,7 +192,7 @@ SET title = CASE WHEN $3 THEN $4 ELSE title END,
     system_prompt = CASE WHEN $5 THEN $6 ELSE system_prompt END,
     metadata = CASE WHEN $7 THEN $8 ELSE metadata END
 WHERE id = $2 AND user_id = $1
-RETURNING id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
 
 -- name: delete_conversation
 -- With its messages, turns and events; or nothing, while a turn runs and $3 is false. See models/migrations.
@@ -224,7 +224,8 @@ FROM conversations c LEFT JOIN LATERAL (
     SELECT * FROM (
         SELECT *, sum(octet_length(content)) OVER newest_first AS bytes, row_number() OVER newest_first AS number
         FROM (
-            SELECT id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id, created_at
+            SELECT id, client_id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id,
+                   created_at
             FROM messages
             WHERE conversation_id = c.id AND ($5 OR status <> 'superseded' OR id = $3) AND position <= coalesce(
                 CASE WHEN $3::uuid IS NULL THEN 2147483647 ELSE
@@ -337,3 +338,36 @@ DELETE FROM deletions WHERE deleted_at < clock_timestamp() - make_interval(secs 
 -- A turn of one of the user's conversations, by its id alone. `first_seq` is null when its events have been deleted.
 SELECT t.conversation_id, t.id AS turn_id, t.status, t.first_seq
 FROM turns t JOIN conversations c ON c.id = t.conversation_id WHERE t.id = $2 AND c.user_id = $1;
+
+-- name: admit_to_chat
+-- The same as `admit`, in a conversation that goes by a client's own id, and is made where it is not there yet.
+SELECT * FROM anynode_admit_to_chat($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15);
+
+-- name: find_chat
+-- The conversation that a client calls so, with its last turn, if one has answered last or runs.
+SELECT c.id AS conversation_id, t.id AS turn_id, t.status, t.first_seq
+FROM (SELECT anynode_chat($1, $2, $3) AS id) c
+LEFT JOIN turns t ON t.id = coalesce(
+    (SELECT id FROM turns WHERE conversation_id = c.id AND status = 'running'),
+    (SELECT turn_id FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT 1))
+WHERE c.id IS NOT NULL;
+
+-- name: sent_content
+SELECT content FROM messages WHERE user_id = $1 AND client_id = $2;
+
+-- name: add_ticket
+-- Nothing is returned where the user has as many as there may be.
+INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
+SELECT $1, $2, $3, clock_timestamp() + make_interval(secs => $4)
+WHERE (SELECT count(*) FROM tickets WHERE user_id = $2 AND expires_at > clock_timestamp()) < $5
+ON CONFLICT (hash) DO UPDATE SET hash = excluded.hash
+RETURNING extract(epoch FROM expires_at)::double precision AS expires_at;
+
+-- name: redeem_ticket
+DELETE FROM tickets WHERE hash = $1 RETURNING user_id, token_expires_at, expires_at > clock_timestamp() AS is_fresh;
+
+-- name: delete_expired_tickets
+DELETE FROM tickets WHERE expires_at < clock_timestamp();
+
+-- name: read_usage
+SELECT id, usage FROM turns WHERE id = ANY ($1::uuid[]) AND usage IS NOT NULL;

@@ -109,3 +109,16 @@ class Deletion(Model):
 
     class Meta:
         table = "deletions"
+
+
+class Ticket(Model):
+    """What a client connects with once, for the user of a token that expires at `token_expires_at` (Unix seconds);
+    `hash` is the ticket's SHA-256, in hexadecimal."""
+
+    hash = fields.CharField(64, primary_key=True)
+    user_id = fields.TextField()
+    token_expires_at = fields.FloatField()
+    expires_at = fields.DatetimeField()
+
+    class Meta:
+        table = "tickets"

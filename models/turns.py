@@ -145,3 +145,9 @@ async def find_turn(database: Database, user_id: str, turn_id: UUID) -> FoundTur
     """A turn by its id alone. None: no such turn, or not this user's. Raises Unavailable."""
     rows = await database.fetch("find_turn", user_id, turn_id)
     return FoundTurn(**rows[0]) if rows else None
+
+
+async def read_usage(database: Database, turn_ids: Collection[UUID]) -> dict[UUID, str]:
+    """What turns that have ended cost, by their ids, JSON. Raises Unavailable."""
+    rows = await database.fetch("read_usage", list(turn_ids)) if turn_ids else ()
+    return {row["id"]: row["usage"] for row in rows}

@@ -21,8 +21,9 @@ from server.protocol import NOT_BLANK, Message, MessageSend, TurnRegenerate
 TITLE_LENGTH: Final = 80
 
 
-def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> Question:
-    """The question in a frame, with the ids that it will have. Raises InvalidFrame or MessageTooLarge."""
+def question_of(user_id: str, frame: MessageSend, *, chat_id: str | None = None, message_bytes_max: int) -> Question:
+    """The question in a frame, with the ids that it will have; `chat_id` is a client's own id of the conversation.
+    Raises InvalidFrame or MessageTooLarge."""
     if NOT_BLANK.search(frame.content) is None:
         raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
     if len(frame.content.encode()) > message_bytes_max:
@@ -43,6 +44,7 @@ def question_of(user_id: str, frame: MessageSend, *, message_bytes_max: int) -> 
         turn_id=turn_id,
         message_created=encode({"message": message}),
         turn_started=encode({"message_id": frame.message_id}),
+        chat_id=chat_id,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -21,16 +22,20 @@ from starlette.routing import Route, WebSocketRoute
 from models.database import Database, Unavailable
 from models.migrate import check_schema
 from server.agents.load import open_agent
+from server.ai_sdk.connection import AiSdkConnection
+from server.ai_sdk.handlers import AiSdk
 from server.auth import Authenticator
 from server.configured import configured, explained
 from server.health import health_routes
-from server.http import refuse_route, routes_of
+from server.http import Holding, refuse_route, routes_of
+from server.native import NativeConnection
 from server.node import Node
-from server.operations import OPERATIONS
+from server.operations import AI_SDK, AI_SDK_PATH, REST
 from server.reference import reference_routes
 from server.rest import Rest
 from server.settings import Settings
-from server.websocket import WebSocketEndpoint
+from server.tickets import Tickets
+from server.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
 
@@ -63,20 +68,24 @@ class Anynode:
         self.authenticator = authenticator
         self.node = node
         self.running = running
-        self.websocket = WebSocketEndpoint(settings, node, authenticator)
+        self.sockets = Sockets(settings, node)
 
     def app(self) -> Starlette:
         """The ASGI application."""
+        settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
+        tickets, holding = Tickets(database), Holding(settings.connections_max)
+        native = partial(NativeConnection, settings, node, authenticator)
+        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, database=database, tickets=tickets)
+        faces = [
+            (REST, Rest(settings, node, database, holding)),
+            (AI_SDK, AiSdk(settings, node, database, holding, tickets)),
+        ]
         app = Starlette(
             routes=[
-                WebSocketRoute("/ws", self.websocket),
-                *health_routes(self.node, self.database),
-                *routes_of(
-                    OPERATIONS,
-                    Rest(self.settings, self.node, self.database),
-                    self.authenticator,
-                    body_bytes_max=self.settings.frame_bytes_max,
-                ),
+                WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, native)),
+                WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
+                *health_routes(node, database),
+                *routes_of(faces, authenticator, body_bytes_max=settings.frame_bytes_max),
                 *reference_routes(),
                 *_page_routes(),
             ],
@@ -90,7 +99,7 @@ class Anynode:
         """Take no more work, send clients elsewhere, and let the running turns end or hand them over."""
         self.node.draining.set()
         deadline = time.time() + self.settings.drain_seconds
-        leaving = asyncio.create_task(self.websocket.go_away(deadline, LEAVING_SECONDS))
+        leaving = asyncio.create_task(self.sockets.go_away(deadline, LEAVING_SECONDS))
         await self.node.drain(self.settings.drain_seconds)
         await leaving
 
@@ -145,7 +154,7 @@ def _cross_origin(settings: Settings) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=settings.allowed_origins,
             allow_methods=("GET", "POST", "PATCH", "DELETE"),
-            allow_headers=("Authorization", "Content-Type", "Last-Event-ID"),
+            allow_headers=("Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"),
             expose_headers=("Link", "Location", "Retry-After"),
         )
     ]

@@ -180,9 +180,11 @@ class Regenerate(Body, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """A conversation; `seq` is a cursor that all of its later events come after; `updated_at` is its last activity."""
+    """A conversation; `client_id` is the id that an outside client has given it (null: none), `seq` a cursor that all
+    of its later events come after; `updated_at` is its last activity."""
 
     id: UUID
+    client_id: str | None
     title: str | None
     system_prompt: str | None
     metadata: Annotated[Raw, Meta(extra_json_schema={"type": "object"})]

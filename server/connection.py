@@ -1,6 +1,6 @@
-"""One connection: its authentication, frames in, frames out.
+"""One connection: its authentication, frames in, frames out. What the frames are is for its kinds to say.
 
-A connection has one reader, which is the request's own task, and one task for each conversation that it follows.
+A connection has one reader, which is the request's own task, and one task for each thing that it follows.
 All of them send: a frame is written whole, and a socket that is not drained makes its senders wait, not queue.
 """
 
@@ -10,52 +10,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from contextlib import aclosing
-from typing import Any, Final, assert_never
-from uuid import UUID
+from typing import Any, ClassVar, Final
 
 from starlette.types import Receive, Scope, Send
 
-from models.conversations import Admission, Snapshot
-from models.database import Unavailable
 from server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
-from server.encoding import encode, error_frame, event_frames, snapshot_frame
-from server.errors import (
-    ClientError,
-    CloseCode,
-    DatabaseUnavailable,
-    RateLimited,
-    Unauthorized,
-)
+from server.errors import ClientError, CloseCode, RateLimited, Unauthorized
 from server.node import Node
-from server.protocol import (
-    SUBPROTOCOL,
-    AnyClientFrame,
-    Auth,
-    AuthExpiring,
-    ConversationFollow,
-    ConversationUnfollow,
-    Heartbeat,
-    MessageSend,
-    Ping,
-    Pong,
-    Ready,
-    TurnCancel,
-    TurnRegenerate,
-    decode_frame,
-    request_id_of,
-)
 from server.settings import Settings
 
 logger = logging.getLogger("anynode.websocket")
 
 AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
-FOLLOWS_MAX: Final = 1000  # conversations that one connection follows
+FOLLOWS_MAX: Final = 1000  # conversations, or turns, that one connection follows
 FRAMES_BURST: Final = 500  # frames that may come at once …
 FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused,
 REFUSALS_MAX: Final = 1000  # and who goes on all the same is disconnected
-_HEARTBEAT: Final = encode(Heartbeat())
 _TIMER_SECONDS_MAX: Final = 86_400.0  # a timer further off than this is set again later
 
 
@@ -77,8 +48,6 @@ class Connection:
         "_authenticator",
         "_background",
         "_expiry_timer",
-        "_follows",
-        "_heartbeat_timer",
         "_identity",
         "_is_closed",
         "_loop",
@@ -92,6 +61,8 @@ class Connection:
         "_sent_at",
         "_settings",
     )
+
+    subprotocol: ClassVar[str]
 
     def __init__(
         self,
@@ -113,10 +84,8 @@ class Connection:
         self._send_asgi = send
         self._loop = asyncio.get_running_loop()
         self._identity: Identity | None = None
-        self._follows: dict[UUID, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
-        self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._sending = 0
         self._sent_at = self._loop.time()
@@ -124,13 +93,36 @@ class Connection:
         self._allowed_at = self._sent_at
         self._refusals = 0
 
+    # What its kinds do.
+
+    def _token_in(self, text: str) -> str:
+        """The token in a frame of a client that has not authenticated yet. Raises ClientError."""
+        raise NotImplementedError
+
+    async def _welcome(self) -> None:
+        """The client has authenticated."""
+
+    async def _obey(self, text: str) -> None:
+        """Do what a frame asks for. Raises ClientError."""
+        raise NotImplementedError
+
+    async def _refuse(self, error: ClientError, text: str) -> None:
+        """Tell the client that a frame is refused."""
+        raise NotImplementedError
+
+    def _warn_of_expiry(self, expires_at: float) -> None:
+        """The token runs out soon."""
+
+    def warn_of_drain(self, deadline: float) -> None:
+        """The node goes down."""
+
     async def run(self) -> None:
         """From the handshake to the end."""
         try:
             await self._accept()
             self._identity = await self._authenticate()
+            self._watch_expiry()
             await self._welcome()
-            self._beat_later(self._settings.heartbeat_seconds)
             while True:
                 await self._handle(await self._receive_text())
         except Closed as closed:
@@ -150,41 +142,33 @@ class Connection:
     async def _accept(self) -> None:
         await self._receive()  # websocket.connect
         offered = self._scope.get("subprotocols") or []
-        chosen = SUBPROTOCOL if SUBPROTOCOL in offered else None
+        chosen = self.subprotocol if self.subprotocol in offered else None
         # A refusal is accept-then-close: a browser cannot read the reason of a failed handshake.
         await self._send_asgi({"type": "websocket.accept", "subprotocol": chosen})
         if self._refusal is not None:
             raise Closed(*self._refusal)
 
     async def _authenticate(self) -> Identity:
-        token = bearer_of(self._scope["headers"]) or token_of_subprotocols(self._scope.get("subprotocols") or [])
         try:
             async with asyncio.timeout(AUTHENTICATION_SECONDS):
-                if token is None:
-                    token = await self._first_token()
-                return await self._authenticator.authenticate(token)
+                return await self._identify()
         except TimeoutError:
             raise Closed(CloseCode.AUTHENTICATION_TIMEOUT, "no authentication in time") from None
         except Unauthorized as error:
             raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
+
+    async def _identify(self) -> Identity:
+        token = bearer_of(self._scope["headers"]) or token_of_subprotocols(self._scope.get("subprotocols") or [])
+        return await self._authenticator.authenticate(token or await self._first_token())
 
     async def _first_token(self) -> str:
         while True:
             text = await self._receive_text()
             try:
                 self._take_allowance()
-                frame = decode_frame(text)
-                if isinstance(frame, Auth):
-                    return frame.token
-                raise Unauthorized('the first frame must be {"type": "auth", "token": …}')
+                return self._token_in(text)
             except ClientError as error:
                 await self._refuse(error, text)
-
-    async def _welcome(self) -> None:
-        assert self._identity is not None
-        self._watch_expiry()
-        ready = Ready(self._identity.user_id, self._node.node_id, SUBPROTOCOL, self._settings.heartbeat_seconds)
-        await self._send(encode(ready))
 
     # What comes in.
 
@@ -200,43 +184,18 @@ class Connection:
     async def _handle(self, text: str) -> None:
         try:
             self._take_allowance()
-            frame = decode_frame(text)
-            await self._obey(frame)
+            await self._obey(text)
         except ClientError as error:
             await self._refuse(error, text)
 
-    async def _obey(self, frame: AnyClientFrame) -> None:
-        assert self._identity is not None
-        node, user_id = self._node, self._identity.user_id
-        match frame:
-            case MessageSend():
-                self._may_follow(frame.conversation_id)
-                await self._follow_admitted(await node.send(user_id, frame))
-            case ConversationFollow():
-                self._may_follow(frame.conversation_id)
-                await self._follow(frame.conversation_id, frame.after, request_id=frame.request_id)
-            case ConversationUnfollow():
-                await self._unfollow(frame.conversation_id)
-            case TurnCancel():
-                await node.cancel(user_id, frame.conversation_id, frame.turn_id)
-            case TurnRegenerate():
-                self._may_follow(frame.conversation_id)
-                await self._follow_admitted(await node.regenerate(user_id, frame))
-            case Ping():
-                pong = Pong() if frame.request_id is None else Pong(frame.request_id)
-                await self._send(encode(pong))
-            case Auth():
-                await self._renew(frame.token)
-            case _:
-                assert_never(frame)
-
     async def _renew(self, token: str) -> None:
+        """Go on with a newer token of the same user. Raises Unauthorized."""
         assert self._identity is not None
         identity = await self._authenticator.authenticate(token)
         if identity.user_id != self._identity.user_id:
             raise Closed(CloseCode.FORBIDDEN, "a connection cannot become another user's")
         self._identity = identity
-        await self._welcome()
+        self._watch_expiry()
 
     def _take_allowance(self) -> None:
         now = self._loop.time()
@@ -252,62 +211,6 @@ class Connection:
         if self._refusals > REFUSALS_MAX:
             raise Closed(CloseCode.LIMITS, "too many frames")
         raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
-
-    async def _refuse(self, error: ClientError, text: str) -> None:
-        await self._send(error_frame(error, request_id_of(text)))
-
-    # Following.
-
-    def _may_follow(self, conversation_id: UUID | None) -> None:
-        if len(self._follows) >= FOLLOWS_MAX and conversation_id not in self._follows:
-            raise RateLimited(f"A connection follows at most {FOLLOWS_MAX} conversations: unfollow one.")
-
-    async def _follow_admitted(self, admission: Admission) -> None:
-        if admission.outcome == "repeated" or admission.conversation_id not in self._follows:
-            after = None if admission.first_seq is None else admission.first_seq - 1
-            await self._follow(admission.conversation_id, after, is_own=True)
-
-    async def _follow(
-        self, conversation_id: UUID, after: int | None, *, is_own: bool = False, request_id: str | None = None
-    ) -> None:
-        await self._unfollow(conversation_id)
-        task = asyncio.create_task(self._show(conversation_id, after, is_own, request_id))
-        self._follows[conversation_id] = task
-
-    async def _unfollow(self, conversation_id: UUID) -> None:
-        task = self._follows.pop(conversation_id, None)
-        if task is not None:
-            task.cancel()
-            await asyncio.wait((task,))
-
-    async def _show(self, conversation_id: UUID, after: int | None, is_own: bool, request_id: str | None) -> None:
-        assert self._identity is not None
-        user_id, follows, shown_id = self._identity.user_id, self._node.follows, str(conversation_id)
-        try:
-            while True:
-                try:
-                    async with aclosing(follows.follow(user_id, conversation_id, after, is_own=is_own)) as steps:
-                        async for step in steps:
-                            if isinstance(step, Snapshot):
-                                await self._send(snapshot_frame(conversation_id, step))
-                                after = step.seq
-                            else:
-                                for frame in event_frames(shown_id, step):
-                                    await self._send(frame)
-                                after = step[-1].seq
-                except Unavailable:
-                    # Say so, and go on trying from where the client is.
-                    error = DatabaseUnavailable(conversation_id=conversation_id)
-                    await self._send(error_frame(error, request_id))
-        except ClientError as error:
-            await self._send(error_frame(error, request_id))
-        except (OSError, Closed):
-            pass  # the reader learns of it by itself
-        except Exception:
-            logger.exception("following conversation %s failed", conversation_id)
-            self.close_soon(CloseCode.INTERNAL, "internal error")
-        if self._follows.get(conversation_id) is asyncio.current_task():
-            del self._follows[conversation_id]
 
     # What goes out.
 
@@ -346,33 +249,22 @@ class Connection:
         except OSError:
             pass
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     async def _end_tasks(self) -> None:
-        for timer in (self._heartbeat_timer, self._expiry_timer):
-            if timer is not None:
-                timer.cancel()
-        tasks = [*self._follows.values(), *self._background]
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        tasks = list(self._background)
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
-    # Timers.
-
-    def _beat_later(self, seconds: float) -> None:
-        self._heartbeat_timer = self._loop.call_later(seconds, self._beat)
-
-    def _beat(self) -> None:
-        interval = self._settings.heartbeat_seconds
-        due_in = self._sent_at + interval - self._loop.time()
-        if due_in <= 0.001:
-            self.send_soon(_HEARTBEAT)
-            due_in = interval
-        self._beat_later(due_in)
+    # The token's end.
 
     def _watch_expiry(self) -> None:
         if self._expiry_timer is not None:
@@ -382,12 +274,12 @@ class Connection:
         if warn_in > _TIMER_SECONDS_MAX:
             self._expiry_timer = self._loop.call_later(_TIMER_SECONDS_MAX, self._watch_expiry)
         else:
-            self._expiry_timer = self._loop.call_later(max(warn_in, 0.0), self._warn_of_expiry)
+            self._expiry_timer = self._loop.call_later(max(warn_in, 0.0), self._expire)
 
-    def _warn_of_expiry(self) -> None:
+    def _expire(self) -> None:
         assert self._identity is not None
         expires_at = self._identity.expires_at
-        self.send_soon(encode(AuthExpiring(expires_at)))
+        self._warn_of_expiry(expires_at)
         self._expiry_timer = self._loop.call_later(
             max(expires_at - time.time(), 0.0), self.close_soon, CloseCode.UNAUTHORIZED, "the token has expired"
         )

@@ -13,9 +13,10 @@ from msgspec import UNSET
 from models.conversations import Snapshot
 from models.events import DELTA, Event, delta_text
 from server.errors import ClientError
-from server.protocol import ConversationSnapshot, Error, Message, RunningTurn
+from server.protocol import ConversationSnapshot, Error, Message, RunningTurn, Usage
 
 _encoder = msgspec.json.Encoder()
+_USAGE = msgspec.json.Decoder(Usage)
 
 
 def encode(value: Any) -> str:
@@ -26,6 +27,11 @@ def encode(value: Any) -> str:
 def tool_calls_of(stored: str | None) -> Any:
     """The `tool_calls` of a message, as stored."""
     return None if stored is None else msgspec.json.decode(stored)
+
+
+def usage_of(stored: str | None) -> Usage | None:
+    """What a turn cost, as stored."""
+    return None if stored is None else _USAGE.decode(stored)
 
 
 def error_frame(error: ClientError, request_id: str | None) -> str:

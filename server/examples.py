@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from server import bodies
+from server.ai_sdk import bodies as ai_sdk
+from server.ai_sdk.protocol import ChatRequest
 from server.protocol import Message
 
 _CONVERSATION: Final = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11"
@@ -127,6 +129,7 @@ FRAMES: Final[Mapping[str, dict[str, Any]]] = {frame["type"]: frame for frame in
 
 _SHOWN: Final = {
     "id": _CONVERSATION,
+    "client_id": None,
     "title": "Why is the sky blue?",
     "system_prompt": None,
     "metadata": {"theme": "dark"},
@@ -187,4 +190,36 @@ BODIES: Final[Mapping[type, dict[str, Any]]] = {
         "response": "Because air scatters short waves more.",
         "tool_calls": [],
     },
+    ChatRequest: {
+        "id": "c8Jm2pLxQ0aZ4rTv",
+        "trigger": "submit-message",
+        "messages": [
+            {"id": "Zq7dK1sWnE5bXy3u", "role": "user", "parts": [{"type": "text", "text": "Why is the sky blue?"}]}
+        ],
+    },
+    ai_sdk.Stopped: {"conversation_id": _CONVERSATION, "turn_id": _TURN},
+    ai_sdk.ChatMessages: {
+        "messages": [
+            {
+                "id": "Zq7dK1sWnE5bXy3u",
+                "role": "user",
+                "parts": [{"type": "text", "text": "Why is the sky blue?"}],
+            },
+            {
+                "id": _TURN,
+                "role": "assistant",
+                "parts": [
+                    {"type": "step-start"},
+                    {"type": "text", "text": "Because air scatters short waves more.", "state": "done"},
+                ],
+                "metadata": {
+                    "usage": {"inputTokens": 21, "outputTokens": 9, "totalTokens": 30},
+                    "seconds": 2.375,
+                    "model": "gpt-4o-mini",
+                },
+            },
+        ],
+        "next_before": None,
+    },
+    ai_sdk.Ticket: {"ticket": "p1Yk0sX2wQm8nB5vC7zL4tR9eH3jU6aDfG0iK1oN2xM", "expires_at": 1768469430.0},
 }

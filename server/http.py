@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl
@@ -37,6 +39,7 @@ from server.errors import (
     RateLimited,
     Unauthorized,
 )
+from server.protocol import ID_CHARACTERS_MAX, is_client_id
 
 logger = logging.getLogger("anynode.http")
 
@@ -45,6 +48,8 @@ AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns
 DECODED_AT_ONCE: Final = 2  # of those; others wait
 READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
 RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
+BREAK_OFF: Final = "anynode.break_off"  # in the scope: closes the connection
+TEXTS: Final = ("user_id", "chat_id", "response_id", "model")  # what a path may name, besides our own ids
 
 AnyQuery = TypeVar("AnyQuery", bound=Body)
 AnyBody = TypeVar("AnyBody")
@@ -57,10 +62,12 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[AnyQuery, AnyBody]):
-    """A request that may be answered: of whom, about what (`ids`, by the names in the path), and what it holds."""
+    """A request that may be answered: of whom, about what (`ids`, by the names in the path, or `texts` where others
+    have given them), and what it holds."""
 
     identity: Identity
     ids: Mapping[str, UUID]
+    texts: Mapping[str, str]
     query: AnyQuery
     body: AnyBody
     headers: Headers
@@ -93,7 +100,8 @@ class Call(Generic[AnyQuery, AnyBody]):
 class Operation:
     """One thing that can be asked for, as the server does it and as `/openapi.json` tells it.
 
-    `handler` gets what serves it and the call. `bodies` are the kinds of body that it takes, none where it takes none.
+    `handler` gets what serves it and the call. `bodies` are the kinds of body that it takes, none where it takes none,
+    and `decode` makes one of them of what came, or raises InvalidFrame.
     `replies` are the statuses of success with the kind of each body; `errors` those beyond what every operation has.
     """
 
@@ -107,6 +115,7 @@ class Operation:
     body_bytes_max: int | None = None  # None: as a frame
     replies: Mapping[int, Any]
     errors: Sequence[type[ClientError]] = ()
+    decode: Callable[[bytes, Sequence[Any]], Any] = decode_body
 
 
 def reply(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -136,21 +145,20 @@ def refusal(
 
 
 def routes_of(
-    operations: Sequence[Operation], served_by: object, authenticator: Authenticator, *, body_bytes_max: int
+    faces: Sequence[tuple[Sequence[Operation], object]], authenticator: Authenticator, *, body_bytes_max: int
 ) -> list[BaseRoute]:
-    """A route for each path."""
+    """A route for each path of the operations, which come with what serves them."""
     bodies = _Bodies()
-    by_path: dict[str, dict[str, Operation]] = {}
-    for operation in operations:
-        by_path.setdefault(operation.path, {})[operation.method] = operation
-    return [
-        # A user's id may be an address, with slashes in it.
-        Route(
-            path.replace("{user_id}", "{user_id:path}"),
-            _Resource(methods, served_by, authenticator, bodies, body_bytes_max),
-        )
-        for path, methods in by_path.items()
-    ]
+    routes: list[BaseRoute] = []
+    for operations, served_by in faces:
+        by_path: dict[str, dict[str, Operation]] = {}
+        for operation in operations:
+            by_path.setdefault(operation.path, {})[operation.method] = operation
+        for path, methods in by_path.items():
+            # What others give may have slashes in it: a user's id may be an address.
+            pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:path}", path)
+            routes.append(Route(pattern, _Resource(methods, served_by, authenticator, bodies, body_bytes_max)))
+    return routes
 
 
 class _Resource:
@@ -193,30 +201,35 @@ class _Resource:
         if token is None:
             raise Unauthorized("There is no Authorization: Bearer header.")
         identity = await self._authenticator.authenticate(token)
-        ids = _ids(scope["path_params"], identity)
+        ids, texts = _named(scope["path_params"], identity)
         query = _query(scope, operation.query)
         headers = Headers(scope=scope)
         body = None
         if operation.bodies:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
             data = await self._bodies.read(headers, receive, bytes_max)
-            body = await self._bodies.decode(data, operation.bodies)
-        call = Call(identity, ids, query, body, headers, receive)
+            body = await self._bodies.decode(data, operation)
+        call = Call(identity, ids, texts, query, body, headers, receive)
         return await operation.handler(self._served_by, call)
 
 
-def _ids(parameters: Mapping[str, str], identity: Identity) -> dict[str, UUID]:
-    ids = {}
+def _named(parameters: Mapping[str, str], identity: Identity) -> tuple[dict[str, UUID], dict[str, str]]:
+    """What the path names: the ids that were given here, and those that others gave."""
+    ids, texts = {}, {}
     for name, text in parameters.items():
         if name == "user_id":
             if text != identity.user_id:
                 raise Forbidden("The token is another user's.")
-            continue
-        try:
-            ids[name] = msgspec.convert(text, UUID)
-        except msgspec.ValidationError:
-            raise InvalidFrame(problems=[Problem(name, "is not a UUID")]) from None
-    return ids
+        elif name in TEXTS:
+            if not is_client_id(text):
+                raise InvalidFrame(problems=[Problem(name, f"is not 1 to {ID_CHARACTERS_MAX} printable characters")])
+            texts[name] = text
+        else:
+            try:
+                ids[name] = msgspec.convert(text, UUID)
+            except msgspec.ValidationError:
+                raise InvalidFrame(problems=[Problem(name, "is not a UUID")]) from None
+    return ids, texts
 
 
 def _query(scope: Scope, kind: type[Body]) -> Any:
@@ -261,12 +274,55 @@ class _Bodies:
         finally:
             self._read_bytes -= len(body)
 
-    async def decode(self, data: bytes, kinds: Sequence[Any]) -> Any:
+    async def decode(self, data: bytes, operation: Operation) -> Any:
         """What it is. Raises InvalidFrame."""
         if len(data) <= AT_ONCE_BYTES_MAX:
-            return decode_body(data, kinds)
+            return operation.decode(data, operation.bodies)
         async with self._decoding:
-            return await asyncio.to_thread(decode_body, data, kinds)
+            return await asyncio.to_thread(operation.decode, data, operation.bodies)
+
+
+class Holding:
+    """The requests that wait or stream: as many at once as there may be."""
+
+    def __init__(self, held_max: int) -> None:
+        self._held_max = held_max
+        self._held = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold one while it lasts. Raises RateLimited."""
+        if self._held >= self._held_max:
+            raise RateLimited("This node has as many requests that wait as it may.")
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def streaming(self, stream: ASGIApp) -> ASGIApp:
+        """A response that is held from now on until it ends. Raises RateLimited."""
+        held = self()
+        held.__enter__()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await stream(scope, receive, send)
+            finally:
+                held.__exit__(None, None, None)
+
+        return app
+
+
+async def break_off(scope: Scope, disconnected: Coroutine[Any, Any, None]) -> None:
+    """End a response that has begun as if the network had failed: its client must not take it for whole. The listener
+    lends the means; another server closes the connection when it finds the response unfinished."""
+    close: Callable[[], None] | None = scope.get(BREAK_OFF)
+    if close is None:
+        disconnected.close()
+        return
+    close()
+    await disconnected
 
 
 def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:

@@ -15,9 +15,13 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
+from websockets.http11 import Request
 
+from server.ai_sdk.protocol import REQUEST_BYTES_MAX
 from server.app import Anynode, open_anynode
 from server.errors import CloseCode
+from server.http import BREAK_OFF
+from server.operations import AI_SDK_PATH
 from server.settings import Settings
 
 logger = logging.getLogger("anynode")
@@ -39,6 +43,12 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     """Uvicorn's transport, less what lets a peer grow memory or hold a dead socket."""
 
     lingered_bytes = 0
+
+    def handle_connect(self, event: Request) -> None:
+        """Begin; clients of the AI SDK post all messages of a chat at once."""
+        if event.path.partition("?")[0] == AI_SDK_PATH:
+            self.conn.max_message_size = REQUEST_BYTES_MAX
+        super().handle_connect(event)
 
     def data_received(self, data: bytes) -> None:
         """Parse, unless the connection has failed already."""
@@ -98,6 +108,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._head_timer.cancel()
         self._await_head(HEAD_SECONDS_MAX)
         super().on_message_begin()
+        self.scope[BREAK_OFF] = self.transport.close  # type: ignore[typeddict-unknown-key]
 
     def on_headers_complete(self) -> None:
         """Its head is whole."""

@@ -17,6 +17,7 @@ from models.database import Database, Unavailable
 from models.events import Event
 from models.ids import uuid7
 from models.messages import append_messages
+from models.tickets import delete_expired_tickets
 from models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
 from server.admission import appended_of, history_of, question_of, raise_refusal
 from server.agents.agent import Agent, Turn
@@ -89,15 +90,16 @@ class Node:
 
     # Messages.
 
-    async def send(self, user_id: str, frame: MessageSend) -> Admission:
-        """Admit a message and start its turn, or find the turn that a repeated one has. Raises ClientError."""
+    async def send(self, user_id: str, frame: MessageSend, *, chat_id: str | None = None) -> Admission:
+        """Admit a message and start its turn, or find the turn that a repeated one has. `chat_id` is a client's own id
+        of the conversation, which is made where there is none yet. Raises ClientError."""
         self._may_start(frame.conversation_id)
         # A turn whose node has died cannot be stopped before its lease has run out.
         give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
         interrupted: UUID | None = None
         while True:
             # A new one each time: its ids and times are to be in the order of the conversation.
-            question = question_of(user_id, frame, message_bytes_max=self._settings.message_bytes_max)
+            question = question_of(user_id, frame, chat_id=chat_id, message_bytes_max=self._settings.message_bytes_max)
             with self._turns.starting(question.turn_id):
                 lease = self._leases.new()
                 asked = admit(self._database, question, on_sent=lease.is_asked, **self._terms())
@@ -270,6 +272,7 @@ class Node:
         while True:
             try:
                 await forget_deletions(self._database, after_seconds=DELETIONS_KNOWN_SECONDS)
+                await delete_expired_tickets(self._database)
                 for delete, limit in (
                     (delete_expired_events, EXPIRIES_AT_ONCE),
                     (delete_expired_messages, EXPIRED_MESSAGES_AT_ONCE),

@@ -23,10 +23,17 @@ from server.errors import (
 )
 from server.examples import BODIES
 from server.http import RETRY_SECONDS, Operation
-from server.operations import OPERATIONS
+from server.operations import AI_SDK_PATH, OPERATIONS
+from server.protocol import ID_CHARACTERS_MAX
 
 _REFERENCE: Final = "#/components/schemas/{name}"
 _ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)
+_CLIENTS: Final = {"type": "string", "minLength": 1, "maxLength": ID_CHARACTERS_MAX, "format": "printable"}
+_NAMED: Final[Mapping[str, dict[str, Any]]] = {
+    "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},
+    "chat_id": {**_CLIENTS, "description": "The client's own id of the chat, or the conversation's UUID."},
+}
+_TAGS: Final = {"/conversations": "conversations", AI_SDK_PATH: "AI SDK", "/auth": "AI SDK", "/api": "chat"}
 _DESCRIPTION: Final = """Conversations of one user, the token's. A turn that is started here is the same as one of the \
 socket `/ws` (see `/asyncapi.json`): it runs to its end whoever is there to hear it, on any node. All errors have the \
 shape of `Refusal`."""
@@ -61,7 +68,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {
         "operationId": operation.name,
         "summary": operation.summary,
-        "tags": ["chat" if operation.path.startswith("/api/") else "conversations"],
+        "tags": [next(tag for start, tag in _TAGS.items() if operation.path.startswith(start))],
         "parameters": [*_path_parameters(operation.path), *_query_parameters(operation)],
         "responses": {
             **{str(status): _success(kind) for status, kind in operation.replies.items()},
@@ -86,16 +93,9 @@ def _operation(operation: Operation) -> dict[str, Any]:
 
 
 def _path_parameters(path: str) -> list[dict[str, Any]]:
-    names = re.findall(r"{(\w+)}", path)
-    user = {"type": "string", "minLength": 1, "description": "The token's `sub`."}
     return [
-        {
-            "name": name,
-            "in": "path",
-            "required": True,
-            "schema": user if name == "user_id" else {"type": "string", "format": "uuid"},
-        }
-        for name in names
+        {"name": name, "in": "path", "required": True, "schema": _NAMED.get(name, {"type": "string", "format": "uuid"})}
+        for name in re.findall(r"{(\w+)}", path)
     ]
 
 
@@ -111,7 +111,7 @@ def _success(kind: Any) -> dict[str, Any]:
     if kind is None:
         return {"description": "Done."}
     if isinstance(kind, str):
-        return {"description": "For as long as the client stays.", "content": {kind: {"schema": {"type": "string"}}}}
+        return {"description": "A stream.", "content": {kind: {"schema": {"type": "string"}}}}
     said = " Or: ".join(" ".join((part.__doc__ or "").split()) for part in _parts(kind))
     return {"description": said, "content": _content(_parts(kind))}
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from server.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
+from server.ai_sdk.handlers import AiSdk
+from server.ai_sdk.protocol import REQUEST_BYTES_MAX, ChatRequest, decode_request
 from server.bodies import (
     Answer,
     AnyPostedMessage,
@@ -43,11 +46,13 @@ from server.rest import Rest
 
 APPENDED_BYTES_MAX: Final = 4_194_304  # of a body that appends messages: a whole history moves in at once
 
+AI_SDK_PATH: Final = "/api/chat"
+_CHAT: Final = AI_SDK_PATH + "/{chat_id}"
 _ONE: Final = "/conversations/{conversation_id}"
 _TURN_ERRORS: Final = (NotFound, ConversationBusy, RoleOrder, RateLimited, Draining, AgentFailed)
 _QUESTION_ERRORS: Final = (*_TURN_ERRORS, MessageIdTaken)
 
-OPERATIONS: Final[tuple[Operation, ...]] = (
+REST: Final[tuple[Operation, ...]] = (
     Operation(
         method="POST",
         path="/conversations",
@@ -175,3 +180,57 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
         errors=(Forbidden, *_QUESTION_ERRORS),
     ),
 )
+
+AI_SDK: Final[tuple[Operation, ...]] = (
+    Operation(
+        method="POST",
+        path=AI_SDK_PATH,
+        name="sendChatMessage",
+        summary="Ask in a chat, as the AI SDK's DefaultChatTransport does; the answer is a UI message stream.",
+        handler=AiSdk.send,
+        bodies=(ChatRequest,),
+        body_bytes_max=REQUEST_BYTES_MAX,
+        decode=decode_request,
+        replies={200: "text/event-stream"},
+        errors=_QUESTION_ERRORS,
+    ),
+    Operation(
+        method="GET",
+        path=_CHAT + "/stream",
+        name="resumeChatStream",
+        summary="The turn that runs in a chat, or has answered last, from its beginning; 204 where there is none.",
+        handler=AiSdk.resume,
+        replies={200: "text/event-stream", 204: None},
+        errors=(RateLimited,),
+    ),
+    Operation(
+        method="POST",
+        path=_CHAT + "/stop",
+        name="stopChat",
+        summary="Stop the turn that runs in a chat, wherever it runs, and wait for its end; what was said is kept.",
+        handler=AiSdk.stop,
+        replies={200: Stopped},
+        errors=(NotFound, RateLimited),
+    ),
+    Operation(
+        method="GET",
+        path=_CHAT + "/messages",
+        name="readChatMessages",
+        summary="The messages of a chat as the AI SDK shows them, to begin with.",
+        handler=AiSdk.messages,
+        query=ChatMessagesQuery,
+        replies={200: ChatMessages},
+        errors=(NotFound,),
+    ),
+    Operation(
+        method="POST",
+        path="/auth/ticket",
+        name="issueTicket",
+        summary="A ticket that lets one connection to /api/chat in, for clients that can set nothing but the URL.",
+        handler=AiSdk.ticket,
+        replies={201: Ticket},
+        errors=(RateLimited,),
+    ),
+)
+
+OPERATIONS: Final[tuple[Operation, ...]] = (*REST, *AI_SDK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -11,23 +10,20 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from models.conversations import Admission, Snapshot
-from models.database import Database, Unavailable
-from models.rules import FAILED, TERMINAL_EVENTS
+from models.conversations import Admission
+from models.database import Database
+from models.rules import FAILED
 from models.turns import read_turn
 from server.bodies import Answer, StoredTurn
 from server.cut_short import CutShort, until
-from server.encoding import message_of
+from server.encoding import message_of, usage_of
 from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
 from server.node import Node
-from server.protocol import ErrorDetail, Message, Usage
-
-logger = logging.getLogger("anynode.http")
+from server.protocol import ErrorDetail, Message
+from server.turn_events import JournalGone, events_of_turn
 
 LAST_WORDS_SECONDS: Final = 0.5
 
-_TERMINAL = frozenset(TERMINAL_EVENTS.values())
-_USAGE = msgspec.json.Decoder(Usage)
 _ERROR = msgspec.json.Decoder(ErrorDetail)
 
 
@@ -37,7 +33,7 @@ async def answer_of(node: Node, database: Database, user_id: str, admission: Adm
     assert admission.turn_id is not None
     turn_id, conversation_id = admission.turn_id, admission.conversation_id
     if admission.first_seq is not None:
-        ending = _end_of_turn(node, user_id, conversation_id, turn_id, admission.first_seq - 1)
+        ending = end_of_turn(node, user_id, conversation_id, turn_id, admission.first_seq)
         try:
             # It may be that this very end has let the drain be over.
             await until(ending, node.drained.wait(), grace_seconds=LAST_WORDS_SECONDS)
@@ -55,23 +51,14 @@ async def answer_of(node: Node, database: Database, user_id: str, admission: Adm
     return Answer(conversation_id, message.content, calls, turn_id, message, turn.usage)
 
 
-async def _end_of_turn(node: Node, user_id: str, conversation_id: UUID, turn_id: UUID, after: int) -> None:
+async def end_of_turn(node: Node, user_id: str, conversation_id: UUID, turn_id: UUID, first_seq: int) -> None:
     """Wait for it, also while Postgres is away. Raises NotFound where the conversation is deleted meanwhile."""
-    wanted = str(turn_id)
-    while True:
-        try:
-            async with aclosing(node.follows.follow(user_id, conversation_id, after, is_own=True)) as steps:
-                async for step in steps:
-                    if isinstance(step, Snapshot):
-                        if step.running_turn_id != turn_id:
-                            return
-                        after = step.seq
-                    elif any(event.type in _TERMINAL and event.turn_id == wanted for event in step):
-                        return
-                    else:
-                        after = step[-1].seq
-        except Unavailable as error:
-            logger.warning("the end of turn %s is waited for, without Postgres: %s", turn_id, error)
+    try:
+        async with aclosing(events_of_turn(node.follows, user_id, conversation_id, turn_id, first_seq)) as batches:
+            async for _ in batches:
+                pass
+    except JournalGone:
+        pass
 
 
 async def stored_turn(database: Database, user_id: str, conversation_id: UUID, turn_id: UUID) -> StoredTurn:
@@ -84,8 +71,8 @@ async def stored_turn(database: Database, user_id: str, conversation_id: UUID, t
         conversation_id=conversation_id,
         turn_id=turn_id,
         status=row["status"],
-        usage=_decoded(_USAGE, row["usage"]),
-        error=_decoded(_ERROR, row["error"]),
+        usage=usage_of(row["usage"]),
+        error=None if row["error"] is None else _ERROR.decode(row["error"]),
         created_at=row["started_at"],
         finished_at=row["finished_at"],
         messages=_messages(rows, turn_id),
@@ -98,7 +85,3 @@ def _messages(rows: Sequence[asyncpg.Record], turn_id: UUID) -> list[Message]:
         if row["id"] is not None:
             found.append(message_of({**row, "status": row["message_status"], "turn_id": turn_id}))
     return found
-
-
-def _decoded(decoder: msgspec.json.Decoder[Any], stored: str | None) -> Any:
-    return None if stored is None else decoder.decode(stored)

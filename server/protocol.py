@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeGuard
 from uuid import UUID
 
 import msgspec
@@ -18,11 +18,14 @@ from server.errors import InvalidFrame
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
+ID_CHARACTERS_MAX = 128  # of ids that clients give; printable ones
 # A character that is no space, whatever dialect reads this.
 NOT_BLANK = re.compile(r"[^\s\u001c-\u001f\u0085\ufeff]")
 
 # `decode_frame` and `decoding` check that it is printable.
-ClientId: TypeAlias = Annotated[str, Meta(min_length=1, max_length=128, extra_json_schema={"format": "printable"})]
+ClientId: TypeAlias = Annotated[
+    str, Meta(min_length=1, max_length=ID_CHARACTERS_MAX, extra_json_schema={"format": "printable"})
+]
 Role: TypeAlias = Annotated[str, Meta(extra_json_schema={"enum": ["system", "user", "assistant", "tool"]})]
 MessageStatus: TypeAlias = Annotated[
     str, Meta(extra_json_schema={"enum": ["completed", "cancelled", "failed", "superseded"]})
@@ -106,7 +109,7 @@ def decode_frame(text: str) -> AnyClientFrame:
         raise InvalidFrame("the frame is nested too deeply") from None
     for name in ("message_id", "request_id"):
         identifier = getattr(frame, name, None)
-        if identifier is not None and not identifier.isprintable():
+        if identifier is not None and not is_client_id(identifier):
             raise InvalidFrame(f"{name} has characters that cannot be printed")
     return frame
 
@@ -136,9 +139,12 @@ def request_id_of(text: str) -> str | None:
         request_id = json.loads(text)["request_id"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    if isinstance(request_id, str) and 0 < len(request_id) <= 128 and request_id.isprintable():
-        return request_id
-    return None
+    return request_id if is_client_id(request_id) else None
+
+
+def is_client_id(value: object) -> TypeGuard[str]:
+    """Whether it is good as an id that a client gives."""
+    return isinstance(value, str) and 0 < len(value) <= ID_CHARACTERS_MAX and value.isprintable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

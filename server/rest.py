@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeAlias
 from urllib.parse import urlencode
@@ -54,10 +53,9 @@ from server.errors import (
     MessageTooLarge,
     NotFound,
     Problem,
-    RateLimited,
 )
 from server.export import exported
-from server.http import Call, refusal, reply
+from server.http import Call, Holding, refusal, reply
 from server.node import Node
 from server.outcome import answer_of, stored_turn
 from server.protocol import SEQ_MAX, MessageSend, TurnRegenerate
@@ -76,13 +74,13 @@ AnyCall: TypeAlias = Call[Any, Any]
 
 
 class Rest:
-    """What serves the operations. All that wait or stream at once are as many as there may be connections."""
+    """What serves the operations on conversations; `holding` bounds those that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, database: Database) -> None:
+    def __init__(self, settings: Settings, node: Node, database: Database, holding: Holding) -> None:
         self._settings = settings
         self._node = node
         self._database = database
-        self._held = 0
+        self._holding = holding
 
     # Conversations.
 
@@ -205,7 +203,6 @@ class Rest:
                 raise InvalidFrame(problems=[Problem("Last-Event-ID", "is not a seq")])
             after = int(last)
         await self._own(call)
-        self._hold()
         stream = EventStream(
             self._node,
             call.identity,
@@ -215,13 +212,7 @@ class Rest:
             heartbeat_seconds=self._settings.heartbeat_seconds,
         )
 
-        async def held(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                await stream(scope, receive, send)
-            finally:
-                self._held -= 1
-
-        return held
+        return self._holding.streaming(stream)
 
     # What they share.
 
@@ -244,19 +235,6 @@ class Rest:
         else:
             return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls) if is_short else answer)
         return refusal(error, conversation_id=admission.conversation_id, message_id=message_id)
-
-    def _hold(self) -> None:
-        if self._held >= self._settings.connections_max:
-            raise RateLimited("This node has as many requests that wait as it may.")
-        self._held += 1
-
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
-        self._hold()
-        try:
-            yield
-        finally:
-            self._held -= 1
 
     def _stored(self, body: Body) -> dict[str, str | None]:
         """The fields that a body has, as the database takes them. Raises MessageTooLarge."""
@@ -303,6 +281,7 @@ def _stored_bytes(text: str) -> int:
 def _conversation(row: asyncpg.Record) -> Conversation:
     return Conversation(
         row["id"],
+        row["client_id"],
         row["title"],
         row["system_prompt"],
         Raw(row["metadata"].encode()),

@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from starlette.types import Receive, Scope, Send
@@ -25,6 +25,7 @@ from server.protocol import Heartbeat
 
 logger = logging.getLogger("anynode.sse")
 
+Item = TypeVar("Item")
 RETRY_MILLISECONDS: Final = (200, 1000)  # from, to: clients of a node that goes away come back one by one
 _HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -97,16 +98,9 @@ class EventStream:
         """What to write, and a heartbeat whenever there was nothing for long."""
         user_id, conversation_id = self._identity.user_id, self._conversation_id
         steps = self._node.follows.follow(user_id, conversation_id, self._after, is_own=True)
-        async with aclosing(steps):
-            while True:
-                next_step = asyncio.ensure_future(anext(steps))
-                try:
-                    while not (await asyncio.wait((next_step,), timeout=self._heartbeat_seconds))[0]:
-                        yield _HEARTBEAT
-                finally:
-                    next_step.cancel()
-                    await asyncio.wait((next_step,))
-                yield self._encoded(next_step.result())
+        async with aclosing(or_silence(steps, self._heartbeat_seconds)) as heard:
+            async for step in heard:
+                yield _HEARTBEAT if step is None else self._encoded(step)
 
     def _encoded(self, step: Step) -> bytes:
         if isinstance(step, Snapshot):
@@ -114,6 +108,24 @@ class EventStream:
             return _data(snapshot_frame(self._conversation_id, step), step.seq)
         self._after = step[-1].seq
         return b"".join(_data(frame, seq) for seq, frame in numbered_frames(self._conversation_id, step))
+
+
+async def or_silence(items: AsyncGenerator[Item, None], seconds: float) -> AsyncGenerator[Item | None, None]:
+    """The items, and None whenever there was none for so long. Closes them at the end."""
+    async with aclosing(items):
+        while True:
+            next_item = asyncio.ensure_future(anext(items))
+            try:
+                while not (await asyncio.wait((next_item,), timeout=seconds))[0]:
+                    yield None
+            finally:
+                next_item.cancel()
+                await asyncio.wait((next_item,))
+            try:
+                item = next_item.result()
+            except StopAsyncIteration:
+                return
+            yield item
 
 
 def _data(frame: str, seq: int | None = None) -> bytes:

@@ -1,54 +1,40 @@
-"""The socket at `/ws`: who may connect, and all connections of a node."""
+"""The sockets of a node: who may connect, and all connections, of whatever kind."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope, Send
 
 from server import metrics
-from server.auth import Authenticator
 from server.connection import Connection
-from server.encoding import encode
 from server.errors import CloseCode
 from server.node import Node
-from server.protocol import Goaway
 from server.settings import Settings
 
 
-class WebSocketEndpoint:
-    """The ASGI application behind `/ws`, and all of its open connections."""
+class Sockets:
+    """All open connections of a node."""
 
-    def __init__(self, settings: Settings, node: Node, authenticator: Authenticator) -> None:
+    def __init__(self, settings: Settings, node: Node) -> None:
         self.settings = settings
         self.node = node
-        self.authenticator = authenticator
         self.connections: set[Connection] = set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection to its end."""
-        refusal = self._refusal(scope)
-        connection = Connection(self.settings, self.node, self.authenticator, scope, receive, send, refusal=refusal)
-        self.connections.add(connection)
-        metrics.connections.inc()
-        try:
-            await connection.run()
-        finally:
-            self.connections.discard(connection)
-            metrics.connections.dec()
 
     async def go_away(self, deadline: float, over_seconds: float) -> None:
         """Tell everybody to connect elsewhere, then close their connections, spread over a moment."""
         leaving = list(self.connections)
         for connection in leaving:
-            connection.send_soon(encode(Goaway("restarting", deadline)))
+            connection.warn_of_drain(deadline)
         pause = over_seconds / max(len(leaving), 1)
         for connection in leaving:
             await asyncio.sleep(pause)
             connection.close_soon(CloseCode.RESTARTING, "restarting")
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+    def refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Why a connection is not wanted: a close code and its reason."""
         if not self._is_origin_allowed(scope):
             return CloseCode.FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
         if self.node.is_draining:
@@ -68,3 +54,23 @@ class WebSocketEndpoint:
             return False
         is_own = own != "" and own == headers.get(b"host", "").lower()
         return is_own or origin.lower() in self.settings.allowed_origins
+
+
+class WebSocketEndpoint:
+    """The ASGI application behind one path; `connect` makes its connections, of (scope, receive, send, refusal)."""
+
+    def __init__(self, sockets: Sockets, connect: Callable[..., Connection]) -> None:
+        self._sockets = sockets
+        self._connect = connect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection to its end."""
+        connections = self._sockets.connections
+        connection = self._connect(scope, receive, send, refusal=self._sockets.refusal(scope))
+        connections.add(connection)
+        metrics.connections.inc()
+        try:
+            await connection.run()
+        finally:
+            connections.discard(connection)
+            metrics.connections.dec()

@@ -35,6 +35,7 @@ KINDS: dict[str, set[str]] = {
     "TextField": {"text"},
     "IntField": {"integer"},
     "BigIntField": {"bigint"},
+    "FloatField": {"double precision"},
     "JSONField": {"jsonb"},
     "DatetimeField": {"timestamp with time zone"},
 }

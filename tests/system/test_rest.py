@@ -19,7 +19,7 @@ from tests.harness import NodeProcess, socket_to, sql, token_for
 from tests.rest import MISSING, Reply, Rest, rest_to
 
 UUID = uuid.UUID
-FIELDS = {"id", "title", "system_prompt", "metadata", "seq", "created_at", "updated_at"}
+FIELDS = {"id", "client_id", "title", "system_prompt", "metadata", "seq", "created_at", "updated_at"}
 
 # What each operation on a conversation is asked for here, in all the ways that name something: query, then body.
 ASKED: dict[str, Sequence[tuple[str, Any]]] = {

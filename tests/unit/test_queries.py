@@ -18,6 +18,7 @@ def test_every_statement_is_used_and_every_used_one_is_there() -> None:
     code = "".join(path.read_text() for path in SOURCES.glob("*.py"))
     fetched = set(re.findall(r'fetch\(\s*"(\w+)"', code)) | set(re.findall(r'name = "(\w+)" if \w+ else "\w+"', code))
     fetched |= set(re.findall(r'name = "\w+" if \w+ else "(\w+)"', code))
+    fetched |= set(re.findall(r'statement, named = "(\w+)"', code))
     assert fetched == set(statements())
 
 

@@ -1,4 +1,4 @@
-"""What REST costs: a turn over it beside one over the socket, and reads of much beside reads of little."""
+"""What the other faces cost: a turn over each beside one over the socket; and reads of much beside reads of little."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uuid import UUID
 import asyncpg
 
 from bench.http import HttpClient
-from bench.load import LoadError, open_chats
+from bench.load import LoadError, UiChat, open_chats
 from bench.measures import CLIENTS, STAGGER_SECONDS, TOKENS, TOKENS_PER_SECOND, Stopwatch, ask_all, close_all
 from bench.report import Figure, Target, percentile
 from bench.servers import CONTENT, USER, Bench, Server
@@ -40,29 +40,64 @@ QUICK: Final = Scale(rounds=1, turns=1, reads=100)
 
 async def continued(bench: Bench, scale: Scale) -> list[Figure]:
     """CPU of one server for each turn of 200 tokens at 50 tokens/s, by who asks: 100 sockets, and 100 clients of
-    `POST …/continue`. The legs go to and fro, so that what drifts hits both."""
+    `POST …/continue`."""
     async with bench.serve("product", ECHO_TOKENS=TOKENS, ECHO_TOKENS_PER_SECOND=TOKENS_PER_SECOND) as server:
         ids = bench.conversations[0]
         chats = await open_chats(server.port, bench.token, ids[:CLIENTS])
         clients = [await HttpClient.open(server.port, bench.token) for _ in range(CLIENTS)]
-        spent = {"socket": 0.0, "continue": 0.0}
-        legs: Mapping[str, Callable[[], Awaitable[None]]] = {
-            "socket": lambda: ask_all(chats, scale.turns, STAGGER_SECONDS),
-            "continue": lambda: _continue_all(clients, ids[CLIENTS : 2 * CLIENTS], scale.turns),
-        }
-        for name in legs:  # once without a stopwatch
-            await legs[name]()
-        for name in ("socket", "continue", "continue", "socket"):
-            stopwatch = Stopwatch(bench, server)
-            await legs[name]()
-            spent[name] += stopwatch.stop()[1]
+        figures = await _beside(
+            bench,
+            server,
+            scale,
+            lambda: ask_all(chats, scale.turns, STAGGER_SECONDS),
+            "continue",
+            lambda: _continue_all(clients, ids[CLIENTS : 2 * CLIENTS], scale.turns),
+            Target("product", 1.2),
+        )
         close_all(chats)
         for client in clients:
             client.close()
+    return figures
+
+
+async def ai_sdk(bench: Bench, scale: Scale) -> list[Figure]:
+    """The same with 100 clients that speak the wire of the AI SDK's `WebSocketChatTransport`."""
+    async with bench.serve("product", ECHO_TOKENS=TOKENS, ECHO_TOKENS_PER_SECOND=TOKENS_PER_SECOND) as server:
+        ids = bench.conversations[0]
+        chats = await open_chats(server.port, bench.token, ids[:CLIENTS])
+        others = await open_chats(server.port, bench.token, ids[CLIENTS : 2 * CLIENTS], UiChat)
+        figures = await _beside(
+            bench,
+            server,
+            scale,
+            lambda: ask_all(chats, scale.turns, STAGGER_SECONDS),
+            "AI SDK",
+            lambda: ask_all(others, scale.turns, STAGGER_SECONDS),
+            Target("product", 1.3),
+        )
+        close_all([*chats, *others])
+    return figures
+
+
+Leg: TypeAlias = Callable[[], Awaitable[None]]
+
+
+async def _beside(
+    bench: Bench, server: Server, scale: Scale, socket: Leg, name: str, other: Leg, target: Target
+) -> list[Figure]:
+    """What a turn costs over the socket and over another face. The legs go to and fro: what drifts hits both."""
+    spent = {"socket": 0.0, name: 0.0}
+    legs: Mapping[str, Leg] = {"socket": socket, name: other}
+    for leg in legs.values():  # once without a stopwatch
+        await leg()
+    for of in ("socket", name, name, "socket"):
+        stopwatch = Stopwatch(bench, server)
+        await legs[of]()
+        spent[of] += stopwatch.stop()[1]
     count = 2 * CLIENTS * scale.turns
     return [
-        *(Figure(f"{name}: server CPU, ms a turn", 1000 * seconds / count) for name, seconds in spent.items()),
-        Figure("continue / socket", spent["continue"] / spent["socket"], Target("product", 1.2)),
+        *(Figure(f"{of}: server CPU, ms a turn", 1000 * seconds / count) for of, seconds in spent.items()),
+        Figure(f"{name} / socket", spent[name] / spent["socket"], target),
     ]
 
 
@@ -176,4 +211,4 @@ async def _fill(url: str, messages: int) -> list[UUID]:
 
 
 Measure: TypeAlias = Callable[[Bench, Scale], Awaitable[list[Figure]]]
-REST: Final[Mapping[str, Measure]] = {"continue": continued, "reads": reads}
+FACES: Final[Mapping[str, Measure]] = {"continue": continued, "reads": reads, "ai_sdk": ai_sdk}

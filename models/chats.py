@@ -1,0 +1,33 @@
+"""Chats: conversations as outside clients know them, by ids of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from uuid import UUID
+
+from models.database import Database
+from models.ids import as_uuid
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The conversation behind a chat's id, and the turn that runs in it or has answered last, if there is one.
+    `first_seq` is that of the turn's first event, None when its events have been deleted."""
+
+    conversation_id: UUID
+    turn_id: UUID | None
+    status: str | None
+    first_seq: int | None
+
+
+async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | None:
+    """The user's conversation with this id, be it the client's own or the one that it has here. None: there is none.
+    Raises Unavailable."""
+    rows = await database.fetch("find_chat", user_id, chat_id, as_uuid(chat_id))
+    return Chat(**rows[0]) if rows else None
+
+
+async def sent_content(database: Database, user_id: str, message_id: str) -> str | None:
+    """What the user has sent under this id. None: nothing. Raises Unavailable."""
+    rows = await database.fetch("sent_content", user_id, message_id)
+    return rows[0]["content"] if rows else None

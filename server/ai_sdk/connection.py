@@ -1,0 +1,269 @@
+"""The connections of the AI SDK's `WebSocketChatTransport`: turns that are shown by request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Final
+from urllib.parse import parse_qs
+from uuid import UUID
+
+from models.database import Database, Unavailable
+from models.events import Event
+from server.ai_sdk.asking import ask, chat_of
+from server.ai_sdk.chunks import Chunks, events_of_stored
+from server.ai_sdk.protocol import (
+    SUBPROTOCOL,
+    AbortFrame,
+    ResumeFrame,
+    SendFrame,
+    chunk_head,
+    decode_frame,
+    end_frame,
+    error_frame,
+    no_active_frame,
+    request_id_of,
+    start_frame,
+    token_in,
+)
+from server.auth import Identity
+from server.connection import FOLLOWS_MAX, Closed, Connection
+from server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
+from server.outcome import stored_turn
+from server.tickets import Tickets
+from server.turn_events import JournalGone, events_of_turn
+
+logger = logging.getLogger("anynode.websocket")
+
+# A client that resumes while it is resumed aborts the one for the other. That is no stop: so much later it would be.
+STOP_SECONDS: Final = 0.25
+ENDING_SECONDS: Final = 10.0  # how long a stopped turn may take to end: a message that comes by then waits for it
+
+
+class _Shown:
+    """A turn that a request shows."""
+
+    __slots__ = ("chat_id", "conversation_id", "first_seq", "is_resumed", "task", "turn_id")
+
+    def __init__(
+        self, chat_id: str, conversation_id: UUID, turn_id: UUID, first_seq: int | None, *, is_resumed: bool
+    ) -> None:
+        self.chat_id = chat_id
+        self.conversation_id = conversation_id
+        self.turn_id = turn_id
+        self.first_seq = first_seq
+        self.is_resumed = is_resumed
+        self.task: asyncio.Task[None] | None = None
+
+
+class AiSdkConnection(Connection):
+    """One client's connection, in the frames of the transport."""
+
+    __slots__ = ("_database", "_requests", "_stopped", "_stopping", "_tickets", "_token", "_unheard")
+
+    subprotocol = SUBPROTOCOL
+
+    def __init__(self, *arguments: Any, database: Database, tickets: Tickets, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._database = database
+        self._tickets = tickets
+        self._requests: dict[str, _Shown] = {}  # by requestId
+        self._stopping: dict[str, tuple[asyncio.TimerHandle, _Shown]] = {}  # by the chat's id: turns soon to be stopped
+        self._stopped: dict[str, float] = {}  # chats whose turns were stopped here, until they must have ended
+        self._token: str | None = None  # the last one that came in a frame
+        self._unheard: str | None = None  # a frame that authenticated the connection, and asks for something too
+
+    # The handshake.
+
+    async def _identify(self) -> Identity:
+        tickets = parse_qs(self._scope["query_string"].decode("latin-1")).get("ticket")
+        try:
+            if tickets:
+                return await self._tickets.redeem(tickets[-1])
+            return await super()._identify()
+        except Unavailable:
+            raise Closed(CloseCode.OVERLOADED, DatabaseUnavailable().message) from None
+        except Unauthorized as error:
+            if self._unheard is not None:
+                await self._refuse(error, self._unheard)
+            raise
+
+    def _token_in(self, text: str) -> str:
+        frame = decode_frame(text)
+        token = None if isinstance(frame, AbortFrame) else token_in(frame.headers)
+        if token is None:
+            raise Unauthorized("There is no token: in the handshake, a ticket, or the headers of the first frame.")
+        self._token, self._unheard = token, text
+        return token
+
+    async def _welcome(self) -> None:
+        if self._unheard is not None:
+            unheard, self._unheard = self._unheard, None
+            await self._handle(unheard)
+
+    # What comes in.
+
+    async def _obey(self, text: str) -> None:
+        frame = decode_frame(text)
+        match frame:
+            case SendFrame():
+                await self._renew_by(frame.headers)
+                await self._send_message(frame)
+            case ResumeFrame():
+                await self._renew_by(frame.headers)
+                await self._resume(frame)
+            case AbortFrame():
+                await self._abort(frame.request_id)
+
+    async def _renew_by(self, headers: Mapping[str, str]) -> None:
+        token = token_in(headers)
+        if token is not None and token != self._token:
+            await self._renew(token)
+            self._token = token
+
+    async def _refuse(self, error: ClientError, text: str) -> None:
+        request_id = request_id_of(text)
+        if request_id is None:  # there is nothing in this wire to say it with
+            raise Closed(CloseCode.LIMITS, error.message.encode()[:120].decode(errors="ignore"))
+        await self._send(error_frame(request_id, error.message))
+
+    async def _send_message(self, frame: SendFrame) -> None:
+        self._may_show()
+        await self._stop_now(frame.id)
+        interrupts = self._stopped.pop(frame.id, 0.0) > self._loop.time()
+        admission = await ask(self._node, self._database, self._user_id, frame, interrupts=interrupts)
+        assert admission.turn_id is not None
+        shown = _Shown(frame.id, admission.conversation_id, admission.turn_id, admission.first_seq, is_resumed=False)
+        self._show_turn(frame.request_id, shown, after=-1)
+
+    async def _resume(self, frame: ResumeFrame) -> None:
+        self._may_show()
+        if (stopping := self._stopping.pop(frame.id, None)) is not None:
+            stopping[0].cancel()
+        chat = await chat_of(self._database, self._user_id, frame.id)
+        if chat is None or chat.turn_id is None:
+            await self._send(no_active_frame(frame.request_id))
+            return
+        after = -1 if frame.last_sequence is None else frame.last_sequence
+        if chat.first_seq is None and after >= 0:
+            raise InvalidFrame("The answer is too old to go on with: resume without lastSequence.")
+        await self._send(start_frame(frame.request_id))
+        shown = _Shown(frame.id, chat.conversation_id, chat.turn_id, chat.first_seq, is_resumed=True)
+        self._show_turn(frame.request_id, shown, after)
+
+    def _may_show(self) -> None:
+        if len(self._requests) >= FOLLOWS_MAX:
+            raise RateLimited(f"A connection shows at most {FOLLOWS_MAX} turns at once.")
+
+    @property
+    def _user_id(self) -> str:
+        assert self._identity is not None
+        return self._identity.user_id
+
+    # Stopping.
+
+    async def _abort(self, request_id: str) -> None:
+        shown = self._requests.pop(request_id, None)
+        if shown is None:
+            return  # it is over
+        assert shown.task is not None
+        shown.task.cancel()
+        if not shown.is_resumed:
+            await self._stop(shown)
+            return
+        await self._stop_now(shown.chat_id)
+        timer = self._loop.call_later(STOP_SECONDS, self._stop_soon, shown.chat_id)
+        self._stopping[shown.chat_id] = (timer, shown)
+
+    def _stop_soon(self, chat_id: str) -> None:
+        self._spawn(self._stop_now(chat_id))
+
+    async def _stop_now(self, chat_id: str) -> None:
+        if (stopping := self._stopping.pop(chat_id, None)) is not None:
+            stopping[0].cancel()
+            await self._stop(stopping[1])
+
+    async def _stop(self, shown: _Shown) -> None:
+        now = self._loop.time()
+        self._stopped = {chat_id: until for chat_id, until in self._stopped.items() if until > now}
+        self._stopped[shown.chat_id] = now + ENDING_SECONDS
+        try:
+            await self._node.cancel(self._user_id, shown.conversation_id, shown.turn_id)
+        except ClientError as error:  # nobody hears of it: the client has forgotten the request
+            logger.warning("turn %s could not be stopped: %s", shown.turn_id, error)
+
+    async def _end_tasks(self) -> None:
+        for chat_id in list(self._stopping):  # whoever stops and goes has stopped
+            await self._stop_now(chat_id)
+        await super()._end_tasks()
+
+    # What goes out.
+
+    def _show_turn(self, request_id: str, shown: _Shown, after: int) -> None:
+        if (earlier := self._requests.get(request_id)) is not None and earlier.task is not None:
+            earlier.task.cancel()
+        self._requests[request_id] = shown
+        shown.task = self._spawn(self._show(request_id, shown, after))
+
+    async def _show(self, request_id: str, shown: _Shown, after: int) -> None:
+        try:
+            head, sequence = chunk_head(request_id), -1
+            async with aclosing(self._chunks(shown)) as chunks:
+                async for chunk in chunks:
+                    sequence += 1
+                    if sequence > after:
+                        await self._send(f'{head}{sequence},"chunk":{chunk}}}')
+            self._forget(request_id, shown)  # before the client can use the id again
+            await self._send(end_frame(request_id))
+        except ClientError as error:
+            self._forget(request_id, shown)
+            await self._send_quietly(error_frame(request_id, error.message))
+        except (OSError, Closed):
+            pass  # the reader learns of it by itself
+        except JournalGone:
+            self.close_soon(CloseCode.RESTARTING, "the answer begins again")
+        except Exception:
+            logger.exception("turn %s could not be shown", shown.turn_id)
+            self.close_soon(CloseCode.INTERNAL, "internal error")
+        finally:
+            self._forget(request_id, shown)
+
+    def _forget(self, request_id: str, shown: _Shown) -> None:
+        if self._requests.get(request_id) is shown:
+            del self._requests[request_id]
+
+    async def _chunks(self, shown: _Shown) -> AsyncGenerator[str, None]:
+        chunks = Chunks(str(shown.turn_id))
+        if shown.first_seq is None:
+            for event in await self._stored_events(shown):
+                for chunk in chunks.take(event):
+                    yield chunk
+            return
+        events = events_of_turn(
+            self._node.follows, self._user_id, shown.conversation_id, shown.turn_id, shown.first_seq
+        )
+        has_begun = False
+        try:
+            async with aclosing(events) as batches:
+                async for batch in batches:
+                    has_begun = True
+                    for event in batch:
+                        for chunk in chunks.take(event):
+                            yield chunk
+        except JournalGone:
+            if has_begun:
+                raise
+            for event in await self._stored_events(shown):
+                for chunk in chunks.take(event):
+                    yield chunk
+
+    async def _stored_events(self, shown: _Shown) -> list[Event]:
+        try:
+            turn = await stored_turn(self._database, self._user_id, shown.conversation_id, shown.turn_id)
+        except Unavailable as error:
+            raise DatabaseUnavailable from error
+        if turn.finished_at is None:
+            raise JournalGone
+        return events_of_stored(turn)

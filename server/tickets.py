@@ -1,0 +1,52 @@
+"""Tickets for clients that can set nothing but a URL: each lets one connection in, once and soon, on any node.
+
+A long-lived token has no place in a URL, which proxies and servers write to their logs. A ticket there is worth nothing
+by the time that anybody reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from typing import Final
+
+from models.database import Database
+from models.tickets import add_ticket, redeem_ticket
+from server.auth import Identity
+from server.errors import RateLimited, Unauthorized
+
+TICKET_SECONDS: Final = 30.0
+TICKETS_MAX: Final = 100  # of one user at once
+
+
+class Tickets:
+    """All tickets; the database knows them by their hashes."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def issue(self, identity: Identity) -> tuple[str, float]:
+        """A new ticket, and when it expires (Unix seconds). Raises RateLimited or Unavailable."""
+        ticket = secrets.token_urlsafe(32)
+        expires_at = await add_ticket(
+            self._database,
+            _hash(ticket),
+            identity.user_id,
+            token_expires_at=identity.expires_at,
+            lasts_seconds=TICKET_SECONDS,
+            tickets_max=TICKETS_MAX,
+        )
+        if expires_at is None:
+            raise RateLimited(f"There are {TICKETS_MAX} tickets of yours that nobody has come with.")
+        return ticket, expires_at
+
+    async def redeem(self, ticket: str) -> Identity:
+        """Whom it was issued to, and until when that one's token is good. Raises Unauthorized or Unavailable."""
+        redeemed = await redeem_ticket(self._database, _hash(ticket))
+        if redeemed is None:
+            raise Unauthorized("the ticket is unknown, expired or used")
+        return Identity(*redeemed)
+
+
+def _hash(ticket: str) -> str:
+    return hashlib.sha256(ticket.encode()).hexdigest()
