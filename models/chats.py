@@ -29,5 +29,5 @@ async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | No
 
 async def sent_content(database: Database, user_id: str, message_id: str) -> str | None:
     """What the user has sent under this id. None: nothing. Raises Unavailable."""
-    rows = await database.fetch("sent_content", user_id, message_id)
+    rows = await database.fetch("sent_content", user_id, message_id, as_uuid(message_id))
     return rows[0]["content"] if rows else None

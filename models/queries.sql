@@ -345,21 +345,28 @@ SELECT * FROM anynode_admit_to_chat($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11
 
 -- name: find_chat
 -- The conversation that a client calls so, with its last turn, if one has answered last or runs.
+WITH c AS MATERIALIZED (
+    SELECT anynode_chat($1, $2, $3) AS id
+)
 SELECT c.id AS conversation_id, t.id AS turn_id, t.status, t.first_seq
-FROM (SELECT anynode_chat($1, $2, $3) AS id) c
+FROM c
 LEFT JOIN turns t ON t.id = coalesce(
     (SELECT id FROM turns WHERE conversation_id = c.id AND status = 'running'),
     (SELECT turn_id FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT 1))
 WHERE c.id IS NOT NULL;
 
 -- name: sent_content
-SELECT content FROM messages WHERE user_id = $1 AND client_id = $2;
+-- Under the client's id of a message, or the one that it has here, as one that was appended over HTTP.
+SELECT content FROM messages WHERE user_id = $1 AND client_id = $2
+UNION ALL
+SELECT content FROM messages WHERE id = $3 AND user_id = $1
+LIMIT 1;
 
 -- name: add_ticket
 -- Nothing is returned where the user has as many as there may be.
 INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
 SELECT $1, $2, $3, clock_timestamp() + make_interval(secs => $4)
-WHERE (SELECT count(*) FROM tickets WHERE user_id = $2 AND expires_at > clock_timestamp()) < $5
+WHERE (SELECT count(*) FROM tickets WHERE user_id = $2 AND expires_at > now()) < $5
 ON CONFLICT (hash) DO UPDATE SET hash = excluded.hash
 RETURNING extract(epoch FROM expires_at)::double precision AS expires_at;
 
@@ -367,7 +374,7 @@ RETURNING extract(epoch FROM expires_at)::double precision AS expires_at;
 DELETE FROM tickets WHERE hash = $1 RETURNING user_id, token_expires_at, expires_at > clock_timestamp() AS is_fresh;
 
 -- name: delete_expired_tickets
-DELETE FROM tickets WHERE expires_at < clock_timestamp();
+DELETE FROM tickets WHERE expires_at < now();
 
 -- name: read_usage
 SELECT id, usage FROM turns WHERE id = ANY ($1::uuid[]) AND usage IS NOT NULL;

@@ -36,7 +36,8 @@ def _group(row: asyncpg.Record) -> tuple[bool, UUID]:
 def _shown(rows: Sequence[asyncpg.Record], usages: Mapping[UUID, str]) -> ShownMessage:
     first, last = rows[0], rows[-1]
     if first["role"] in ("user", "system"):
-        return ShownMessage(first["client_id"] or str(first["id"]), first["role"], [{"type": "text", "text": first["content"]}])
+        id = first["client_id"] or str(first["id"])
+        return ShownMessage(id, first["role"], [{"type": "text", "text": first["content"]}])
     results = {row["tool_call_id"]: row["content"] for row in rows if row["role"] == "tool"}
     parts = [part for row in rows if row["role"] == "assistant" for part in _step(row, results)]
     usage = usages.get(last["turn_id"])

@@ -12,12 +12,15 @@ import pytest
 from msgspec.structs import FieldInfo, fields
 
 from models import messages
-from server import bodies, connection, errors, http, listener, operations, rest
+from server import bodies, connection, errors, http, listener, operations, rest, tickets
+from server.ai_sdk import protocol as ai_sdk
+from server.ai_sdk.connection import STOP_SECONDS
+from server.ai_sdk.protocol import AnyFrame
 from server.bodies import AnyPostedMessage
 from server.encoding import encode
 from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
 from server.examples import FRAMES
-from server.operations import OPERATIONS
+from server.operations import AI_SDK, OPERATIONS, REST
 from server.protocol import (
     JOURNAL_FRAMES,
     SUBPROTOCOL,
@@ -131,13 +134,47 @@ def test_every_close_code_is_there() -> None:
     assert {int(row[0]) for row in rows(sections(2)["Close codes"])} == own | LIBRARY_CLOSE_CODES
 
 
-def test_every_operation_over_http_is_there_with_its_fields() -> None:
-    table = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in tables(sections(2)["Over HTTP"])[0]}
-    assert set(table) == {f"{operation.method} {operation.path}" for operation in OPERATIONS}
-    for operation in OPERATIONS:
+FACES = {"Over HTTP": REST, "The AI SDK's clients": AI_SDK}
+
+
+def test_every_operation_stands_in_the_section_of_its_face() -> None:
+    assert [operation for face in FACES.values() for operation in face] == list(OPERATIONS)
+
+
+@pytest.mark.parametrize("heading", FACES)
+def test_every_operation_over_http_is_there_with_its_fields(heading: str) -> None:
+    listed = next(table for table in tables(sections(2)[heading]) if re.match("`[A-Z]+ /", table[0][0]))
+    table = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in listed}
+    assert set(table) == {f"{operation.method} {operation.path}" for operation in FACES[heading]}
+    for operation in FACES[heading]:
         kinds = [operation.query, *(kind for kind in operation.bodies if kind is not AnyPostedMessage)]
         expected = {field.encode_name for kind in kinds for field in fields(kind)}
         assert table[f"{operation.method} {operation.path}"] == expected, operation.name
+
+
+def test_every_frame_of_the_ai_sdk_is_there_with_the_fields_that_are_used() -> None:
+    ours, theirs = tables(sections(2)["The AI SDK's clients"])[:2]
+    documented = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in ours}
+    # The message's own id is in `messages`; what a body may say stands in the last column.
+    used = {
+        tag_of(frame): {field.encode_name for field in fields(frame)} - {"messageId"} for frame in get_args(AnyFrame)
+    }
+    assert documented == used
+    sent = [ai_sdk.start_frame("r"), ai_sdk.chunk_head("r") + '0,"chunk":{}}', ai_sdk.end_frame("r")]
+    sent += [ai_sdk.no_active_frame("r"), ai_sdk.error_frame("r", "no")]
+    shown = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in theirs}
+    assert shown == {frame["type"]: frame.keys() - {"type"} for frame in map(json.loads, sent)}
+
+
+def test_the_limits_of_the_ai_sdk_are_those_of_the_code() -> None:
+    section = sections(2)["The AI SDK's clients"]
+    assert section.count(f"{ai_sdk.REQUEST_BYTES_MAX:,} bytes") == 2
+    assert f"shows at most {connection.FOLLOWS_MAX} turns" in section
+    assert f"within {tickets.TICKET_SECONDS:g} seconds" in section
+    assert f"at most {tickets.TICKETS_MAX} of a user" in section
+    assert "a quarter of a second later" in section
+    assert STOP_SECONDS == 0.25
+    assert f"`{ai_sdk.SUBPROTOCOL}`" in section
 
 
 def test_every_status_over_http_is_there_with_its_codes() -> None:

@@ -16,7 +16,7 @@ import pytest
 from models.queries import query, statements
 from tests.conftest import fresh_database
 
-TABLES = ("conversations", "messages", "turns", "events")
+TABLES = ("conversations", "messages", "turns", "events", "tickets")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
 # twentieth another turn runs. Around them 60,000 empty ones: of a small table, reading all of it is right.
 # `md5` makes ids that are the same in every run, in no order.
@@ -50,6 +50,10 @@ INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
 INSERT INTO events (conversation_id, seq, epoch, type, payload, written_at)
     SELECT md5('e' || c)::uuid, s, 0, 'message.created', '{}', now() - make_interval(secs => 50 * c)
     FROM generate_series(1, 4000) c, generate_series(1, 5) s;
+UPDATE conversations SET client_id = 'chat' || id WHERE title IS NOT NULL;
+INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
+    SELECT 'ticket' || n, 'other' || n % 1000, 0, now() + make_interval(secs => 9000 + n)
+    FROM generate_series(1, 20000) n;
 ANALYZE;
 """
 
@@ -81,6 +85,7 @@ QUESTION = (
     '{"message": {}}',
     '{"message_id": "m"}',
 )
+CHAT = f"chat{id_of('c1')}"
 
 # What each statement is asked, and how many rows of each table it may touch for that.
 CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
@@ -127,8 +132,19 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),
     "forget_deletions": ([60.0], {}),
     "delete_expired_messages": ([99_000.0, 20], {"events": 60}),
+    "admit_to_chat": (
+        ["user1", CHAT, None, *QUESTION, 20],
+        {"messages": 30, "conversations": 8, "turns": 5, "events": 5},
+    ),
+    "find_chat": (["user0", f"chat{MINE}", None], {"conversations": 1, "turns": 2, "messages": 1}),
+    "find_turn": (["user0", id_of("t20.7")], {"conversations": 3, "turns": 3}),  # the planner looks at the ends of both
+    "sent_content": (["user0", "client20.7", None], {"messages": 1}),
+    "read_usage": ([HUNDRED], {"turns": 100}),
+    "add_ticket": (["new", "other7", 0.0, 30.0, 100], {"tickets": 25}),
+    "redeem_ticket": (["ticket7"], {"tickets": 2}),
+    "delete_expired_tickets": ([], {"tickets": 2}),
 }
-FUNCTIONS = {"admit", "append", "delete_conversation", "regenerate", "take_over"}
+FUNCTIONS = {"admit", "admit_to_chat", "find_chat", "append", "delete_conversation", "regenerate", "take_over"}
 
 
 @pytest.fixture(scope="module")
