@@ -30,8 +30,9 @@ from server.health import health_routes
 from server.http import Holding, refuse_route, routes_of
 from server.native import NativeConnection
 from server.node import Node
-from server.operations import AI_SDK, AI_SDK_PATH, REST
+from server.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
 from server.reference import reference_routes
+from server.responses.handlers import Responses
 from server.rest import Rest
 from server.settings import Settings
 from server.tickets import Tickets
@@ -79,6 +80,7 @@ class Anynode:
         faces = [
             (REST, Rest(settings, node, database, holding)),
             (AI_SDK, AiSdk(settings, node, database, holding, tickets)),
+            (RESPONSES, Responses(settings, node, database, holding)),
         ]
         app = Starlette(
             routes=[

@@ -9,6 +9,7 @@ from server import bodies
 from server.ai_sdk import bodies as ai_sdk
 from server.ai_sdk.protocol import ChatRequest
 from server.protocol import Message
+from server.responses import bodies as responses
 
 _CONVERSATION: Final = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11"
 _TURN: Final = "0199aa10-5f3e-7d02-8c44-91d2c3b4a5f6"
@@ -138,7 +139,64 @@ _SHOWN: Final = {
     "updated_at": "2026-01-15T09:30:00.125000Z",
 }
 
+_MODEL: Final = {"id": "gpt-4o-mini", "object": "model", "created": 0, "owned_by": "anynode"}
+
 BODIES: Final[Mapping[type, dict[str, Any]]] = {
+    responses.CreateResponse: {
+        "input": "Why is the sky blue?",
+        "conversation": "conv_0199aa105f3e7c519b1d2f5b6f0a7c11",
+        "background": True,
+        "stream": True,
+    },
+    responses.ResponseObject: {
+        "id": "resp_0199aa105f3e7d028c4491d2c3b4a5f6",
+        "object": "response",
+        "created_at": 1768469400,
+        "status": "completed",
+        "background": True,
+        "completed_at": 1768469402,
+        "conversation": {"id": "conv_0199aa105f3e7c519b1d2f5b6f0a7c11"},
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "metadata": {},
+        "model": "gpt-4o-mini",
+        "output": [
+            {
+                "type": "message",
+                "id": "msg_0199aa105f3e7d028c4491d2c3b4a5f6_0",
+                "status": "completed",
+                "content": [
+                    {
+                        "type": "output_text",
+                        "text": "Because air scatters short waves more.",
+                        "annotations": [],
+                        "logprobs": [],
+                    }
+                ],
+                "role": "assistant",
+            }
+        ],
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "store": True,
+        "temperature": None,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": None,
+        "truncation": "disabled",
+        "usage": {
+            "input_tokens": 21,
+            "output_tokens": 9,
+            "total_tokens": 30,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+        },
+    },
+    responses.Models: {"data": [_MODEL], "object": "list"},
+    responses.Model: _MODEL,
     bodies.NewConversation: {"title": "The sky", "system_prompt": "Answer in one sentence."},
     bodies.ConversationChanges: {"title": "Blue"},
     bodies.UserMessage: {"role": "user", "content": "Why is the sky blue?"},

@@ -114,6 +114,7 @@ class Operation:
     bodies: Sequence[Any] = ()
     body_bytes_max: int | None = None  # None: as a frame
     replies: Mapping[int, Any]
+    can_stream: bool = False  # a success may also be Server-Sent Events
     errors: Sequence[type[ClientError]] = ()
     decode: Callable[[bytes, Sequence[Any]], Any] = decode_body
 

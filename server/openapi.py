@@ -31,9 +31,17 @@ _ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)
 _CLIENTS: Final = {"type": "string", "minLength": 1, "maxLength": ID_CHARACTERS_MAX, "format": "printable"}
 _NAMED: Final[Mapping[str, dict[str, Any]]] = {
     "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},
+    "response_id": {**_CLIENTS, "description": "`resp_…`, as in the answer to createResponse."},
+    "model": {**_CLIENTS, "description": "What listModels tells."},
     "chat_id": {**_CLIENTS, "description": "The client's own id of the chat, or the conversation's UUID."},
 }
-_TAGS: Final = {"/conversations": "conversations", AI_SDK_PATH: "AI SDK", "/auth": "AI SDK", "/api": "chat"}
+_TAGS: Final = {
+    "/conversations": "conversations",
+    AI_SDK_PATH: "AI SDK",
+    "/auth": "AI SDK",
+    "/api": "chat",
+    "/v1": "OpenAI",
+}
 _DESCRIPTION: Final = """Conversations of one user, the token's. A turn that is started here is the same as one of the \
 socket `/ws` (see `/asyncapi.json`): it runs to its end whoever is there to hear it, on any node. All errors have the \
 shape of `Refusal`."""
@@ -71,7 +79,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "tags": [next(tag for start, tag in _TAGS.items() if operation.path.startswith(start))],
         "parameters": [*_path_parameters(operation.path), *_query_parameters(operation)],
         "responses": {
-            **{str(status): _success(kind) for status, kind in operation.replies.items()},
+            **{str(status): _success(kind, operation.can_stream) for status, kind in operation.replies.items()},
             **_refusals(operation),
         },
     }
@@ -107,13 +115,14 @@ def _query_parameters(operation: Operation) -> list[dict[str, Any]]:
     return [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in properties.items()]
 
 
-def _success(kind: Any) -> dict[str, Any]:
+def _success(kind: Any, can_stream: bool) -> dict[str, Any]:
     if kind is None:
         return {"description": "Done."}
     if isinstance(kind, str):
         return {"description": "A stream.", "content": {kind: {"schema": {"type": "string"}}}}
     said = " Or: ".join(" ".join((part.__doc__ or "").split()) for part in _parts(kind))
-    return {"description": said, "content": _content(_parts(kind))}
+    stream = {"text/event-stream": {"schema": {"type": "string"}}} if can_stream else {}
+    return {"description": said, "content": {**_content(_parts(kind)), **stream}}
 
 
 def _refusals(operation: Operation) -> dict[str, Any]:

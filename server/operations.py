@@ -42,6 +42,9 @@ from server.errors import (
 )
 from server.http import Operation
 from server.protocol import Message
+from server.responses.bodies import CreateResponse, Model, Models, ResponseObject, ResponseQuery
+from server.responses.bodies import decode_request as decode_response_request
+from server.responses.handlers import Responses
 from server.rest import Rest
 
 APPENDED_BYTES_MAX: Final = 4_194_304  # of a body that appends messages: a whole history moves in at once
@@ -233,4 +236,59 @@ AI_SDK: Final[tuple[Operation, ...]] = (
     ),
 )
 
-OPERATIONS: Final[tuple[Operation, ...]] = (*REST, *AI_SDK)
+_RESPONSE: Final = "/v1/responses/{response_id}"
+
+RESPONSES: Final[tuple[Operation, ...]] = (
+    Operation(
+        method="POST",
+        path="/v1/responses",
+        name="createResponse",
+        summary="Ask, as with the OpenAI Responses API; with `stream` the answer is a stream of its events.",
+        handler=Responses.create,
+        bodies=(CreateResponse,),
+        decode=decode_response_request,
+        replies={200: ResponseObject},
+        can_stream=True,
+        errors=_QUESTION_ERRORS,
+    ),
+    # Before the next one, whose id may have slashes in it.
+    Operation(
+        method="POST",
+        path=_RESPONSE + "/cancel",
+        name="cancelResponse",
+        summary="Stop a response, wherever it runs, and wait for its end; what was said is kept.",
+        handler=Responses.cancel,
+        replies={200: ResponseObject},
+        errors=(NotFound, RateLimited),
+    ),
+    Operation(
+        method="GET",
+        path=_RESPONSE,
+        name="retrieveResponse",
+        summary="A response as it is now; with `stream` its events, from the start or after a sequence number.",
+        handler=Responses.retrieve,
+        query=ResponseQuery,
+        replies={200: ResponseObject},
+        can_stream=True,
+        errors=(NotFound, RateLimited),
+    ),
+    Operation(
+        method="GET",
+        path="/v1/models",
+        name="listModels",
+        summary="What answers here, as a model.",
+        handler=Responses.models,
+        replies={200: Models},
+    ),
+    Operation(
+        method="GET",
+        path="/v1/models/{model}",
+        name="retrieveModel",
+        summary="The same by its id.",
+        handler=Responses.model,
+        replies={200: Model},
+        errors=(NotFound,),
+    ),
+)
+
+OPERATIONS: Final[tuple[Operation, ...]] = (*REST, *AI_SDK, *RESPONSES)

@@ -21,7 +21,7 @@ from server.cut_short import CutShort, until
 from server.errors import ClientError
 from server.http import break_off
 from server.node import Node
-from server.outcome import stored_turn
+from server.outcome import LAST_WORDS_SECONDS, stored_turn
 from server.sse import or_silence
 from server.turn_events import JournalGone, events_of_turn, events_so_far
 
@@ -43,7 +43,7 @@ class ChunkStream:
 
     What has been said when it begins (nothing, where the turn `is_new`) comes in as few chunks as show it. A stream
     that cannot go on to the turn's end breaks off as if the network had failed: clients resume then, and would take any
-    other end for the turn's. So it does where the node drains, where the token runs out, and where a takeover takes
+    other end for the turn's. So it does where the node goes down, where the token runs out, and where a takeover takes
     back what was shown, which versions 5 and 6 cannot be told of: what they are shown when they resume is right.
     """
 
@@ -75,9 +75,9 @@ class ChunkStream:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         if scope["method"] != "HEAD":
             expiry_seconds = max(0.0, self._identity.expires_at - time.time())
-            ends = (self._node.draining.wait(), self._disconnected(), asyncio.sleep(expiry_seconds))
+            ends = (self._node.drained.wait(), self._disconnected(), asyncio.sleep(expiry_seconds))
             try:
-                is_whole = await until(self._show(send), *ends)
+                is_whole = await until(self._show(send), *ends, grace_seconds=LAST_WORDS_SECONDS)
             except CutShort:
                 is_whole = False
             if not is_whole:

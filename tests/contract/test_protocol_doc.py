@@ -20,7 +20,7 @@ from server.bodies import AnyPostedMessage
 from server.encoding import encode
 from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
 from server.examples import FRAMES
-from server.operations import AI_SDK, OPERATIONS, REST
+from server.operations import AI_SDK, OPERATIONS, RESPONSES, REST
 from server.protocol import (
     JOURNAL_FRAMES,
     SUBPROTOCOL,
@@ -134,7 +134,7 @@ def test_every_close_code_is_there() -> None:
     assert {int(row[0]) for row in rows(sections(2)["Close codes"])} == own | LIBRARY_CLOSE_CODES
 
 
-FACES = {"Over HTTP": REST, "The AI SDK's clients": AI_SDK}
+FACES = {"Over HTTP": REST, "The AI SDK's clients": AI_SDK, "The Responses API": RESPONSES}
 
 
 def test_every_operation_stands_in_the_section_of_its_face() -> None:
@@ -144,7 +144,7 @@ def test_every_operation_stands_in_the_section_of_its_face() -> None:
 @pytest.mark.parametrize("heading", FACES)
 def test_every_operation_over_http_is_there_with_its_fields(heading: str) -> None:
     listed = next(table for table in tables(sections(2)[heading]) if re.match("`[A-Z]+ /", table[0][0]))
-    table = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in listed}
+    table = {row[0].strip("`"): set(re.findall(r"`([\w\[\]]+)`", row[1])) for row in listed}
     assert set(table) == {f"{operation.method} {operation.path}" for operation in FACES[heading]}
     for operation in FACES[heading]:
         kinds = [operation.query, *(kind for kind in operation.bodies if kind is not AnyPostedMessage)]

@@ -1,0 +1,1 @@
+"""The OpenAI Responses API, as one more face of the journal."""
