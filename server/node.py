@@ -7,7 +7,7 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
@@ -93,11 +93,8 @@ class Node:
     async def send(self, user_id: str, frame: MessageSend, *, chat_id: str | None = None) -> Admission:
         """Admit a message and start its turn, or find the turn that a repeated one has. `chat_id` is a client's own id
         of the conversation, which is made where there is none yet. Raises ClientError."""
-        self._may_start(frame.conversation_id)
-        # A turn whose node has died cannot be stopped before its lease has run out.
-        give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
-        interrupted: UUID | None = None
-        while True:
+
+        async def attempt() -> Admission:
             # A new one each time: its ids and times are to be in the order of the conversation.
             question = question_of(user_id, frame, chat_id=chat_id, message_bytes_max=self._settings.message_bytes_max)
             with self._turns.starting(question.turn_id):
@@ -107,40 +104,62 @@ class Node:
                 if admission.outcome == "admitted":
                     said = [("message.created", question.message_created), ("turn.started", question.turn_started)]
                     self._start_admitted(user_id, admission, said, lease)
-            if admission.outcome != "conversation_busy" or frame.if_busy != "interrupt":
-                break
-            if time.monotonic() > give_up_at:
-                break
+            return admission
+
+        interrupts = frame.if_busy == "interrupt"
+        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts=interrupts)
+        raise_refusal(admission, frame)
+        return admission
+
+    async def regenerate(self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False) -> Admission:
+        """Start a turn that answers the last question again; its old answer is superseded. `interrupts`: a turn that
+        runs is cancelled first. Raises ClientError."""
+
+        async def attempt() -> Admission:
+            turn_id = uuid7()
+            with self._turns.starting(turn_id):
+                lease = self._leases.new()
+                asked = regenerate(
+                    self._database,
+                    user_id,
+                    frame.conversation_id,
+                    frame.message_id,
+                    turn_id=turn_id,
+                    created_at=datetime.now(UTC),
+                    on_sent=lease.is_asked,
+                    **self._terms(),
+                )
+                admission = await self._ask(asked, frame.conversation_id)
+                if admission.outcome == "admitted":
+                    said = [("turn.started", encode({"message_id": admission.client_id}))]
+                    self._start_admitted(user_id, admission, said, lease)
+            return admission
+
+        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts=interrupts)
+        raise_refusal(admission, frame)
+        return admission
+
+    async def _admitted(
+        self,
+        user_id: str,
+        conversation_id: UUID | None,
+        attempt: Callable[[], Awaitable[Admission]],
+        *,
+        interrupts: bool,
+    ) -> Admission:
+        """What becomes of an attempt at an admission; one that `interrupts` cancels the turn that runs, and waits."""
+        # A turn whose node has died cannot be stopped before its lease has run out.
+        give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
+        interrupted: UUID | None = None
+        while True:
+            self._may_start(conversation_id)
+            admission = await attempt()
+            if admission.outcome != "conversation_busy" or not interrupts or time.monotonic() > give_up_at:
+                return admission
             if admission.turn_id != interrupted:
                 interrupted = admission.turn_id
                 await self.cancel(user_id, admission.conversation_id, interrupted)
             await asyncio.sleep(INTERRUPT_POLL_SECONDS)
-            self._may_start(frame.conversation_id)
-        raise_refusal(admission, frame)
-        return admission
-
-    async def regenerate(self, user_id: str, frame: TurnRegenerate) -> Admission:
-        """Start a turn that answers the last question again; its old answer is superseded. Raises ClientError."""
-        self._may_start(frame.conversation_id)
-        turn_id = uuid7()
-        with self._turns.starting(turn_id):
-            lease = self._leases.new()
-            asked = regenerate(
-                self._database,
-                user_id,
-                frame.conversation_id,
-                frame.message_id,
-                turn_id=turn_id,
-                created_at=datetime.now(UTC),
-                on_sent=lease.is_asked,
-                **self._terms(),
-            )
-            admission = await self._ask(asked, frame.conversation_id)
-            if admission.outcome == "admitted":
-                said = [("turn.started", encode({"message_id": admission.client_id}))]
-                self._start_admitted(user_id, admission, said, lease)
-        raise_refusal(admission, frame)
-        return admission
 
     def _may_start(self, conversation_id: UUID | None) -> None:
         if self.is_draining:

@@ -111,10 +111,12 @@ def steps_in(journal: Sequence[tuple[str, str]]) -> tuple[list[Step], str, list[
             case "turn.tool_result":
                 step.add_result(_RESULT.decode(payload))
             case "turn.restarted":
+                text = _TEXT.decode(payload).text
+                if step.results:  # what it said behind the last of them was taken back
+                    step.texts = [text[sum(len(before.text) for before in steps) :]]
                 complete()
                 # Those that the attempt before did not live to call again come first.
                 pending.extend(step.calls)
-                said = sum(len(before.text) for before in steps)
-                step = Step([_TEXT.decode(payload).text[said:]])
+                step = Step([text[sum(len(before.text) for before in steps) :]])
     complete()
     return steps, step.text, [*pending, *step.calls]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from models.chats import Chat, find_chat, sent_content
 from models.conversations import Admission
 from models.database import Database, Unavailable
-from server.ai_sdk.protocol import AnySend, UserMessage, question_in
+from server.ai_sdk.protocol import AnySend, IfBusy, UserMessage, question_in
 from server.errors import DatabaseUnavailable, NotFound, RoleOrder
 from server.node import Node
 from server.protocol import MessageSend, TurnRegenerate
@@ -15,16 +15,17 @@ async def ask(node: Node, database: Database, user_id: str, request: AnySend, *,
     """Admit what a client has posted. `interrupts`: it has stopped the turn that may still be running. Raises
     ClientError."""
     question = question_in(request)
+    if_busy: IfBusy = "interrupt" if interrupts else request.if_busy
     if request.trigger == "regenerate-message" and (chat := await chat_of(database, user_id, request.id)) is not None:
         try:
-            return await node.regenerate(user_id, TurnRegenerate(chat.conversation_id, question.id))
+            frame = TurnRegenerate(chat.conversation_id, question.id)
+            return await node.regenerate(user_id, frame, interrupts=if_busy == "interrupt")
         except (NotFound, RoleOrder):
             # It was never heard, as a client cannot know whose connection broke: then it is asked now.
             if await _sent(database, user_id, question.id) is not None:
                 raise
-    if_busy = "interrupt" if interrupts else request.if_busy
-    frame = MessageSend(question.id, question.text, if_busy=if_busy)
-    admission = await node.send(user_id, frame, chat_id=request.id)
+    message = MessageSend(question.id, question.text, if_busy=if_busy)
+    admission = await node.send(user_id, message, chat_id=request.id)
     if admission.outcome == "repeated":
         await _check_repeated(database, user_id, request, question)
     return admission

@@ -105,7 +105,7 @@ class Chunks:
                 "type": "tool-input-available",
                 "toolCallId": call.tool_call_id,
                 "toolName": call.tool_name,
-                "input": call.arguments,
+                "input": harmless(call.arguments),
                 "dynamic": True,
                 "providerExecuted": True,
             }
@@ -224,6 +224,17 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
         return msgspec.json.decode(call["function"]["arguments"])
     except msgspec.DecodeError:  # what a client has appended may be anything
         return {}
+
+
+def harmless(value: Any) -> Any:
+    """A value of JSON without the keys for which the AI SDK refuses to read all of it: they could change the prototypes
+    of JavaScript's objects."""
+    if isinstance(value, dict):
+        constructor = value.get("constructor")
+        is_refused = isinstance(constructor, dict) and "prototype" in constructor
+        refused = ("__proto__", "constructor") if is_refused else ("__proto__",)
+        return {name: harmless(item) for name, item in value.items() if name not in refused}
+    return [harmless(item) for item in value] if isinstance(value, list) else value
 
 
 def metadata_of(usage: Usage | None) -> dict[str, Any]:

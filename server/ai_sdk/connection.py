@@ -173,7 +173,11 @@ class AiSdkConnection(Connection):
         if not shown.is_resumed:
             await self._stop(shown)
             return
-        await self._stop_now(shown.chat_id)
+        stopping = self._stopping.get(shown.chat_id)
+        if stopping is not None and stopping[1].turn_id != shown.turn_id:
+            await self._stop_now(shown.chat_id)
+        elif stopping is not None:
+            stopping[0].cancel()
         timer = self._loop.call_later(STOP_SECONDS, self._stop_soon, shown.chat_id)
         self._stopping[shown.chat_id] = (timer, shown)
 

@@ -55,7 +55,9 @@ class AiSdk:
 
     async def stop(self, call: AnyCall) -> ASGIApp:
         """`POST /api/chat/{chat_id}/stop`."""
-        chat = await self._chat(call)
+        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
+        if chat is None:
+            raise NotFound("There is no such chat.")
         turn_id = await self._node.cancel(call.user_id, chat.conversation_id, None)
         if turn_id is not None and turn_id == chat.turn_id and chat.first_seq is not None:
             ending = end_of_turn(self._node, call.user_id, chat.conversation_id, turn_id, chat.first_seq)
@@ -67,8 +69,10 @@ class AiSdk:
         return reply(Stopped(chat.conversation_id, turn_id))
 
     async def messages(self, call: Call[ChatMessagesQuery, None]) -> ASGIApp:
-        """`GET /api/chat/{chat_id}/messages`."""
-        chat = await self._chat(call)
+        """`GET /api/chat/{chat_id}/messages`; one that nothing was sent to yet has none."""
+        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
+        if chat is None:
+            return reply(ChatMessages([], None))
         page = await read_messages(
             self._database,
             call.user_id,
@@ -87,12 +91,6 @@ class AiSdk:
     async def ticket(self, call: AnyCall) -> ASGIApp:
         """`POST /auth/ticket`."""
         return reply(Ticket(*await self._tickets.issue(call.identity)), 201)
-
-    async def _chat(self, call: AnyCall) -> Chat:
-        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
-        if chat is None:
-            raise NotFound("There is no such chat.")
-        return chat
 
     def _stream(
         self, call: AnyCall, conversation_id: UUID, turn_id: UUID, first_seq: int | None, *, is_new: bool = False

@@ -294,8 +294,11 @@ def _usage(usage: Usage | None) -> ResponseUsage | None:
 def canonical(arguments: msgspec.Raw | str) -> str:
     """A JSON object as the same text, whether it comes from the agent or out of Postgres, which sorts keys its own way
     and writes 1e3 as 1000."""
-    value = json.loads(bytes(arguments) if isinstance(arguments, msgspec.Raw) else arguments)
-    return msgspec.json.encode(_plain(value), order="sorted").decode()
+    text = arguments if isinstance(arguments, str) else bytes(arguments).decode()
+    try:
+        return msgspec.json.encode(_plain(json.loads(text)), order="sorted").decode()
+    except RecursionError:  # nested a few hundred deep: better another text than no stream
+        return text
 
 
 def _plain(value: Any) -> Any:

@@ -80,6 +80,15 @@ def test_a_call_after_a_result_belongs_to_the_next_step() -> None:
     assert partial == "end"
 
 
+def test_text_between_results_that_was_taken_back_is_in_no_step() -> None:
+    cut = [delta("a"), call("1"), call("2"), result("1"), delta("b")]
+    steps, partial, pending = steps_in([*cut, restarted("a"), delta("c")])
+    assert shapes(steps) == [("a", ["1"], ["1"])]
+    assert partial == "c"
+    assert pending == []
+    assert steps_in([*cut, restarted("ab")])[0][0].text == "ab"
+
+
 def test_calls_that_were_made_together_stay_together_in_whatever_order_they_are_answered() -> None:
     steps, partial, _ = steps_in([delta("a"), call("1"), call("2"), call("3"), result("3"), result("1"), result("2")])
     assert shapes(steps) == [("a", ["1", "2", "3"], ["3", "1", "2"])]
