@@ -11,6 +11,7 @@ from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from openai import AsyncOpenAI, AsyncStream, OpenAI
@@ -19,7 +20,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from tests.conftest import StartNode
 from tests.harness import NodeProcess, running_node, sql, token_for
 from tests.postgres_proxy import postgres_proxy
-from tests.rest import MISSING, Reply, rest_to
+from tests.rest import MISSING, Reply, Rest, rest_to
 from tests.scripted_agents import DIRECTORY, Strings, eventually, script_of
 from tests.stepping_agents import AGENT as STEPPING_AGENT
 from tests.waiting_tools import TOOLS
@@ -299,21 +300,32 @@ async def test_a_number_that_is_ahead_waits_for_what_comes(
         assert said_in(events) == ["b"]
 
 
+@asynccontextmanager
+async def raw_stream(rest: Rest, id: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    """The stream of a response, as it comes."""
+    headers = {"Authorization": f"Bearer {rest.token}"}
+    async with rest.session.get(f"{rest.node.http}/v1/responses/{id}?stream=true", headers=headers) as response:
+        assert response.status == 200
+        yield response
+
+
+async def heartbeats(raw: aiohttp.ClientResponse, count: int) -> None:
+    """Read up to so many of them."""
+    read = b""
+    while read.count(b": \n\n") < count:
+        read += await raw.content.readany()
+
+
 async def test_heartbeats_come_while_nothing_else_does(
     start_node: StartNode, strings: Strings, gate: str, user: str
 ) -> None:
     node = start_node(**strings.environment, HEARTBEAT_SECONDS="0.1")
     async with client_of(node, user) as client, rest_to(node, user) as rest:
         id = await begun(client, script_of(("text", "a "), ("gate", gate), ("text", "b")))
-        async with rest.session.get(
-            f"{node.http}/v1/responses/{id}?stream=true", headers={"Authorization": f"Bearer {token_for(user)}"}
-        ) as response:
-            read = b""
-            while read.count(b": \n\n") < 3:
-                read += await response.content.readany()
+        async with raw_stream(rest, id) as raw:
+            await heartbeats(raw, 3)
             strings.open(gate)
-            read += await response.content.read()
-        assert read.endswith(b"}\n\n")
+            assert (await raw.content.read()).endswith(b"}\n\n")
         assert (await client.responses.retrieve(id)).output_text == "a b"
         assert len(await resumed(client, id)) == 10  # the SDK does not see them
 
@@ -479,22 +491,25 @@ async def test_a_call_under_way_is_shown_again_when_its_node_dies(
 async def test_a_node_that_drains_shows_its_own_turns_to_their_end(
     start_node: StartNode, strings: Strings, gate: str, user: str
 ) -> None:
-    leaving = start_node(**strings.environment, DRAIN_SECONDS="60")
+    leaving = start_node(**strings.environment, DRAIN_SECONDS="60", HEARTBEAT_SECONDS="0.1")
     question = script_of(("text", "begun "), ("gate", gate), ("text", "ended"))
     async with client_of(leaving, user) as client, rest_to(leaving, user) as rest:
         waiting = asyncio.create_task(client.responses.create(input=question))
         stream = await client.responses.create(input=question, stream=True)
         seen = [await anext(aiter(stream)) for _ in range(5)]
-        leaving.process.send_signal(signal.SIGTERM)
+        async with raw_stream(rest, response_in(seen[0]).id) as raw:
+            leaving.process.send_signal(signal.SIGTERM)
 
-        async def is_draining() -> bool:
-            return (await rest.get("/readyz")).status == 503
+            async def is_draining() -> bool:
+                return (await rest.get("/readyz")).status == 503
 
-        await eventually(is_draining)
-        with pytest.raises(openai.InternalServerError) as caught:
-            await client.responses.create(input=question)
-        assert caught.value.status_code == 503
-        strings.open(gate)
+            await eventually(is_draining)
+            with pytest.raises(openai.InternalServerError) as caught:
+                await client.responses.create(input=question)
+            assert caught.value.status_code == 503
+            await heartbeats(raw, 10)  # for longer than last words may take
+            strings.open(gate)
+            assert (await raw.content.read()).endswith(b"}\n\n")
         seen += await taken(stream)
         assert assert_whole(seen).output_text == "begun ended"
         assert (await waiting).output_text == "begun ended"
@@ -646,6 +661,20 @@ async def test_when_the_journal_is_gone_the_response_is_not(
             assert said_in(events) == ["[1] one two"]
         with pytest.raises(openai.UnprocessableEntityError, match="no longer kept"):
             await resumed(client, response.id, 3)
+
+
+async def test_a_journal_that_goes_while_it_is_asked_for_is_not_missed(
+    nodes: Nodes, module_database_url: str, user: str
+) -> None:
+    async with client_of(nodes[0], user) as client, client_of(nodes[1], user) as elsewhere:
+        response = await client.responses.create(input=script_of(("text", "one "), ("text", "two")))
+        turn_id = uuid.UUID(response.id.removeprefix("resp_"))
+        # As if it were deleted between two statements: the turn still says that it has events.
+        await sql(module_database_url, "DELETE FROM events WHERE turn_id = $1", turn_id)
+        events = await resumed(elsewhere, response.id)
+        assert assert_whole(events) == response
+        assert said_in(events) == ["one two"]
+        assert await assert_broken(await elsewhere.responses.retrieve(response.id, stream=True, starting_after=3)) == []
 
 
 # Sent again.

@@ -311,6 +311,12 @@ def test_whole_numbers_keep_all_their_digits() -> None:
     )
 
 
+def test_arguments_that_are_nested_very_deeply_are_shown_as_they_are() -> None:
+    deep = '{"x":' + "[" * 900 + "]" * 900 + "}"
+    shown = plain(folded(STARTED, called("1", **json.loads(deep)), ended()))
+    assert json.loads(shown[4]["arguments"]) == json.loads(deep)
+
+
 # What is stored.
 
 
