@@ -35,6 +35,7 @@ from server.errors import (
     ConversationBusy,
     Draining,
     Forbidden,
+    InvalidFrame,
     MessageIdTaken,
     NotFound,
     RateLimited,
@@ -287,7 +288,7 @@ RESPONSES: Final[tuple[Operation, ...]] = (
         summary="The same by its id.",
         handler=Responses.model,
         replies={200: Model},
-        errors=(NotFound,),
+        errors=(NotFound, InvalidFrame),
     ),
 )
 

@@ -7,10 +7,14 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from uuid import UUID
 
+import msgspec
+
 from models.conversations import Snapshot
 from models.database import Database, Unavailable
-from models.events import Event, read_events
-from models.rules import TERMINAL_EVENTS
+from models.events import DELTA, Event, delta_payload, read_events
+from models.rules import RUNNING, TERMINAL_EVENTS
+from server.bodies import StoredTurn
+from server.encoding import encode
 from server.errors import NotFound
 from server.follow import EVENTS_READ_MAX, Follows
 
@@ -63,3 +67,30 @@ async def events_so_far(
         if reading.is_complete or (events and events[-1].type in _TERMINAL):
             return events
         after = reading.events[-1].seq
+
+
+def events_of_stored(turn: StoredTurn) -> list[Event]:
+    """Events that show a turn as it is stored, where its own have been deleted: each message is one delta, and no tool
+    is known to have failed."""
+    said: list[tuple[str, str]] = [("turn.started", "{}")]
+    for message in turn.messages:
+        if message.role == "tool":
+            answered = {
+                "tool_call_id": message.tool_call_id,
+                "tool_name": message.tool_name,
+                "content": message.content,
+            }
+            said.append(("turn.tool_result", encode(answered)))
+            continue
+        if message.content:
+            said.append((DELTA, delta_payload(message.content)))
+        for call in msgspec.to_builtins(message.tool_calls) or ():
+            function = call["function"]
+            arguments = msgspec.Raw(function["arguments"].encode())
+            made = {"tool_call_id": call["id"], "tool_name": function["name"], "arguments": arguments}
+            said.append(("turn.tool_call", encode(made)))
+    if turn.status != RUNNING:
+        at = turn.messages[-1].created_at if turn.messages else turn.finished_at
+        ending = {"message": {"created_at": at}, "usage": turn.usage, "error": turn.error}
+        said.append((TERMINAL_EVENTS[turn.status], encode(ending)))
+    return [Event(seq, type, str(turn.turn_id), payload) for seq, (type, payload) in enumerate(said)]

@@ -12,10 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
-from models.events import DELTA, Event, delta_payload
-from models.rules import TERMINAL_EVENTS
+from models.events import DELTA, Event
 from server.agents.agent import ToolCall, ToolResult
-from server.bodies import StoredTurn
 from server.encoding import encode
 from server.protocol import ErrorDetail, Usage
 
@@ -198,24 +196,6 @@ def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
     merge()
     chunks.takes_back = False
     return shown
-
-
-def events_of_stored(turn: StoredTurn) -> list[Event]:
-    """Events that show a turn which has ended, made of the messages that it left: its own have been deleted."""
-    turn_id = str(turn.turn_id)
-    events = [Event(0, "turn.started", turn_id, "{}")]
-    for message in turn.messages:
-        if message.role == "tool":
-            result = ToolResult(message.tool_call_id or "", message.tool_name or "", message.content)
-            events.append(Event(0, "turn.tool_result", turn_id, encode(result)))
-            continue
-        if message.content:
-            events.append(Event(0, DELTA, turn_id, delta_payload(message.content)))
-        for call in msgspec.to_builtins(message.tool_calls) or ():
-            made = ToolCall(call["id"], call["function"]["name"], arguments_of(call))
-            events.append(Event(0, "turn.tool_call", turn_id, encode(made)))
-    events.append(Event(0, TERMINAL_EVENTS[turn.status], turn_id, encode(_Ending(turn.usage, turn.error))))
-    return events
 
 
 def arguments_of(call: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from uuid import UUID
 from models.database import Database, Unavailable
 from models.events import Event
 from server.ai_sdk.asking import ask, chat_of
-from server.ai_sdk.chunks import Chunks, events_of_stored
+from server.ai_sdk.chunks import Chunks
 from server.ai_sdk.protocol import (
     SUBPROTOCOL,
     AbortFrame,
@@ -33,7 +33,7 @@ from server.connection import FOLLOWS_MAX, Closed, Connection
 from server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
 from server.outcome import stored_turn
 from server.tickets import Tickets
-from server.turn_events import JournalGone, events_of_turn
+from server.turn_events import JournalGone, events_of_stored, events_of_turn
 
 logger = logging.getLogger("anynode.websocket")
 

@@ -7,7 +7,6 @@ from uuid import UUID
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.chats import Chat
 from models.database import Database
 from models.messages import read_messages
 from models.turns import read_usage

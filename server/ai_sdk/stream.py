@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from models.database import Database, Unavailable
 from models.events import Event
 from models.rules import TERMINAL_EVENTS
-from server.ai_sdk.chunks import Chunks, events_of_stored, whole
+from server.ai_sdk.chunks import Chunks, whole
 from server.auth import Identity
 from server.cut_short import CutShort, until
 from server.errors import ClientError
@@ -23,7 +23,7 @@ from server.http import break_off
 from server.node import Node
 from server.outcome import LAST_WORDS_SECONDS, stored_turn
 from server.sse import or_silence
-from server.turn_events import JournalGone, events_of_turn, events_so_far
+from server.turn_events import JournalGone, events_of_stored, events_of_turn, events_so_far
 
 logger = logging.getLogger("anynode.sse")
 

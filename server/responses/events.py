@@ -17,12 +17,11 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from models.events import DELTA, Event, delta_payload, delta_text
+from models.events import Event, delta_text
 from models.ids import made_at
-from models.rules import CANCELLED, COMPLETED, RUNNING, TERMINAL_EVENTS
+from models.rules import CANCELLED, COMPLETED, TERMINAL_EVENTS
 from server.agents.agent import ToolResult
 from server.bodies import StoredTurn
-from server.encoding import encode
 from server.protocol import ErrorDetail, Usage
 from server.responses.bodies import (
     CallError,
@@ -60,6 +59,7 @@ from server.responses.stream import (
     ResponseEvent,
     StreamEvent,
 )
+from server.turn_events import events_of_stored
 
 WHOLE_NUMBER_MIN: Final = -(2**63)  # what JSON encoders write digit by digit
 WHOLE_NUMBER_MAX: Final = 2**64 - 1
@@ -326,26 +326,4 @@ def stored_response(stored: StoredTurn, model: str) -> ResponseObject:
 def stored_events(stored: StoredTurn, model: str) -> list[StreamEvent]:
     """The stream of a turn as it is stored: each message in one delta, and no tool known to have failed."""
     fold = Fold(stored.turn_id, stored.conversation_id, model)
-    return [shown for event in _journal_of(stored) for shown in fold.add(event)]
-
-
-def _journal_of(stored: StoredTurn) -> list[Event]:
-    said: list[tuple[str, str]] = [("turn.started", "{}")]
-    for message in stored.messages:
-        if message.role == "tool":
-            assert message.tool_call_id is not None
-            assert message.tool_name is not None
-            result = ToolResult(message.tool_call_id, message.tool_name, message.content)
-            said.append(("turn.tool_result", encode(result)))
-            continue
-        if message.content:
-            said.append((DELTA, delta_payload(message.content)))
-        calls: Sequence[Any] = message.tool_calls or ()  # as decoded from what is stored
-        for call in calls:
-            function = call["function"]
-            arguments = msgspec.Raw(function["arguments"].encode())
-            said.append(("turn.tool_call", encode(_Call(call["id"], function["name"], arguments))))
-    if stored.status != RUNNING:
-        at = stored.messages[-1].created_at if stored.messages else stored.finished_at or stored.created_at
-        said.append((TERMINAL_EVENTS[stored.status], encode(_End(_Said(at), stored.usage, stored.error))))
-    return [Event(seq, type, str(stored.turn_id), payload) for seq, (type, payload) in enumerate(said)]
+    return [shown for event in events_of_stored(stored) for shown in fold.add(event)]

@@ -15,7 +15,8 @@ from tests.harness import NodeProcess, token_for
 ROOT = Path(__file__).parents[2]
 SECONDS_MAX = 40
 # NUL is refused everywhere (Postgres cannot hold it), as no schema can say. A stream of events has no end, and of a list
-# only the last message must be a question; these are tested by themselves. That there is no such turn is no sign that a conversation has vanished.
+# only the last message must be a question, and a response is asked for in ways that exclude each other: these are
+# tested by themselves. That there is no such turn is no sign that a conversation has vanished.
 CONFIGURATION = """
 workers = 2
 seed = 1
@@ -26,7 +27,7 @@ allow-x00 = false
 max-examples = 10
 
 [[operations]]
-include-operation-id = ["followConversation", "sendChatMessage"]
+include-operation-id = ["followConversation", "sendChatMessage", "createResponse"]
 enabled = false
 
 [[operations]]
@@ -55,5 +56,5 @@ def test_schemathesis_finds_nothing(shared_node: NodeProcess, user: str, tmp_pat
         timeout=3 * SECONDS_MAX,
     )
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
-    assert "Tested: 16" in finished.stdout
+    assert "Tested: 20" in finished.stdout
     assert "Traceback" not in shared_node.log.read_text()
