@@ -57,6 +57,11 @@ QUERIES: Final = "models/queries.sql"
 FIRST: Final = "models/migrations/0001_initial.py"
 SECOND: Final = "models/migrations/0002_many_nodes.py"
 THIRD: Final = "models/migrations/0003_rest.py"
+FIFTH: Final = "models/migrations/0005_chats.py"
+CHUNKS: Final = "server/ai_sdk/chunks.py"
+CHUNK_STREAM: Final = "server/ai_sdk/stream.py"
+AI_SDK_CONNECTION: Final = "server/ai_sdk/connection.py"
+RESPONSES: Final = "server/responses/handlers.py"
 FOURTH: Final = "models/migrations/0004_pending_calls.py"
 
 MESSAGES: Final = "system/test_rest_messages.py"
@@ -520,6 +525,89 @@ MUTATIONS: Final = (
             )
         ],
         [f"{CRASHES}::test_the_pool_recovers_wholly_from_a_stall"],
+    ),
+    Mutation(
+        "the AI SDK is not told what a takeover takes back",
+        [Change(CHUNKS, "if len(standing) == step.said and not step.unanswered:", "if True:")],
+        ["unit/test_ai_sdk_chunks.py", "system/test_ai_sdk_socket.py"],
+    ),
+    Mutation(
+        "a resume over HTTP shows what was taken back",
+        [Change(CHUNKS, "                del shown[step_at:]\n", "")],
+        ["unit/test_ai_sdk_chunks.py", "system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "a stream goes on over what it has shown and a takeover takes back",
+        [Change(CHUNK_STREAM, "if chunks.takes_back:", "if False:")],
+        ["system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "a stream that is cut ends as if it were whole",
+        [Change(CHUNK_STREAM, "if not is_whole:", "if False:")],
+        ["system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "resuming twice stops the turn",
+        [Change(AI_SDK_CONNECTION, "if not shown.is_resumed:", "if True:")],
+        ["system/test_ai_sdk_socket.py"],
+    ),
+    Mutation(
+        "a resume after a sequence number repeats that chunk",
+        [Change(AI_SDK_CONNECTION, "if sequence > after:", "if sequence >= after:")],
+        ["system/test_ai_sdk_socket.py"],
+    ),
+    Mutation(
+        "who has stopped a turn interrupts the next one",
+        [Change(NODE, "admission.turn_id == stopped", "stopped is not None")],
+        ["system/test_ai_sdk_socket.py"],
+    ),
+    Mutation(
+        "a message that was sent can be changed without a word",
+        [Change("server/ai_sdk/asking.py", "if question.text != sent:", "if False:")],
+        ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "a chat's id is found among those of all users",
+        [Change(FIFTH, "WHERE c.user_id = p_user_id AND c.client_id = p_chat_id", "WHERE c.client_id = p_chat_id")],
+        ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "a ticket lets in again and again",
+        [
+            Change(
+                QUERIES,
+                "DELETE FROM tickets WHERE hash = $1 RETURNING user_id, token_expires_at,",
+                "SELECT user_id, token_expires_at,",
+                within="redeem_ticket",
+            ),
+            Change(QUERIES, "AS is_fresh;", "AS is_fresh FROM tickets WHERE hash = $1;", within="redeem_ticket"),
+        ],
+        ["system/test_tickets.py"],
+    ),
+    Mutation(
+        "an old ticket lets in",
+        [Change("models/tickets.py", 'if not rows or not rows[0]["is_fresh"]:', "if not rows:")],
+        ["system/test_tickets.py"],
+    ),
+    Mutation(
+        "frames of our own wire may be as long as the AI SDK's",
+        [Change("server/listener.py", 'if event.path.partition("?")[0] == AI_SDK_PATH:', "if True:")],
+        ["system/test_ai_sdk_socket.py", "system/test_socket.py"],
+    ),
+    Mutation(
+        "a response that goes on repeats the event that it goes on after",
+        [Change(RESPONSES, "if event.sequence_number > self._after", "if event.sequence_number >= self._after")],
+        ["system/test_responses.py"],
+    ),
+    Mutation(
+        "a response is found whoever asks",
+        [Change(QUERIES, "WHERE t.id = $2 AND c.user_id = $1", "WHERE t.id = $2 AND $1::text IS NOT NULL")],
+        ["system/test_responses.py"],
+    ),
+    Mutation(
+        "what a tool call is called with depends on who stored it",
+        [Change("server/responses/events.py", '_plain(json.loads(text)), order="sorted"', "json.loads(text)")],
+        ["unit/test_responses_events.py"],
     ),
 )
 

@@ -90,9 +90,12 @@ class Node:
 
     # Messages.
 
-    async def send(self, user_id: str, frame: MessageSend, *, chat_id: str | None = None) -> Admission:
+    async def send(
+        self, user_id: str, frame: MessageSend, *, chat_id: str | None = None, stopped: UUID | None = None
+    ) -> Admission:
         """Admit a message and start its turn, or find the turn that a repeated one has. `chat_id` is a client's own id
-        of the conversation, which is made where there is none yet. Raises ClientError."""
+        of the conversation, which is made where there is none yet; `stopped` is a turn that was asked to stop, whose
+        end is waited for. Raises ClientError."""
 
         async def attempt() -> Admission:
             # A new one each time: its ids and times are to be in the order of the conversation.
@@ -107,11 +110,13 @@ class Node:
             return admission
 
         interrupts = frame.if_busy == "interrupt"
-        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts=interrupts)
+        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts, stopped)
         raise_refusal(admission, frame)
         return admission
 
-    async def regenerate(self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False) -> Admission:
+    async def regenerate(
+        self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False, stopped: UUID | None = None
+    ) -> Admission:
         """Start a turn that answers the last question again; its old answer is superseded. `interrupts`: a turn that
         runs is cancelled first. Raises ClientError."""
 
@@ -135,7 +140,7 @@ class Node:
                     self._start_admitted(user_id, admission, said, lease)
             return admission
 
-        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts=interrupts)
+        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts, stopped)
         raise_refusal(admission, frame)
         return admission
 
@@ -144,17 +149,19 @@ class Node:
         user_id: str,
         conversation_id: UUID | None,
         attempt: Callable[[], Awaitable[Admission]],
-        *,
         interrupts: bool,
+        stopped: UUID | None,
     ) -> Admission:
-        """What becomes of an attempt at an admission; one that `interrupts` cancels the turn that runs, and waits."""
+        """What becomes of an attempt at an admission; one that `interrupts` cancels the turn that runs, and waits, as
+        it does for one that was `stopped`."""
         # A turn whose node has died cannot be stopped before its lease has run out.
         give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
         interrupted: UUID | None = None
         while True:
             self._may_start(conversation_id)
             admission = await attempt()
-            if admission.outcome != "conversation_busy" or not interrupts or time.monotonic() > give_up_at:
+            is_waited_for = interrupts or admission.turn_id == stopped
+            if admission.outcome != "conversation_busy" or not is_waited_for or time.monotonic() > give_up_at:
                 return admission
             if admission.turn_id != interrupted:
                 interrupted = admission.turn_id

@@ -208,13 +208,20 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 def harmless(value: Any) -> Any:
     """A value of JSON without the keys for which the AI SDK refuses to read all of it: they could change the prototypes
-    of JavaScript's objects."""
+    of JavaScript's objects. What is nested too deeply to be looked at is null."""
+    try:
+        return _harmless(value)
+    except RecursionError:
+        return None
+
+
+def _harmless(value: Any) -> Any:
     if isinstance(value, dict):
         constructor = value.get("constructor")
         is_refused = isinstance(constructor, dict) and "prototype" in constructor
         refused = ("__proto__", "constructor") if is_refused else ("__proto__",)
-        return {name: harmless(item) for name, item in value.items() if name not in refused}
-    return [harmless(item) for item in value] if isinstance(value, list) else value
+        return {name: _harmless(item) for name, item in value.items() if name not in refused}
+    return [_harmless(item) for item in value] if isinstance(value, list) else value
 
 
 def metadata_of(usage: Usage | None) -> dict[str, Any]:

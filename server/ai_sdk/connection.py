@@ -39,7 +39,6 @@ logger = logging.getLogger("anynode.websocket")
 
 # A client that resumes while it is resumed aborts the one for the other. That is no stop: so much later it would be.
 STOP_SECONDS: Final = 0.25
-ENDING_SECONDS: Final = 10.0  # how long a stopped turn may take to end: a message that comes by then waits for it
 
 
 class _Shown:
@@ -71,7 +70,7 @@ class AiSdkConnection(Connection):
         self._tickets = tickets
         self._requests: dict[str, _Shown] = {}  # by requestId
         self._stopping: dict[str, tuple[asyncio.TimerHandle, _Shown]] = {}  # by the chat's id: turns soon to be stopped
-        self._stopped: dict[str, float] = {}  # chats whose turns were stopped here, until they must have ended
+        self._stopped: dict[str, UUID] = {}  # by the chat's id: turns that were stopped, and may still run
         self._token: str | None = None  # the last one that came in a frame
         self._unheard: str | None = None  # a frame that authenticated the connection, and asks for something too
 
@@ -132,8 +131,8 @@ class AiSdkConnection(Connection):
     async def _send_message(self, frame: SendFrame) -> None:
         self._may_show()
         await self._stop_now(frame.id)
-        interrupts = self._stopped.pop(frame.id, 0.0) > self._loop.time()
-        admission = await ask(self._node, self._database, self._user_id, frame, interrupts=interrupts)
+        stopped = self._stopped.pop(frame.id, None)
+        admission = await ask(self._node, self._database, self._user_id, frame, stopped=stopped)
         assert admission.turn_id is not None
         shown = _Shown(frame.id, admission.conversation_id, admission.turn_id, admission.first_seq, is_resumed=False)
         self._show_turn(frame.request_id, shown, after=-1)
@@ -190,9 +189,9 @@ class AiSdkConnection(Connection):
             await self._stop(stopping[1])
 
     async def _stop(self, shown: _Shown) -> None:
-        now = self._loop.time()
-        self._stopped = {chat_id: until for chat_id, until in self._stopped.items() if until > now}
-        self._stopped[shown.chat_id] = now + ENDING_SECONDS
+        if len(self._stopped) >= FOLLOWS_MAX:  # of chats that nothing was sent to since
+            self._stopped.clear()
+        self._stopped[shown.chat_id] = shown.turn_id
         try:
             await self._node.cancel(self._user_id, shown.conversation_id, shown.turn_id)
         except ClientError as error:  # nobody hears of it: the client has forgotten the request
