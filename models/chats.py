@@ -27,7 +27,18 @@ async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | No
     return Chat(**rows[0]) if rows else None
 
 
-async def sent_content(database: Database, user_id: str, message_id: str) -> str | None:
-    """What the user has sent under this id. None: nothing. Raises Unavailable."""
-    rows = await database.fetch("sent_content", user_id, message_id, as_uuid(message_id))
-    return rows[0]["content"] if rows else None
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A message that the user has sent: its text, the turn that answers it, if there is one, and whether it was appended
+    without asking for an answer."""
+
+    content: str
+    turn_id: UUID | None
+    is_appended: bool
+
+
+async def find_sent(database: Database, user_id: str, message_id: str) -> Sent | None:
+    """What the user has sent under an id, the client's own or, if that has none, the one that it has here. None: nothing.
+    Raises Unavailable."""
+    rows = await database.fetch("find_sent", user_id, message_id, as_uuid(message_id))
+    return Sent(**rows[0]) if rows else None

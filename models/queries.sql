@@ -355,11 +355,12 @@ LEFT JOIN turns t ON t.id = coalesce(
     (SELECT turn_id FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT 1))
 WHERE c.id IS NOT NULL;
 
--- name: sent_content
--- Under the client's id of a message, or the one that it has here, as one that was appended over HTTP.
-SELECT content FROM messages WHERE user_id = $1 AND client_id = $2
+-- name: find_sent
+-- What the user has sent under the client's id of a message; or under the one that it has here, as one that was appended
+-- over HTTP, and then `is_appended`.
+SELECT content, turn_id, false AS is_appended FROM messages WHERE user_id = $1 AND client_id = $2
 UNION ALL
-SELECT content FROM messages WHERE id = $3 AND user_id = $1
+SELECT content, turn_id, true FROM messages WHERE id = $3 AND user_id = $1 AND role = 'user' AND client_id IS NULL
 LIMIT 1;
 
 -- name: add_ticket

@@ -563,7 +563,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a message that was sent can be changed without a word",
-        [Change("server/ai_sdk/asking.py", "if question.text != sent:", "if False:")],
+        [Change("server/ai_sdk/asking.py", "sent is not None and sent.content != question.text", "False")],
         ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(

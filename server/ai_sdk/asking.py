@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from models.chats import Chat, find_chat, sent_content
+from models.chats import Chat, Sent, find_chat, find_sent
 from models.conversations import Admission
 from models.database import Database, Unavailable
+from models.ids import as_uuid
 from server.ai_sdk.protocol import AnySend, UserMessage, question_in
 from server.errors import DatabaseUnavailable, RoleOrder
 from server.node import Node
@@ -20,16 +21,20 @@ async def ask(
     ClientError."""
     question = question_in(request)
     is_again = request.trigger == "regenerate-message"
+    # Only the id of one that was appended here is a UUID of ours.
+    sent = await _sent(database, user_id, question) if is_again or as_uuid(question.id) is not None else None
     # What was never heard, as a client cannot know whose connection broke, is asked now.
-    if is_again and (sent := await _sent(database, user_id, question.id)) is not None:
-        _check_text(question, sent)
-        if (chat := await chat_of(database, user_id, request.id)) is not None:
+    if sent is not None and (is_again or sent.is_appended):
+        chat = await chat_of(database, user_id, request.id)
+        if chat is not None:
+            if sent.turn_id != chat.turn_id:
+                raise RoleOrder("Only the last question can be answered again.")
             frame = TurnRegenerate(chat.conversation_id, question.id)
             return await node.regenerate(user_id, frame, interrupts=request.if_busy == "interrupt", stopped=stopped)
     message = MessageSend(question.id, question.text, if_busy=request.if_busy)
     admission = await node.send(user_id, message, chat_id=request.id, stopped=stopped)
     if admission.outcome == "repeated":
-        _check_text(question, await _sent(database, user_id, question.id))
+        await _sent(database, user_id, question)
     return admission
 
 
@@ -41,14 +46,12 @@ async def chat_of(database: Database, user_id: str, chat_id: str) -> Chat | None
         raise DatabaseUnavailable from error
 
 
-def _check_text(question: UserMessage, sent: str | None) -> None:
-    """A message comes again as it was, or it is another one under the same id, as when it is edited."""
-    if question.text != sent:
-        raise RoleOrder("A message that was sent cannot be changed: send another one.")
-
-
-async def _sent(database: Database, user_id: str, message_id: str) -> str | None:
+async def _sent(database: Database, user_id: str, question: UserMessage) -> Sent | None:
+    """What was sent under the question's id. Raises RoleOrder where it was another text, as when one is edited."""
     try:
-        return await sent_content(database, user_id, message_id)
+        sent = await find_sent(database, user_id, question.id)
     except Unavailable as error:
         raise DatabaseUnavailable from error
+    if sent is not None and sent.content != question.text:
+        raise RoleOrder("A message that was sent cannot be changed: send another one.")
+    return sent

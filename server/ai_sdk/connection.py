@@ -60,7 +60,7 @@ class _Shown:
 class AiSdkConnection(Connection):
     """One client's connection, in the frames of the transport."""
 
-    __slots__ = ("_database", "_requests", "_stopped", "_stopping", "_tickets", "_token", "_unheard")
+    __slots__ = ("_asking", "_database", "_requests", "_stopped", "_stopping", "_tickets", "_token", "_unheard")
 
     subprotocol = SUBPROTOCOL
 
@@ -69,6 +69,7 @@ class AiSdkConnection(Connection):
         self._database = database
         self._tickets = tickets
         self._requests: dict[str, _Shown] = {}  # by requestId
+        self._asking: dict[str, bool] = {}  # by requestId: sends that may wait, and whether they were aborted
         self._stopping: dict[str, tuple[asyncio.TimerHandle, _Shown]] = {}  # by the chat's id: turns soon to be stopped
         self._stopped: dict[str, UUID] = {}  # by the chat's id: turns that were stopped, and may still run
         self._token: str | None = None  # the last one that came in a frame
@@ -131,11 +132,37 @@ class AiSdkConnection(Connection):
     async def _send_message(self, frame: SendFrame) -> None:
         self._may_show()
         await self._stop_now(frame.id)
-        stopped = self._stopped.pop(frame.id, None)
-        admission = await ask(self._node, self._database, self._user_id, frame, stopped=stopped)
+        stopped = self._stopped.get(frame.id)
+        if stopped is None and frame.if_busy == "reject":
+            await self._ask(frame, None)
+        else:  # it may have to wait for a turn to end, which other chats must not
+            self._asking[frame.request_id] = False
+            self._spawn(self._ask_apart(frame, stopped))
+
+    async def _ask(self, frame: SendFrame, stopped: UUID | None) -> None:
+        # To the end, whoever goes: what is admitted is to be answered at once.
+        asking = asyncio.ensure_future(ask(self._node, self._database, self._user_id, frame, stopped=stopped))
+        asking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        admission = await asyncio.shield(asking)
+        if self._stopped.get(frame.id) == stopped:
+            self._stopped.pop(frame.id, None)
         assert admission.turn_id is not None
         shown = _Shown(frame.id, admission.conversation_id, admission.turn_id, admission.first_seq, is_resumed=False)
-        self._show_turn(frame.request_id, shown, after=-1)
+        if self._asking.get(frame.request_id):
+            await self._stop(shown)
+        else:
+            self._show_turn(frame.request_id, shown, after=-1)
+
+    async def _ask_apart(self, frame: SendFrame, stopped: UUID | None) -> None:
+        try:
+            await self._ask(frame, stopped)
+        except ClientError as error:
+            await self._send_quietly(error_frame(frame.request_id, error.message))
+        except Exception:
+            logger.exception("a message could not be sent")
+            self.close_soon(CloseCode.INTERNAL, "internal error")
+        finally:
+            self._asking.pop(frame.request_id, None)
 
     async def _resume(self, frame: ResumeFrame) -> None:
         self._may_show()
@@ -153,7 +180,7 @@ class AiSdkConnection(Connection):
         self._show_turn(frame.request_id, shown, after)
 
     def _may_show(self) -> None:
-        if len(self._requests) >= FOLLOWS_MAX:
+        if len(self._requests) + len(self._asking) >= FOLLOWS_MAX:
             raise RateLimited(f"A connection shows at most {FOLLOWS_MAX} turns at once.")
 
     @property
@@ -164,9 +191,11 @@ class AiSdkConnection(Connection):
     # Stopping.
 
     async def _abort(self, request_id: str) -> None:
+        if request_id in self._asking:
+            self._asking[request_id] = True
         shown = self._requests.pop(request_id, None)
         if shown is None:
-            return  # it is over
+            return  # it is over, or yet to come
         assert shown.task is not None
         shown.task.cancel()
         if not shown.is_resumed:

@@ -13,7 +13,7 @@ from uuid import UUID
 from msgspec import UNSET
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.chats import sent_content
+from models.chats import find_sent
 from models.conversations import Admission
 from models.database import Database, Unavailable
 from models.events import Event
@@ -160,7 +160,7 @@ class Responses:
         if all(row["turn_id"] == previous_id for row in page.messages):
             return conversation_id
         # Or this is what it has gone on with, sent again.
-        if key is not None and await sent_content(self._database, call.user_id, key) is not None:
+        if key is not None and await find_sent(self._database, call.user_id, key) is not None:
             return conversation_id
         raise RoleOrder(
             "The conversation has gone on since that response: name the conversation, to go on from its end.",
