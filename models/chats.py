@@ -29,8 +29,8 @@ async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | No
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A message that the user has sent: its text, the turn that answers it, if there is one, and whether it was appended
-    without asking for an answer."""
+    """A message that the user has sent: its text, the turn that answers it, if there is one, and whether it was
+    appended without asking for an answer."""
 
     content: str
     turn_id: UUID | None
@@ -38,7 +38,7 @@ class Sent:
 
 
 async def find_sent(database: Database, user_id: str, message_id: str) -> Sent | None:
-    """What the user has sent under an id, the client's own or, if that has none, the one that it has here. None: nothing.
-    Raises Unavailable."""
+    """What the user has sent under an id, the client's own or, if that has none, the one that it has here. None:
+    nothing. Raises Unavailable."""
     rows = await database.fetch("find_sent", user_id, message_id, as_uuid(message_id))
     return Sent(**rows[0]) if rows else None

@@ -39,7 +39,14 @@ def test_the_table_has_every_setting_with_its_default_and_meaning_and_no_other()
 
 def test_every_setting_that_the_documents_name_exists() -> None:
     known = {setting.name.upper() for setting in fields(Settings)}
-    for name in ("README.md", "PROTOCOL.md", "ARCHITECTURE.md", "docs/load-balancing.md"):
+    for name in (
+        "README.md",
+        "PROTOCOL.md",
+        "ARCHITECTURE.md",
+        "docs/load-balancing.md",
+        "docs/clients.md",
+        "examples/README.md",
+    ):
         named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)`", (TOP / name).read_text()))
         assert named <= known, name
 
@@ -67,7 +74,16 @@ def test_make_check_is_what_ci_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md", "docs/load-balancing.md"]
+    "name",
+    [
+        "README.md",
+        "PROTOCOL.md",
+        "ARCHITECTURE.md",
+        "CHANGELOG.md",
+        "docs/load-balancing.md",
+        "docs/clients.md",
+        "examples/README.md",
+    ],
 )
 def test_links_lead_to_files_and_headings_that_exist(name: str) -> None:
     text = (TOP / name).read_text()

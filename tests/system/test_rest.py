@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from server.bodies import MESSAGES_AT_ONCE_MAX
-from server.operations import OPERATIONS
+from server.operations import OPERATIONS, REST
 from tests.conftest import StartNode
 from tests.harness import NodeProcess, socket_to, sql, token_for
 from tests.rest import MISSING, Reply, Rest, rest_to
@@ -43,7 +43,9 @@ ASKED: dict[str, Sequence[tuple[str, Any]]] = {
     "followConversation": [("", None), ("?after=0", None), ("?after=9999", None)],
     "chat": [("", {"message": "x", "conversation_id": "{conversation}"})],
 }
-ON_A_CONVERSATION = [each for each in OPERATIONS if each.name not in ("createConversation", "listConversations")]
+# Those of others' clients have tests of their own.
+ON_A_CONVERSATION = [each for each in REST if each.name not in ("createConversation", "listConversations")]
+OF_OTHERS = {"chat_id": "a-chat", "response_id": "resp_" + "0" * 32, "model": "none"}  # what their paths name
 IN_NO_CONVERSATION = [("POST", "/conversations"), ("GET", "/conversations")]
 
 
@@ -360,7 +362,7 @@ async def test_a_user_chats_whatever_the_id_is_made_of(shared_node: NodeProcess,
 async def test_without_a_good_token_nothing_is_done(shared_node: NodeProcess, user: str, operation: Any) -> None:
     async with rest_to(shared_node, user) as owner:
         id = await owner.create()
-        where = operation.path.format(conversation_id=id, turn_id=MISSING, user_id=user)
+        where = operation.path.format(conversation_id=id, turn_id=MISSING, user_id=user, **OF_OTHERS)
         for token in (
             None,
             "",
@@ -411,7 +413,7 @@ async def test_another_method_is_not_allowed_and_the_answer_says_which_are(
     methods = {operation.method for operation in OPERATIONS if operation.path == path}
     methods |= {"HEAD"} if "GET" in methods else set()
     async with rest_to(shared_node, user) as rest:
-        where = path.format(conversation_id=MISSING, turn_id=MISSING, user_id=user)
+        where = path.format(conversation_id=MISSING, turn_id=MISSING, user_id=user, **OF_OTHERS)
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - methods:
             reply = await rest.ask(method, where)
             assert reply.refusal == (405, "invalid_frame")
