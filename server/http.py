@@ -14,6 +14,7 @@ from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -54,6 +55,22 @@ TEXTS: Final = ("user_id", "chat_id", "response_id", "model")  # what a path may
 AnyQuery = TypeVar("AnyQuery", bound=Body)
 AnyBody = TypeVar("AnyBody")
 Result = TypeVar("Result")
+
+
+class _Anything(Convertor[str]):
+    """What others give may have slashes in it: a user's id may be an address. Whatever else is in it is refused when it
+    is read."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 class ClientGone(Exception):
@@ -156,8 +173,7 @@ def routes_of(
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         for path, methods in by_path.items():
-            # What others give may have slashes in it: a user's id may be an address.
-            pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:path}", path)
+            pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:anything}", path)
             routes.append(Route(pattern, _Resource(methods, served_by, authenticator, bodies, body_bytes_max)))
     return routes
 
