@@ -23,8 +23,9 @@ TABLES = ("conversations", "messages", "turns", "events", "tickets")
 FILL = """
 INSERT INTO users (id) SELECT 'user' || n FROM generate_series(0, 9) n;
 INSERT INTO users (id) SELECT 'other' || n FROM generate_series(0, 999) n;
-INSERT INTO conversations (id, user_id, title, last_seq, updated_at)
-    SELECT md5('c' || c)::uuid, 'user' || c % 10, 'title', 100, now() - make_interval(secs => c)
+INSERT INTO conversations (id, client_id, user_id, title, last_seq, updated_at)
+    SELECT md5('c' || c)::uuid, 'chat' || md5('c' || c)::uuid, 'user' || c % 10, 'title', 100,
+           now() - make_interval(secs => c)
     FROM generate_series(1, 2000) c;
 INSERT INTO conversations (id, user_id, updated_at)
     SELECT md5('e' || c)::uuid, 'other' || c % 1000, now() - make_interval(secs => c) FROM generate_series(1, 60000) c;
@@ -50,7 +51,6 @@ INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
 INSERT INTO events (conversation_id, seq, epoch, type, payload, written_at)
     SELECT md5('e' || c)::uuid, s, 0, 'message.created', '{}', now() - make_interval(secs => 50 * c)
     FROM generate_series(1, 4000) c, generate_series(1, 5) s;
-UPDATE conversations SET client_id = 'chat' || id WHERE title IS NOT NULL;
 INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
     SELECT 'ticket' || n, 'other' || n % 1000, 0, now() + make_interval(secs => 9000 + n)
     FROM generate_series(1, 20000) n;

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.browser import Page, open_page, running_chromium
-from tests.harness import NodeProcess, free_port, running_node, token_for
+from tests.harness import NodeProcess, free_port, running_node, socket_to, sql, token_for
 from tests.npm import NODE, node_modules, project, run_node, run_npm
+from tests.scripted_agents import Strings, eventually, script_of
 from tests.stock.balancer import Balancer, running_balancer
 
 TOP = Path(__file__).parents[2]
@@ -104,7 +105,7 @@ async def kill_who_answers(nodes: Sequence[NodeProcess]) -> None:
 
 
 @pytest.mark.parametrize("name", ["react", "assistant-ui", "browser"])
-async def test_a_page_goes_on_when_the_node_is_killed_that_answers(
+async def test_a_page_goes_on_when_it_is_loaded_again_and_the_node_is_killed_that_answers(
     database_url: str, tmp_path: Path, page: Page, user: str, name: str
 ) -> None:
     site = EXAMPLES / name
@@ -125,17 +126,19 @@ async def test_a_page_goes_on_when_the_node_is_killed_that_answers(
             await page.evaluate("document.querySelector('input, textarea').focus()")
             await page.type("Any news?")
             await page.press("Enter")
-            await page.until(f"({SHOWN[name]} ?? '').includes('w20 ')")
+            await page.until(f"({SHOWN[name]} ?? '').includes('w5 ')")
+            await page.evaluate("window.isOld = true")
+            await page.call("Page.reload")
+            await page.until(f"!window.isOld && ({SHOWN[name]} ?? '').includes('w20 ')")
             await kill_who_answers(nodes)
             assert not await page.evaluate(f"{SHOWN[name]}.includes('w149')")
             await page.until(f"({SHOWN[name]} ?? '').includes('w149')")
             text = await page.evaluate(SHOWN[name])
             assert text.replace("Send", "").replace("Stop", "").split() == WHOLE.split()
-            if name == "browser":
-                return
             # The chat is in the address: a page that is loaded again shows it again.
+            named = await page.evaluate("location.hash")
             await page.open("about:blank")
-            await page.open(f"{address}/#{named}")
+            await page.open(f"{address}/{named}")
             await page.until(f"({SHOWN[name]} ?? '').includes('w149')")
             text = await page.evaluate(SHOWN[name])
             assert text.replace("Send", "").replace("Stop", "").split() == WHOLE.split()
@@ -165,6 +168,70 @@ async def test_a_script_goes_on_when_the_node_is_killed_that_answers(
     assert complaints == b""
     assert script.returncode == 0
     assert (begun + rest).decode().split() == WHOLE.split()
+
+
+async def output_of_client(address: str, user: str, question: str) -> tuple[int | None, str, str]:
+    """Run client.py to its end; its exit status and what it has said."""
+    script = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-u", EXAMPLES / "client.py", question),
+        env={**os.environ, "ANYNODE_URL": address, "ANYNODE_TOKEN": token_for(user)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(20):
+            said, complaints = await script.communicate()
+    finally:
+        if script.returncode is None:
+            script.kill()
+            await script.wait()
+    return script.returncode, said.decode(), complaints.decode()
+
+
+async def test_the_script_says_what_is_refused(shared_node: NodeProcess, user: str) -> None:
+    refusal = "The message is longer than 65536 bytes.\n"
+    assert await output_of_client(shared_node.http, user, "x" * 70_000) == (1, "", refusal)
+
+
+async def test_the_script_asks_again_where_the_node_could_not_now(database_url: str, tmp_path: Path, user: str) -> None:
+    strings = Strings(tmp_path / "strings")
+    with running_node(database_url, tmp_path, {**strings.environment, "TURNS_MAX": "1"}) as node:
+        async with socket_to(node, user) as socket:
+            await socket.ask(script_of(("paced", 20, "w{number} ", 0.05)))
+            await socket.until("turn.started")
+            assert await output_of_client(node.http, user, script_of(("text", "hello"))) == (0, "hello\n", "")
+
+
+async def test_the_script_takes_frames_of_any_size(database_url: str, tmp_path: Path, user: str) -> None:
+    strings = Strings(tmp_path / "strings")
+    with running_node(database_url, tmp_path, strings.environment) as node:
+        question = script_of(("huge", '"', 1_000_000))  # twice as long as JSON
+        assert await output_of_client(node.http, user, question) == (0, '"' * 1_000_000 + "\n", "")
+
+
+async def test_the_script_goes_on_from_a_snapshot(database_url: str, tmp_path: Path, user: str) -> None:
+    """It was away for so long that the journal is gone."""
+    strings = Strings(tmp_path / "strings")
+    question = script_of(("text", "Hear "), ("gate", user), ("text", "this."))
+    with running_node(database_url, tmp_path, strings.environment) as node:
+        async with running_balancer(node.port) as balancer:
+            output = asyncio.create_task(output_of_client(balancer.http, user, question))
+
+            async def has_heard() -> bool:
+                return bool(await sql(database_url, "SELECT FROM events WHERE type = 'turn.delta'"))
+
+            await eventually(has_heard)
+            balancer.ports.clear()
+            balancer.drop()
+            strings.open(user)
+
+            async def has_ended() -> bool:
+                return bool(await sql(database_url, "SELECT FROM turns WHERE status = 'completed'"))
+
+            await eventually(has_ended)
+            await sql(database_url, "DELETE FROM events")
+            balancer.ports.append(node.port)
+            assert await output == (0, "Hear this.\n", "")
 
 
 def test_every_one_liner_is_here() -> None:

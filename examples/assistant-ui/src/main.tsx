@@ -21,14 +21,16 @@ let tries = 0;
 const chat = new Chat({ id, messages, transport, onError });
 
 function onError(error: Error) {
-  tries = chat.status === 'streaming' ? 0 : tries + 1;
-  if (error instanceof TypeError && tries < 12) setTimeout(reconnect, Math.min(100 * 2 ** tries, 5000));
+  const isLost = error instanceof TypeError;
+  tries = isLost && chat.status !== 'streaming' ? tries + 1 : 0;
+  if (isLost && tries < 12) setTimeout(reconnect, Math.min(100 * 2 ** tries, 5000));
 }
 
 async function reconnect() {
   if (!chat.error) return; // the user has gone on
   await chat.resumeStream();
   if (chat.status === 'ready' && chat.lastMessage?.role === 'user') await chat.sendMessage();
+  if (!chat.error) tries = 0;
 }
 
 const Message = () => (

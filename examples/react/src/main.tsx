@@ -20,8 +20,9 @@ const chat = new Chat({ id, messages, transport, onError });
 
 // The SDK has a TypeError where the connection is lost, or is not to be had. Any other error is the server's answer.
 function onError(error: Error) {
-  tries = chat.status === 'streaming' ? 0 : tries + 1;
-  if (error instanceof TypeError && tries < 12) setTimeout(reconnect, Math.min(100 * 2 ** tries, 5000));
+  const isLost = error instanceof TypeError;
+  tries = isLost && chat.status !== 'streaming' ? tries + 1 : 0;
+  if (isLost && tries < 12) setTimeout(reconnect, Math.min(100 * 2 ** tries, 5000));
 }
 
 async function reconnect() {
@@ -29,6 +30,7 @@ async function reconnect() {
   await chat.resumeStream();
   // Nothing to resume: the question was lost. It keeps its id, so that it is asked but once.
   if (chat.status === 'ready' && chat.lastMessage?.role === 'user') await chat.sendMessage();
+  if (!chat.error) tries = 0;
 }
 
 function App() {
