@@ -242,7 +242,7 @@ class AiSdkConnection(Connection):
     async def _show(self, request_id: str, shown: _Shown, after: int) -> None:
         try:
             head, sequence = chunk_head(request_id), -1
-            async with aclosing(self._chunks(shown)) as chunks:
+            async with aclosing(self._chunks(shown, is_whole=after < 0)) as chunks:
                 async for chunk in chunks:
                     sequence += 1
                     if sequence > after:
@@ -266,7 +266,7 @@ class AiSdkConnection(Connection):
         if self._requests.get(request_id) is shown:
             del self._requests[request_id]
 
-    async def _chunks(self, shown: _Shown) -> AsyncGenerator[str, None]:
+    async def _chunks(self, shown: _Shown, *, is_whole: bool) -> AsyncGenerator[str, None]:
         chunks = Chunks(str(shown.turn_id))
         if shown.first_seq is None:
             for event in await self._stored_events(shown):
@@ -285,7 +285,7 @@ class AiSdkConnection(Connection):
                         for chunk in chunks.take(event):
                             yield chunk
         except JournalGone:
-            if has_begun:
+            if has_begun or not is_whole:  # what is stored makes other chunks
                 raise
             for event in await self._stored_events(shown):
                 for chunk in chunks.take(event):

@@ -10,7 +10,7 @@ const id = location.hash.slice(1) || crypto.randomUUID();
 location.hash = id;
 
 const headers = { authorization: `Bearer ${token}` };
-const { messages } = await (await fetch(`${url}/api/chat/${id}/messages`, { headers })).json();
+const { messages } = await (await fetch(`${url}/api/chat/${encodeURIComponent(id)}/messages`, { headers })).json();
 const transport = new WebSocketChatTransport({
   url: `${url}/api/chat`,
   protocols: ['anynode.ai-sdk', `bearer.${token}`],
