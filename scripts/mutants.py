@@ -543,7 +543,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a stream that is cut ends as if it were whole",
-        [Change(CHUNK_STREAM, "if not is_whole:", "if False:")],
+        [Change("server/sse.py", "if not is_whole:", "if False:")],
         ["system/test_ai_sdk_http.py"],
     ),
     Mutation(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
+LAST_WORDS_SECONDS: Final = 0.5  # for work whose own end may be what lets a drain be over
 Result = TypeVar("Result")
 
 

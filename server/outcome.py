@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any
 from uuid import UUID
 
 import asyncpg
@@ -15,14 +15,12 @@ from models.database import Database
 from models.rules import FAILED
 from models.turns import read_turn
 from server.bodies import Answer, StoredTurn
-from server.cut_short import CutShort, until
+from server.cut_short import LAST_WORDS_SECONDS, CutShort, until
 from server.encoding import message_of, usage_of
 from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
 from server.node import Node
 from server.protocol import ErrorDetail, Message
 from server.turn_events import JournalGone, events_of_turn
-
-LAST_WORDS_SECONDS: Final = 0.5
 
 _ERROR = msgspec.json.Decoder(ErrorDetail)
 

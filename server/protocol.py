@@ -133,10 +133,10 @@ def strict_json(text: str, noun: str) -> Any:
     return value
 
 
-def request_id_of(text: str) -> str | None:
+def request_id_of(text: str, name: str = "request_id") -> str | None:
     """The `request_id` of a frame that was refused, so that its sender can tell which one it was."""
     try:
-        request_id = json.loads(text)["request_id"]
+        request_id = json.loads(text)[name]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return request_id if is_client_id(request_id) else None

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 from uuid import UUID
@@ -16,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 from models.conversations import Snapshot
 from models.database import Unavailable
 from server.auth import Identity
-from server.cut_short import CutShort, until
+from server.cut_short import LAST_WORDS_SECONDS, CutShort, until
 from server.encoding import encode, error_frame, numbered_frames, snapshot_frame
 from server.errors import ClientError, DatabaseUnavailable, InternalError
 from server.follow import Step
+from server.http import break_off
 from server.node import Node
 from server.protocol import Heartbeat
 
@@ -27,11 +28,12 @@ logger = logging.getLogger("anynode.sse")
 
 Item = TypeVar("Item")
 RETRY_MILLISECONDS: Final = (200, 1000)  # from, to: clients of a node that goes away come back one by one
-_HEADERS: Final = [
+HEADERS: Final = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
 ]
+COMMENT: Final = b": \n\n"  # a sign of life that clients pass over
 _HEARTBEAT: Final = f"data: {encode(Heartbeat())}\n\n".encode()
 
 
@@ -58,10 +60,10 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it to its end."""
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if scope["method"] != "HEAD":
             retry = random.randint(*RETRY_MILLISECONDS)  # noqa: S311
-            await _write(send, f"retry: {retry}\n\n".encode())
+            await write(send, f"retry: {retry}\n\n".encode())
             expiry_seconds = max(0.0, self._identity.expires_at - time.time())
             ends = (self._node.draining.wait(), self._disconnected(), asyncio.sleep(expiry_seconds))
             try:
@@ -76,10 +78,10 @@ class EventStream:
                 try:
                     async with aclosing(self._frames()) as pieces:
                         async for piece in pieces:
-                            await _write(send, piece)
+                            await write(send, piece)
                 except Unavailable:
                     # Say so, and go on trying from where the client is.
-                    await _write(send, _data(error_frame(DatabaseUnavailable(), None)))
+                    await write(send, _data(error_frame(DatabaseUnavailable(), None)))
         except ClientError as error:  # it has been deleted
             await self._last_words(send, error)
         except OSError:
@@ -90,7 +92,7 @@ class EventStream:
 
     async def _last_words(self, send: Send, error: ClientError) -> None:
         try:
-            await _write(send, _data(error_frame(error, None)))
+            await write(send, _data(error_frame(error, None)))
         except OSError:
             pass
 
@@ -108,6 +110,31 @@ class EventStream:
             return _data(snapshot_frame(self._conversation_id, step), step.seq)
         self._after = step[-1].seq
         return b"".join(_data(frame, seq) for seq, frame in numbered_frames(self._conversation_id, step))
+
+
+async def stream_turn(
+    scope: Scope,
+    send: Send,
+    show: Callable[[Send], Coroutine[Any, Any, bool]],
+    node: Node,
+    identity: Identity,
+    disconnected: Callable[[], Coroutine[Any, Any, None]],
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
+    """Answer with a stream that `show` writes, and says whether it is whole. Where it is not, or where the client goes,
+    the token runs out or the node goes down first, the connection breaks off: it must not look whole."""
+    await send({"type": "http.response.start", "status": 200, "headers": [*HEADERS, *headers]})
+    if scope["method"] != "HEAD":
+        expiry_seconds = max(0.0, identity.expires_at - time.time())
+        ends = (node.drained.wait(), disconnected(), asyncio.sleep(expiry_seconds))
+        try:
+            is_whole = await until(show(send), *ends, grace_seconds=LAST_WORDS_SECONDS)
+        except CutShort:
+            is_whole = False
+        if not is_whole:
+            await break_off(scope, disconnected())
+            return
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def or_silence(items: AsyncGenerator[Item, None], seconds: float) -> AsyncGenerator[Item | None, None]:
@@ -133,5 +160,6 @@ def _data(frame: str, seq: int | None = None) -> bytes:
     return (f"data: {frame}\n\n" if seq is None else f"id: {seq}\ndata: {frame}\n\n").encode()
 
 
-async def _write(send: Send, body: bytes) -> None:
+async def write(send: Send, body: bytes) -> None:
+    """Some more of a stream."""
     await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -24,7 +24,6 @@ from server.ai_sdk.protocol import (
     end_frame,
     error_frame,
     no_active_frame,
-    request_id_of,
     start_frame,
     token_in,
 )
@@ -32,6 +31,7 @@ from server.auth import Identity
 from server.connection import FOLLOWS_MAX, Closed, Connection
 from server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
 from server.outcome import stored_turn
+from server.protocol import request_id_of
 from server.tickets import Tickets
 from server.turn_events import JournalGone, events_of_stored, events_of_turn
 
@@ -124,7 +124,7 @@ class AiSdkConnection(Connection):
             self._token = token
 
     async def _refuse(self, error: ClientError, text: str) -> None:
-        request_id = request_id_of(text)
+        request_id = request_id_of(text, "requestId")
         if request_id is None:  # there is nothing in this wire to say it with
             raise Closed(CloseCode.LIMITS, error.message.encode()[:120].decode(errors="ignore"))
         await self._send(error_frame(request_id, error.message))

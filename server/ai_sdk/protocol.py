@@ -5,7 +5,6 @@ Fields that are not used here are ignored, as clients of later versions send mor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 
@@ -149,15 +148,6 @@ def token_in(headers: Mapping[str, str]) -> str | None:
         if name.lower() == "authorization" and scheme.lower() == "bearer" and token.strip():
             return token.strip()
     return None
-
-
-def request_id_of(text: str) -> str | None:
-    """The `requestId` of a frame that was refused."""
-    try:
-        request_id = json.loads(text)["requestId"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return request_id if is_client_id(request_id) else None
 
 
 def start_frame(request_id: str) -> str:

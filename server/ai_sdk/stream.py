@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, Final
@@ -17,23 +15,15 @@ from models.events import Event
 from models.rules import TERMINAL_EVENTS
 from server.ai_sdk.chunks import Chunks, whole
 from server.auth import Identity
-from server.cut_short import CutShort, until
 from server.errors import ClientError
-from server.http import break_off
 from server.node import Node
-from server.outcome import LAST_WORDS_SECONDS, stored_turn
-from server.sse import or_silence
+from server.outcome import stored_turn
+from server.sse import COMMENT, or_silence, stream_turn, write
 from server.turn_events import JournalGone, events_of_stored, events_of_turn, events_so_far
 
 logger = logging.getLogger("anynode.sse")
 
-_HEADERS: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-vercel-ai-ui-message-stream", b"v1"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
-]
-_HEARTBEAT: Final = b": \n\n"  # a comment
+_HEADERS: Final = [(b"x-vercel-ai-ui-message-stream", b"v1")]
 _DONE: Final = b"data: [DONE]\n\n"
 _TERMINAL = frozenset(TERMINAL_EVENTS.values())
 
@@ -72,25 +62,14 @@ class ChunkStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it to its end."""
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        if scope["method"] != "HEAD":
-            expiry_seconds = max(0.0, self._identity.expires_at - time.time())
-            ends = (self._node.drained.wait(), self._disconnected(), asyncio.sleep(expiry_seconds))
-            try:
-                is_whole = await until(self._show(send), *ends, grace_seconds=LAST_WORDS_SECONDS)
-            except CutShort:
-                is_whole = False
-            if not is_whole:
-                await break_off(scope, self._disconnected())
-                return
-        await send({"type": "http.response.body", "body": b""})
+        await stream_turn(scope, send, self._show, self._node, self._identity, self._disconnected, _HEADERS)
 
     async def _show(self, send: Send) -> bool:
         """Show all of it; returns whether it is whole."""
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await write(send, piece)
         except (ClientError, JournalGone, Unavailable) as error:
             logger.info("turn %s cannot be shown to its end: %s", self._turn_id, error)
             return False
@@ -116,7 +95,7 @@ class ChunkStream:
             async with aclosing(or_silence(live, self._heartbeat_seconds)) as batches:
                 async for batch in batches:
                     if batch is None:
-                        yield _HEARTBEAT
+                        yield COMMENT
                         continue
                     shown = [chunk for event in batch for chunk in chunks.take(event)]
                     if chunks.takes_back:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Final, TypeAlias
@@ -22,7 +21,7 @@ from models.messages import read_messages
 from models.rules import RUNNING
 from models.turns import FoundTurn, find_turn
 from server.bodies import NoQuery
-from server.cut_short import CutShort, until
+from server.cut_short import LAST_WORDS_SECONDS, CutShort, until
 from server.encoding import encode
 from server.errors import (
     ClientError,
@@ -35,9 +34,9 @@ from server.errors import (
     Problem,
     RoleOrder,
 )
-from server.http import Call, Holding, break_off, refusal, reply
+from server.http import Call, Holding, refusal, reply
 from server.node import Node
-from server.outcome import LAST_WORDS_SECONDS, end_of_turn, stored_turn
+from server.outcome import end_of_turn, stored_turn
 from server.protocol import ID_CHARACTERS_MAX, MessageSend, is_client_id
 from server.responses.bodies import (
     CreateResponse,
@@ -51,7 +50,7 @@ from server.responses.bodies import (
 from server.responses.events import Fold, stored_events, stored_response
 from server.responses.stream import ErrorEvent, StreamEvent
 from server.settings import Settings
-from server.sse import or_silence
+from server.sse import COMMENT, or_silence, stream_turn, write
 from server.turn_events import JournalGone, events_of_turn
 
 logger = logging.getLogger("anynode.responses")
@@ -60,12 +59,6 @@ CANCEL_SECONDS: Final = 5.0  # how long a cancelled turn is waited for; its node
 EVENTS_AT_ONCE: Final = 200  # of the journal, that a stream takes without letting others run: about a millisecond
 NO_RESPONSE: Final = "There is no such response."
 
-_HEADERS: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
-]
-_HEARTBEAT: Final = b": \n\n"
 AnyCall: TypeAlias = Call[Any, Any]
 
 
@@ -243,18 +236,8 @@ class ResponseStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve it."""
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        if scope["method"] != "HEAD":
-            expiry_seconds = max(0.0, self._call.identity.expires_at - time.time())
-            ends = (self._node.drained.wait(), self._call.disconnected(), asyncio.sleep(expiry_seconds))
-            try:
-                is_whole = await until(self._show(send), *ends, grace_seconds=LAST_WORDS_SECONDS)
-            except CutShort:
-                is_whole = False
-            if not is_whole:
-                await break_off(scope, self._call.disconnected())
-                return
-        await send({"type": "http.response.body", "body": b""})
+        call = self._call
+        await stream_turn(scope, send, self._show, self._node, call.identity, call.disconnected)
 
     async def _show(self, send: Send) -> bool:
         """Whether it was shown to its end."""
@@ -265,7 +248,7 @@ class ResponseStream:
                 async with aclosing(self._batches(self._turn.first_seq)) as batches:
                     async for events in batches:
                         if events is None:
-                            await _send(send, _HEARTBEAT)
+                            await write(send, COMMENT)
                         else:
                             await self._write_folded(send, events)
             except JournalGone:  # after the turn's end it was deleted before it was read
@@ -306,12 +289,12 @@ class ResponseStream:
     async def _write(self, send: Send, events: Sequence[StreamEvent]) -> None:
         pieces = [_data(event) for event in events if event.sequence_number > self._after]
         if pieces:
-            await _send(send, b"".join(pieces))
+            await write(send, b"".join(pieces))
 
     async def _last_words(self, send: Send, error: ClientError) -> None:
         number = max(self._fold.sequence_number, self._after + 1)
         try:
-            await _send(send, _data(ErrorEvent(error.code, error.message, number)))
+            await write(send, _data(ErrorEvent(error.code, error.message, number)))
         except OSError:
             pass
 
@@ -339,7 +322,3 @@ def _retried(key: str | None) -> dict[str, str]:
 def _data(event: StreamEvent | ErrorEvent) -> bytes:
     # JSON has no line break outside of its strings, and none unescaped inside.
     return f"event: {type(event).__struct_config__.tag}\ndata: {encode(event)}\n\n".encode()
-
-
-async def _send(send: Send, body: bytes) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server import protocol
 from server.ai_sdk.protocol import (
     REQUEST_BYTES_MAX,
     AbortFrame,
@@ -23,11 +25,12 @@ from server.ai_sdk.protocol import (
     error_frame,
     no_active_frame,
     question_in,
-    request_id_of,
     start_frame,
     token_in,
 )
 from server.errors import InvalidFrame
+
+request_id_of = partial(protocol.request_id_of, name="requestId")
 
 QUESTION = {"id": "m-1", "role": "user", "parts": [{"type": "text", "text": "Hello"}]}
 SEND = {
