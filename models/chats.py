@@ -28,6 +28,24 @@ async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | No
 
 
 @dataclass(frozen=True, slots=True)
+class ChatEnd:
+    """What a chat ends with, at `last_seq` of its journal where no turn runs: `last_id` is that of its last message, as
+    clients show it (a user's message under its client's id, an answer under its turn's), None where it has none."""
+
+    conversation_id: UUID
+    last_seq: int
+    last_id: str | None
+    is_running: bool
+
+
+async def find_chat_end(database: Database, user_id: str, chat_id: str) -> ChatEnd | None:
+    """The end of the chat with this id, as for `find_chat`, all of one instant. None: there is none. Raises
+    Unavailable."""
+    rows = await database.fetch("find_chat_end", user_id, chat_id, as_uuid(chat_id))
+    return ChatEnd(**rows[0]) if rows else None
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """A message that the user has sent: its text, the turn that answers it, if there is one, and whether it was
     appended without asking for an answer."""

@@ -210,13 +210,19 @@ async def read_conversation(database: Database, user_id: str, conversation_id: U
 
 
 async def list_conversations(
-    database: Database, user_id: str, *, limit: int, skip: int = 0, before: tuple[datetime, UUID] | None = None
+    database: Database,
+    user_id: str,
+    *,
+    limit: int,
+    skip: int = 0,
+    before: tuple[datetime, UUID] | None = None,
+    search: str | None = None,
 ) -> Sequence[asyncpg.Record]:
-    """Rows of conversations, newest activity first, past so many behind a place (updated_at, id), or from the top.
-    Raises Unavailable."""
+    """Rows of conversations, newest activity first, past so many behind a place (updated_at, id), or from the top; with
+    `search` those whose titles contain it, in whatever case. Raises Unavailable."""
     if before is not None:
-        return await database.fetch("list_conversations_before", user_id, limit, skip, *before)
-    return await database.fetch("list_conversations", user_id, limit, skip)
+        return await database.fetch("list_conversations_before", user_id, limit, skip, search, *before)
+    return await database.fetch("list_conversations", user_id, limit, skip, search)
 
 
 async def update_conversation(

@@ -177,13 +177,16 @@ SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, upda
 WHERE id = $2 AND user_id = $1;
 
 -- name: list_conversations
+-- Those whose titles contain a text ($4), or all (null).
 SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-WHERE user_id = $1 ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
+WHERE user_id = $1 AND ($4::text IS NULL OR strpos(lower(title), lower($4)) > 0)
+ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 
 -- name: list_conversations_before
 -- The same, after a place in the list: as fast far down as at the top.
 SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-WHERE user_id = $1 AND (updated_at, id) < ($4, $5) ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
+WHERE user_id = $1 AND ($4::text IS NULL OR strpos(lower(title), lower($4)) > 0) AND (updated_at, id) < ($5, $6)
+ORDER BY updated_at DESC, id DESC LIMIT $2 OFFSET $3;
 
 -- name: update_conversation
 -- A field is set where its flag is. `updated_at` is the last activity, and stays.
@@ -353,6 +356,18 @@ FROM c
 LEFT JOIN turns t ON t.id = coalesce(
     (SELECT id FROM turns WHERE conversation_id = c.id AND status = 'running'),
     (SELECT turn_id FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT 1))
+WHERE c.id IS NOT NULL;
+
+-- name: find_chat_end
+-- Its cursor, its last message by the id that clients show it under, and whether a turn runs in it.
+WITH c AS MATERIALIZED (
+    SELECT anynode_chat($1, $2, $3) AS id
+)
+SELECT c.id AS conversation_id, (SELECT last_seq FROM conversations WHERE id = c.id) AS last_seq,
+       (SELECT coalesce(CASE WHEN role = 'user' THEN client_id ELSE turn_id::text END, id::text) FROM messages
+        WHERE conversation_id = c.id AND status <> 'superseded' ORDER BY position DESC LIMIT 1) AS last_id,
+       (SELECT id FROM turns WHERE conversation_id = c.id AND status = 'running') IS NOT NULL AS is_running
+FROM c
 WHERE c.id IS NOT NULL;
 
 -- name: find_sent

@@ -61,6 +61,7 @@ FIFTH: Final = "models/migrations/0005_chats.py"
 CHUNKS: Final = "server/ai_sdk/chunks.py"
 CHUNK_STREAM: Final = "server/ai_sdk/stream.py"
 AI_SDK_CONNECTION: Final = "server/ai_sdk/connection.py"
+WAITING: Final = "server/ai_sdk/waiting.py"
 RESPONSES: Final = "server/responses/handlers.py"
 FOURTH: Final = "models/migrations/0004_pending_calls.py"
 
@@ -550,6 +551,19 @@ MUTATIONS: Final = (
         "resuming twice stops the turn",
         [Change(AI_SDK_CONNECTION, "if not shown.is_resumed:", "if True:")],
         ["system/test_ai_sdk_socket.py"],
+    ),
+    Mutation(
+        "what begins between the look and the waiting is missed",
+        [
+            Change(WAITING, "conversation_id, last_seq, is_own=True", "conversation_id, None, is_own=True"),
+            Change(WAITING, "await anext(steps)", "await anext(steps), await anext(steps)"),
+        ],
+        ["system/test_ai_sdk_waiting.py"],
+    ),
+    Mutation(
+        "a turn goes on whose client stops it and waits for the next one",
+        [Change(AI_SDK_CONNECTION, "        await self._stop_now(frame.id)  # else", "        pass  # else")],
+        ["system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a resume after a sequence number repeats that chunk",

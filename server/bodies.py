@@ -25,6 +25,15 @@ Mark: TypeAlias = Annotated[
         extra_json_schema={"pattern": r"^[0-9]{1,16}\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"},
     ),
 ]
+Search: TypeAlias = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=100,
+        description="A part of a title, in whatever case.",
+        extra_json_schema={"pattern": r"^[^\u0000]*$"},
+    ),
+]
 ToolName: TypeAlias = Annotated[str, Meta(min_length=1, max_length=256)]
 Metadata: TypeAlias = Annotated[dict[str, Any], Meta(description="Any JSON object; at most 16 KiB.")]
 
@@ -38,11 +47,13 @@ class NoQuery(Body, frozen=True):
 
 
 class ConversationsQuery(Body, frozen=True):
-    """Which conversations: the newest activity first, past so many (`skip`), or after a mark (`before`)."""
+    """Which conversations: the newest activity first, past so many (`skip`), or after a mark (`before`); with `search`
+    those whose title contains it, in whatever case."""
 
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
     skip: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     before: Mark | UnsetType = UNSET
+    search: Search | UnsetType = UNSET
 
 
 class MessagesQuery(Body, frozen=True):

@@ -48,6 +48,7 @@ class Connection:
         "_authenticator",
         "_background",
         "_expiry_timer",
+        "_heartbeat_timer",
         "_identity",
         "_is_closed",
         "_loop",
@@ -86,6 +87,7 @@ class Connection:
         self._identity: Identity | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._sending = 0
         self._sent_at = self._loop.time()
@@ -256,13 +258,31 @@ class Connection:
         return task
 
     async def _end_tasks(self) -> None:
-        if self._expiry_timer is not None:
-            self._expiry_timer.cancel()
+        for timer in (self._expiry_timer, self._heartbeat_timer):
+            if timer is not None:
+                timer.cancel()
         tasks = list(self._background)
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    # Signs of life.
+
+    def _start_heartbeats(self, heartbeat: str) -> None:
+        """Send this frame, from now on, whenever nothing else was sent for so long."""
+        self._beat_later(heartbeat, self._settings.heartbeat_seconds)
+
+    def _beat_later(self, heartbeat: str, seconds: float) -> None:
+        self._heartbeat_timer = self._loop.call_later(seconds, self._beat, heartbeat)
+
+    def _beat(self, heartbeat: str) -> None:
+        interval = self._settings.heartbeat_seconds
+        due_in = self._sent_at + interval - self._loop.time()
+        if due_in <= 0.001:
+            self.send_soon(heartbeat)
+            due_in = interval
+        self._beat_later(heartbeat, due_in)
 
     # The token's end.
 

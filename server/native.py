@@ -39,14 +39,13 @@ _HEARTBEAT: Final = encode(Heartbeat())
 class NativeConnection(Connection):
     """One client's connection, in the frames of `protocol`."""
 
-    __slots__ = ("_follows", "_heartbeat_timer")
+    __slots__ = ("_follows",)
 
     subprotocol = SUBPROTOCOL
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._follows: dict[UUID, asyncio.Task[None]] = {}
-        self._heartbeat_timer: asyncio.TimerHandle | None = None
 
     def _token_in(self, text: str) -> str:
         frame = decode_frame(text)
@@ -56,7 +55,7 @@ class NativeConnection(Connection):
 
     async def _welcome(self) -> None:
         await self._say_ready()
-        self._beat_later(self._settings.heartbeat_seconds)
+        self._start_heartbeats(_HEARTBEAT)
 
     async def _say_ready(self) -> None:
         assert self._identity is not None
@@ -99,11 +98,6 @@ class NativeConnection(Connection):
     def warn_of_drain(self, deadline: float) -> None:
         """Send the client elsewhere."""
         self.send_soon(encode(Goaway("restarting", deadline)))
-
-    async def _end_tasks(self) -> None:
-        if self._heartbeat_timer is not None:
-            self._heartbeat_timer.cancel()
-        await super()._end_tasks()
 
     # Following.
 
@@ -156,16 +150,3 @@ class NativeConnection(Connection):
             self.close_soon(CloseCode.INTERNAL, "internal error")
         if self._follows.get(conversation_id) is asyncio.current_task():
             del self._follows[conversation_id]
-
-    # Signs of life.
-
-    def _beat_later(self, seconds: float) -> None:
-        self._heartbeat_timer = self._loop.call_later(seconds, self._beat)
-
-    def _beat(self) -> None:
-        interval = self._settings.heartbeat_seconds
-        due_in = self._sent_at + interval - self._loop.time()
-        if due_in <= 0.001:
-            self.send_soon(_HEARTBEAT)
-            due_in = interval
-        self._beat_later(due_in)

@@ -24,6 +24,7 @@ from models.conversations import (
 from models.database import Database, Unavailable
 from models.ids import uuid7
 from models.messages import read_messages
+from models.text import is_storable
 from server.bodies import (
     Appended,
     Body,
@@ -102,7 +103,12 @@ class Rest:
         """`GET /conversations`."""
         limit, skip, before = call.query.limit, call.query.skip, call.query.before
         place = None if before is UNSET else _place(before)
-        rows = await list_conversations(self._database, call.user_id, limit=limit + 1, skip=skip, before=place)
+        search = None if call.query.search is UNSET else call.query.search
+        if search is not None and not is_storable(search):
+            raise InvalidFrame(problems=[Problem("query.search", "has a NUL")])
+        rows = await list_conversations(
+            self._database, call.user_id, limit=limit + 1, skip=skip, before=place, search=search
+        )
         listed = [_conversation(row) for row in rows[:limit]]
         is_more = len(rows) > limit
         return reply(

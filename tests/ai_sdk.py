@@ -30,7 +30,10 @@ FIELDS: Final[Mapping[str, frozenset[str]]] = {
     "end": frozenset({"type", "requestId"}),
     "no-active": frozenset({"type", "requestId"}),
     "error": frozenset({"type", "requestId", "errorText"}),
+    "ready": frozenset({"type", "requestId", "node_id", "heartbeat_seconds"}),
+    "heartbeat": frozenset({"type", "requestId"}),
 }
+NO_REQUEST: Final = ""  # the `requestId` of those two
 Chunk = dict[str, Any]
 
 
@@ -45,10 +48,12 @@ def question(text: str, id: str | None = None) -> Frame:
 
 
 class ChatSocket:
-    """A connection of the WebSocket transport: the frames of each request, in the order in which they came."""
+    """A connection of the WebSocket transport: the frames of each request, in the order in which they came. Those of no
+    request may only come where the connection `has_heartbeats`."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: ClientConnection, *, has_heartbeats: bool = False) -> None:
         self.connection = connection
+        self.has_heartbeats = has_heartbeats
         self._waiting: list[Frame] = []
 
     async def send(self, frame: Mapping[str, Any] | str) -> None:
@@ -92,6 +97,7 @@ class ChatSocket:
         *,
         request_id: str | None = None,
         headers: Mapping[str, str] | None = None,
+        body: Mapping[str, Any] | None = None,
     ) -> str:
         """Ask for a chat's turn; returns the request's id."""
         request_id = request_id or new_id()
@@ -100,10 +106,14 @@ class ChatSocket:
             "requestId": request_id,
             "id": chat_id,
             "headers": dict(headers or {}),
-            "body": {},
+            "body": dict(body or {}),
         }
         await self.send(frame if last_sequence is None else {**frame, "lastSequence": last_sequence})
         return request_id
+
+    async def wait(self, chat_id: str, last_id: str, *, request_id: str | None = None) -> str:
+        """Wait until a chat has something newer than a message; returns the request's id."""
+        return await self.resume(chat_id, request_id=request_id, body={"wait_after": last_id})
 
     async def abort(self, request_id: str) -> None:
         """Stop what a request shows."""
@@ -182,6 +192,8 @@ class ChatSocket:
             raise EOFError(str(closed)) from closed
         frame: Frame = json.loads(text)
         assert frame.keys() == FIELDS[frame["type"]], frame
+        is_of_none = frame["type"] in ("ready", "heartbeat")
+        assert (frame["requestId"] == NO_REQUEST) == is_of_none <= self.has_heartbeats, frame
         return frame
 
 
@@ -209,7 +221,7 @@ async def chat_socket(
         close_timeout=2,
     )
     try:
-        yield ChatSocket(connection)
+        yield ChatSocket(connection, has_heartbeats="heartbeats=true" in query)
     finally:
         await connection.close()
 

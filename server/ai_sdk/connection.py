@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final
 from urllib.parse import parse_qs
 from uuid import UUID
@@ -23,10 +24,13 @@ from server.ai_sdk.protocol import (
     decode_frame,
     end_frame,
     error_frame,
+    heartbeat_frame,
     no_active_frame,
+    ready_frame,
     start_frame,
     token_in,
 )
+from server.ai_sdk.waiting import end_of_chat, something_newer
 from server.auth import Identity
 from server.connection import FOLLOWS_MAX, Closed, Connection
 from server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
@@ -41,20 +45,29 @@ logger = logging.getLogger("anynode.websocket")
 STOP_SECONDS: Final = 0.25
 
 
-class _Shown:
-    """A turn that a request shows."""
+class _Request:
+    """A request that is under way in a chat."""
 
-    __slots__ = ("chat_id", "conversation_id", "first_seq", "is_resumed", "task", "turn_id")
+    __slots__ = ("chat_id", "conversation_id", "task")
+
+    def __init__(self, chat_id: str, conversation_id: UUID) -> None:
+        self.chat_id = chat_id
+        self.conversation_id = conversation_id
+        self.task: asyncio.Task[None] | None = None
+
+
+class _Shown(_Request):
+    """One that shows a turn."""
+
+    __slots__ = ("first_seq", "is_resumed", "turn_id")
 
     def __init__(
         self, chat_id: str, conversation_id: UUID, turn_id: UUID, first_seq: int | None, *, is_resumed: bool
     ) -> None:
-        self.chat_id = chat_id
-        self.conversation_id = conversation_id
+        super().__init__(chat_id, conversation_id)
         self.turn_id = turn_id
         self.first_seq = first_seq
         self.is_resumed = is_resumed
-        self.task: asyncio.Task[None] | None = None
 
 
 class AiSdkConnection(Connection):
@@ -68,7 +81,7 @@ class AiSdkConnection(Connection):
         super().__init__(*arguments, **options)
         self._database = database
         self._tickets = tickets
-        self._requests: dict[str, _Shown] = {}  # by requestId
+        self._requests: dict[str, _Request] = {}  # by requestId
         self._asking: dict[str, bool] = {}  # by requestId: sends that may wait, and whether they were aborted
         self._stopping: dict[str, tuple[asyncio.TimerHandle, _Shown]] = {}  # by the chat's id: turns soon to be stopped
         self._stopped: dict[str, UUID] = {}  # by the chat's id: turns that were stopped, and may still run
@@ -78,10 +91,10 @@ class AiSdkConnection(Connection):
     # The handshake.
 
     async def _identify(self) -> Identity:
-        tickets = parse_qs(self._scope["query_string"].decode("latin-1")).get("ticket")
+        ticket = self._parameter("ticket")
         try:
-            if tickets:
-                return await self._tickets.redeem(tickets[-1])
+            if ticket is not None:
+                return await self._tickets.redeem(ticket)
             return await super()._identify()
         except Unavailable:
             raise Closed(CloseCode.OVERLOADED, DatabaseUnavailable().message) from None
@@ -99,9 +112,17 @@ class AiSdkConnection(Connection):
         return token
 
     async def _welcome(self) -> None:
+        if self._parameter("heartbeats") == "true":
+            await self._send(ready_frame(self._node.node_id, self._settings.heartbeat_seconds))
+            self._start_heartbeats(heartbeat_frame())
         if self._unheard is not None:
             unheard, self._unheard = self._unheard, None
             await self._handle(unheard)
+
+    def _parameter(self, name: str) -> str | None:
+        """The last one of this name in the URL."""
+        values = parse_qs(self._scope["query_string"].decode("latin-1")).get(name)
+        return values[-1] if values else None
 
     # What comes in.
 
@@ -113,7 +134,10 @@ class AiSdkConnection(Connection):
                 await self._send_message(frame)
             case ResumeFrame():
                 await self._renew_by(frame.headers)
-                await self._resume(frame)
+                if frame.wait_after is None:
+                    await self._resume(frame)
+                else:
+                    await self._wait(frame, frame.wait_after)
             case AbortFrame():
                 await self._abort(frame.request_id)
 
@@ -151,7 +175,7 @@ class AiSdkConnection(Connection):
         if self._asking.get(frame.request_id):
             await self._stop(shown)
         else:
-            self._show_turn(frame.request_id, shown, after=-1)
+            self._begin(frame.request_id, shown, partial(self._show, frame.request_id, shown, -1))
 
     async def _ask_apart(self, frame: SendFrame, stopped: UUID | None) -> None:
         try:
@@ -177,7 +201,18 @@ class AiSdkConnection(Connection):
             raise InvalidFrame("The answer is too old to go on with: resume without lastSequence.")
         await self._send(start_frame(frame.request_id))
         shown = _Shown(frame.id, chat.conversation_id, chat.turn_id, chat.first_seq, is_resumed=True)
-        self._show_turn(frame.request_id, shown, after)
+        self._begin(frame.request_id, shown, partial(self._show, frame.request_id, shown, after))
+
+    async def _wait(self, frame: ResumeFrame, last_id: str) -> None:
+        self._may_show()
+        await self._stop_now(frame.id)  # else it would be resumed again when it is told of
+        end = await end_of_chat(self._database, self._user_id, frame.id)
+        if end is None:
+            await self._send(no_active_frame(frame.request_id))
+            return
+        request = _Request(frame.id, end.conversation_id)
+        last_seq = None if end.is_running or end.last_id != last_id else end.last_seq
+        self._begin(frame.request_id, request, partial(self._await_newer, frame.request_id, request, last_seq))
 
     def _may_show(self) -> None:
         if len(self._requests) + len(self._asking) >= FOLLOWS_MAX:
@@ -198,6 +233,8 @@ class AiSdkConnection(Connection):
             return  # it is over, or yet to come
         assert shown.task is not None
         shown.task.cancel()
+        if not isinstance(shown, _Shown):
+            return  # nothing has begun
         if not shown.is_resumed:
             await self._stop(shown)
             return
@@ -233,38 +270,47 @@ class AiSdkConnection(Connection):
 
     # What goes out.
 
-    def _show_turn(self, request_id: str, shown: _Shown, after: int) -> None:
+    def _begin(self, request_id: str, request: _Request, answer: Callable[[], Awaitable[None]]) -> None:
         if (earlier := self._requests.get(request_id)) is not None and earlier.task is not None:
             earlier.task.cancel()
-        self._requests[request_id] = shown
-        shown.task = self._spawn(self._show(request_id, shown, after))
+        self._requests[request_id] = request
+        request.task = self._spawn(self._answer(request_id, request, answer))
 
-    async def _show(self, request_id: str, shown: _Shown, after: int) -> None:
+    async def _answer(self, request_id: str, request: _Request, answer: Callable[[], Awaitable[None]]) -> None:
         try:
-            head, sequence = chunk_head(request_id), -1
-            async with aclosing(self._chunks(shown, is_whole=after < 0)) as chunks:
-                async for chunk in chunks:
-                    sequence += 1
-                    if sequence > after:
-                        await self._send(f'{head}{sequence},"chunk":{chunk}}}')
-            self._forget(request_id, shown)  # before the client can use the id again
+            await answer()
+            self._forget(request_id, request)  # before the client can use the id again
             await self._send(end_frame(request_id))
         except ClientError as error:
-            self._forget(request_id, shown)
+            self._forget(request_id, request)
             await self._send_quietly(error_frame(request_id, error.message))
         except (OSError, Closed):
             pass  # the reader learns of it by itself
         except JournalGone:
             self.close_soon(CloseCode.RESTARTING, "the answer begins again")
         except Exception:
-            logger.exception("turn %s could not be shown", shown.turn_id)
+            logger.exception("a request in conversation %s could not be answered", request.conversation_id)
             self.close_soon(CloseCode.INTERNAL, "internal error")
         finally:
-            self._forget(request_id, shown)
+            self._forget(request_id, request)
 
-    def _forget(self, request_id: str, shown: _Shown) -> None:
-        if self._requests.get(request_id) is shown:
+    def _forget(self, request_id: str, request: _Request) -> None:
+        if self._requests.get(request_id) is request:
             del self._requests[request_id]
+
+    async def _show(self, request_id: str, shown: _Shown, after: int) -> None:
+        head, sequence = chunk_head(request_id), -1
+        async with aclosing(self._chunks(shown, is_whole=after < 0)) as chunks:
+            async for chunk in chunks:
+                sequence += 1
+                if sequence > after:
+                    await self._send(f'{head}{sequence},"chunk":{chunk}}}')
+
+    async def _await_newer(self, request_id: str, request: _Request, last_seq: int | None) -> None:
+        """From a cursor on; None: it is there already."""
+        if last_seq is not None:
+            await something_newer(self._node.follows, self._user_id, request.conversation_id, last_seq)
+        await self._send(start_frame(request_id))
 
     async def _chunks(self, shown: _Shown, *, is_whole: bool) -> AsyncGenerator[str, None]:
         chunks = Chunks(str(shown.turn_id))

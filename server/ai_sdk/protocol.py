@@ -45,6 +45,12 @@ class Options(Struct, frozen=True):
     if_busy: IfBusy = "reject"
 
 
+class ResumeOptions(Struct, frozen=True):
+    """The same with a `resume`: `wait_after` is the last message that the client shows, by the id that it shows."""
+
+    wait_after: ClientId | None = None
+
+
 class Frame(Struct, frozen=True, tag_field="type", rename={"request_id": "requestId"}):
     """A frame of the WebSocket transport."""
 
@@ -70,11 +76,18 @@ class SendFrame(Frame, frozen=True, tag="send", rename={"request_id": "requestId
 class ResumeFrame(
     Frame, frozen=True, tag="resume", rename={"request_id": "requestId", "last_sequence": "lastSequence"}
 ):
-    """Show the turn that runs in a chat, or has answered last, from its beginning, or after a sequence number."""
+    """Show the turn that runs in a chat, or has answered last, from its beginning, or after a sequence number; or wait
+    until the chat has something newer than a message, and show nothing."""
 
     id: ClientId
     last_sequence: Cursor | None = None
     headers: dict[str, str] = {}
+    body: ResumeOptions = ResumeOptions()
+
+    @property
+    def wait_after(self) -> str | None:
+        """The message to wait for something newer than, None where nothing is waited for."""
+        return self.body.wait_after
 
 
 class AbortFrame(Frame, frozen=True, tag="abort"):
@@ -115,6 +128,8 @@ def decode_frame(text: str) -> AnyFrame:
     frame: AnyFrame = _decoded(text, _FRAMES, "the frame")
     for name, value in (("requestId", frame.request_id), ("id", getattr(frame, "id", "-"))):
         _check_id(name, value)
+    if isinstance(frame, ResumeFrame) and frame.wait_after is not None:
+        _check_id("body.wait_after", frame.wait_after)
     return frame
 
 
@@ -173,6 +188,20 @@ def no_active_frame(request_id: str) -> str:
 def error_frame(request_id: str, message: str) -> str:
     """The request is refused."""
     return encode({"type": "error", "requestId": request_id, "errorText": message})
+
+
+# Of no request: the transport passes over frames with a `requestId` that it does not know, and gives none like this.
+
+
+def ready_frame(node_id: str, heartbeat_seconds: float) -> str:
+    """The connection is authenticated."""
+    ready = {"type": "ready", "requestId": "", "node_id": node_id, "heartbeat_seconds": heartbeat_seconds}
+    return encode(ready)
+
+
+def heartbeat_frame() -> str:
+    """The node lives, and had nothing else to send."""
+    return encode({"type": "heartbeat", "requestId": ""})
 
 
 def _check_id(name: str, value: str) -> None:

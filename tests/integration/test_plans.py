@@ -107,8 +107,8 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "snapshot": (["user0", MINE, 20], {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
     "create_conversation": (["user0", NEW[0], "title", None, "{}", NOW], {"conversations": 1}),
     "read_conversation": (["user0", MINE], {"conversations": 1}),
-    "list_conversations": (["user0", 20, 20], {"conversations": 41}),
-    "list_conversations_before": (["user0", 20, 20, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 41}),
+    "list_conversations": (["user0", 20, 20, None], {"conversations": 41}),
+    "list_conversations_before": (["user0", 20, 20, None, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 41}),
     "update_conversation": (["user0", MINE, True, "new", False, None, True, "{}"], {"conversations": 2}),
     "delete_conversation": (
         ["user0", MINE, True],
@@ -137,6 +137,7 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
         {"messages": 30, "conversations": 8, "turns": 5, "events": 5},
     ),
     "find_chat": (["user0", f"chat{MINE}", None], {"conversations": 1, "turns": 2, "messages": 1}),
+    "find_chat_end": (["user0", f"chat{MINE}", None], {"conversations": 2, "turns": 1, "messages": 1}),
     "find_turn": (["user0", id_of("t20.7")], {"conversations": 3, "turns": 3}),  # the planner looks at the ends of both
     "find_sent": (["user0", "client20.7", None], {"messages": 1}),
     "read_usage": ([HUNDRED], {"turns": 100}),
@@ -144,7 +145,10 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "redeem_ticket": (["ticket7"], {"tickets": 2}),
     "delete_expired_tickets": ([], {"tickets": 2}),
 }
-FUNCTIONS = {"admit", "admit_to_chat", "find_chat", "append", "delete_conversation", "regenerate", "take_over"}
+FUNCTIONS = {
+    *("admit", "admit_to_chat", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
+    "take_over",
+}
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +223,23 @@ async def test_a_statement_touches_no_more_rows_than_it_needs(connection: asyncp
         reads = {table: after[table][1] - before[table][1] for table in TABLES}
         assert [table for table in TABLES if after[table][0] > before[table][0]] == []
         assert {table: read for table, read in reads.items() if read > rows_max.get(table, 0)} == {}
+
+
+@pytest.mark.parametrize("name", ["list_conversations", "list_conversations_before"])
+@pytest.mark.parametrize(("search", "found"), [("TITLE", 20), ("no such", 0)])
+async def test_a_search_reads_the_titles_of_one_user_alone(
+    connection: asyncpg.Connection, name: str, search: str, found: int
+) -> None:
+    arguments, _ = CASES[name]
+    arguments = [*arguments[:3], search, *arguments[4:]]
+    (plan,) = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *arguments)
+    assert [kind for _, kind in scans(json.loads(plan[0])[0]["Plan"]) if kind == "Seq Scan"] == []
+    for _ in range(7):
+        before = await read_rows(connection)
+        assert len(await connection.fetch(query(name), *arguments)) == found
+        after = await read_rows(connection)
+        assert after["conversations"][0] == before["conversations"][0]
+        assert after["conversations"][1] - before["conversations"][1] <= (40 if found else 200)
 
 
 async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index(

@@ -7,6 +7,7 @@ import { Chat, useChat } from '@ai-sdk/react';
 import { createElement } from 'react';
 import { create } from 'react-test-renderer';
 
+import { followOthers } from './others.mjs';
 import { reconnecting } from './reconnect.mjs';
 import { overHttp, overWebSocket } from './transports.mjs';
 
@@ -68,6 +69,7 @@ class State {
 /** One chat in one tab, with what a test asks of it. */
 export class Tab {
   #changed = new Set();
+  #left = new AbortController();
   #pending = new Set();
   #reconnecting;
   #rendered;
@@ -76,9 +78,10 @@ export class Tab {
   finishes = [];
   complaints = [];
 
-  constructor({ version = 7, face = 'ws', url, id, token, auth, messages = [], reconnect = true, hook, resume, other }) {
+  constructor({ version = 7, face = 'ws', url, id, token, messages = [], reconnect = true, hook, resume, other, ...rest }) {
     const sdk = VERSIONS[version];
-    const access = { url, token, auth, wire: this.wire };
+    const { follow, ...ways } = rest;
+    const access = { url, token, ...ways, wire: this.wire, received: () => this.#notify() };
     if (other !== undefined) {
       this.transport = other.transport;
       this.wire = other.wire;
@@ -105,6 +108,14 @@ export class Tab {
       const state = new State(messages, () => this.#notify());
       this.chat = new (class extends sdk.AbstractChat {})({ ...options, state });
       if (resume) this.begin('resumeStream');
+    }
+    if (follow) {
+      const headers = { authorization: `Bearer ${token}` };
+      const load = async () => {
+        const response = await fetch(`${url}/api/chat/${encodeURIComponent(id)}/messages`, { headers });
+        return (await response.json()).messages;
+      };
+      followOthers(this.chat, this.transport, load, this.#left.signal);
     }
   }
 
@@ -177,6 +188,7 @@ export class Tab {
 
   /** What closing the tab does. */
   close() {
+    this.#left.abort();
     this.#root?.unmount();
     this.transport.close?.();
   }

@@ -23,12 +23,13 @@ const METHODS = {
     await tabs.get(tab).settled();
     return tabs.get(tab).view;
   },
-  async until({ tab, characters = 0, status, received }) {
+  async until({ tab, characters = 0, messages = 0, status, received }) {
     await tabs
       .get(tab)
       .until(
         ({ text, shown, wire }) =>
           text.length >= characters &&
+          shown.messages.length >= messages &&
           (status === undefined || shown.status === status) &&
           (received === undefined || wire.received.includes(received)),
       );

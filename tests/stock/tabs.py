@@ -92,11 +92,17 @@ class Tab:
         return _view(await self._call("settled"))
 
     async def until(
-        self, *, characters: int = 0, status: str | None = None, received: str | None = None, within_seconds: float = 20
+        self,
+        *,
+        characters: int = 0,
+        messages: int = 0,
+        status: str | None = None,
+        received: str | None = None,
+        within_seconds: float = 20,
     ) -> View:
-        """Wait until so much of the last answer is shown, and the chat has such a status, and such a chunk or frame has
-        come."""
-        conditions = {"characters": characters, "status": status, "received": received}
+        """Wait until so much of the last answer and so many messages are shown, the chat has such a status, and such a
+        chunk or frame has come."""
+        conditions = {"characters": characters, "messages": messages, "status": status, "received": received}
         given = {name: value for name, value in conditions.items() if value is not None}
         return _view(await self._call("until", within_seconds=within_seconds, **given))
 

@@ -2,17 +2,20 @@
 
 import { WebSocketChatTransport } from 'ai';
 
-/** The WebSocket transport of ai@7. `auth`: how the token is given. */
-export function overWebSocket({ url, token, auth = 'protocols', wire }) {
+import { LeavingWebSocket } from './leaving.mjs';
+
+/** The WebSocket transport of ai@7. `auth`: how the token is given; `received` is told of each frame. */
+export function overWebSocket({ url, token, auth = 'protocols', query = '', leaves, wire, received }) {
   const headers = auth === 'handshake' ? { authorization: `Bearer ${token}` } : {};
 
-  class Witness extends WebSocket {
+  class Witness extends (leaves ? LeavingWebSocket : WebSocket) {
     constructor(url, protocols) {
       super(url, { protocols, headers }); // Node.js's own constructor takes headers as well
       wire.connections++;
       this.addEventListener('message', ({ data }) => {
         const frame = JSON.parse(data);
         wire.received.push(frame.type === 'chunk' ? frame.chunk.type : `(${frame.type})`);
+        received();
       });
       this.addEventListener('close', ({ code }) => wire.closed.push(code));
     }
@@ -24,7 +27,7 @@ export function overWebSocket({ url, token, auth = 'protocols', wire }) {
   }
 
   return new WebSocketChatTransport({
-    url: `${url}/api/chat`,
+    url: `${url}/api/chat${query}`,
     webSocket: Witness,
     ...(auth === 'protocols' && { protocols: ['anynode.ai-sdk', `bearer.${token}`] }),
     ...(auth === 'frames' && { headers: async () => ({ authorization: `Bearer ${token}` }) }),

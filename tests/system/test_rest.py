@@ -252,6 +252,59 @@ async def test_a_mark_misses_nothing_and_repeats_nothing_while_conversations_mov
     assert rest_of_them["next_before"] is None
 
 
+async def test_a_search_finds_titles_that_contain_it_in_whatever_case(shared_node: NodeProcess, user: str) -> None:
+    titles = [
+        "Why is the sky blue?",
+        "100 % of it",
+        "100 of it",
+        "a_b",
+        "aXb",
+        "a\\b",
+        "SKY DIVING",
+        "Ärger in Köln",
+        None,
+    ]
+
+    async def found(rest: Rest, search: str) -> list[str]:
+        page = (await rest.get("/conversations", search=search)).expect(200)
+        return [each["title"] for each in page["conversations"]]
+
+    async with rest_to(shared_node, user) as rest, rest_to(shared_node, user + "-2") as stranger:
+        for title in reversed(titles):
+            await rest.create(title=title)
+        await stranger.create(title="Another sky")
+        for search, expected in {
+            "sky": ["Why is the sky blue?", "SKY DIVING"],
+            "Sky d": ["SKY DIVING"],
+            "%": ["100 % of it"],
+            "_": ["a_b"],
+            "\\": ["a\\b"],
+            "ÄRGER IN kö": ["Ärger in Köln"],
+            " ": ["Why is the sky blue?", "100 % of it", "100 of it", "SKY DIVING", "Ärger in Köln"],
+            "sky.*": [],
+            "x" * 100: [],
+        }.items():
+            assert await found(rest, search) == expected, search
+        assert await found(stranger, "SKY") == ["Another sky"]
+
+
+async def test_what_a_search_finds_comes_in_pages(shared_node: NodeProcess, user: str) -> None:
+    async with rest_to(shared_node, user) as rest:
+        made: list[str] = []
+        for number in range(5):
+            made.insert(0, await rest.create(title=f"One of these: {number}"))
+            await rest.create(title="another")
+        by_mark: list[str] = []
+        by_skip: list[str] = []
+        for name, ids in (("before", by_mark), ("skip", by_skip)):
+            query: dict[str, Any] = {"search": "ONE OF", "limit": 2, "skip": 0}
+            while query.get(name, 0) is not None:
+                page = (await rest.get("/conversations", **query)).expect(200)
+                ids += [each["id"] for each in page["conversations"]]
+                query = {"search": "ONE OF", "limit": 2, name: page[f"next_{name}"]}
+        assert by_mark == by_skip == made
+
+
 # Yours only.
 
 
@@ -636,6 +689,7 @@ async def test_a_refusal_names_every_problem_and_its_place(
         *("before=99999999999999999." + MISSING, "before=%D9%A3." + MISSING, "before=-1." + MISSING),
         *("limit=1&limit=1", "limit", "limit=%00", "limit=%ff", "%ff=1", "limit=9" * 200),
         *("limit=1.0", "limit=1e1", "skip=1e3", "skip=0.0"),
+        *("search=", "search=a%00", "search=%ed%a0%80", "search=a&search=b", "search=" + "x" * 101),
     ],
 )
 async def test_a_query_of_the_list_is_read_strictly(shared_node: NodeProcess, user: str, query: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.harness import running_node, sql, token_for
 from tests.npm import Script
-from tests.scripted_agents import Strings
+from tests.scripted_agents import Strings, eventually
 from tests.stock.balancer import Break, running_balancer
 from tests.stock.tabs import Tab, View, open_tab, running_driver
 from tests.stock.world import CLIENTS, TOKENS, WHOLE, World, asked, environment_of, paced, said_in
@@ -396,6 +396,69 @@ async def test_chats_that_share_a_websocket_stream_side_by_side(world: World, us
         view = await other.settled()
         assert (view.status, view.text) == ("ready", "a beginning")
         assert view.wire["connections"] == 2
+
+
+async def test_what_is_asked_in_another_process_is_followed_live(world: World, user: str) -> None:
+    """By the lines of docs/clients.md, each at a node of its own."""
+    with running_driver() as elsewhere:
+        async with AsyncExitStack() as stack:
+            tab = await stack.enter_async_context(world.tab(user, follow=True))
+            await tab.ask(asked(["text", "first"]))
+            messages = await world.messages(user, tab.chat_id)
+            url, token = world.nodes[1].http, token_for(user)
+            opened = open_tab(elsewhere, url, token, chat_id=tab.chat_id, messages=messages, follow=True)
+            other = await stack.enter_async_context(opened)
+            for number, (asking, following) in enumerate(((tab, other), (tab, other), (other, tab)), 2):
+                gate = world.strings.name()
+                await asking.send(asked(["text", WHOLE[:20]], ["gate", gate], ["text", WHOLE[20:]]))
+                # Nothing was said to it, and the rest is not said yet.
+                begun = await following.until(messages=2 * number, characters=20)
+                assert (begun.text, begun.status) == (WHOLE[:20], "streaming")
+                world.strings.open(gate)
+                views = [await asking.settled(), await following.settled()]
+                assert [(view.text, view.status, list(view.complaints)) for view in views] == [(WHOLE, "ready", [])] * 2
+                assert await world.turns(user, tab.chat_id) == ["completed"] * number
+            await tab.regenerate()
+            again = await tab.settled()
+
+            async def is_shown() -> bool:
+                return (await other.view()).answer == again.answer
+
+            await eventually(is_shown)
+            views = [again, await other.settled()]
+            loaded = await world.messages(user, tab.chat_id)
+            for view in views:
+                assert [message["id"] for message in view.messages] == [message["id"] for message in loaded]
+                assert [said_in(message) for message in view.messages] == [said_in(message) for message in loaded]
+
+
+async def test_heartbeats_that_are_asked_for_are_passed_over(world: World, user: str) -> None:
+    async with world.tab(user, query="?heartbeats=true") as tab:
+        await tab.send(asked(["text", WHOLE[:20]], ["gate", user], ["text", WHOLE[20:]]))
+        await tab.until(characters=20)
+        await tab.until(received="(heartbeat)")
+        world.strings.open(user)
+        view = await tab.settled()
+        await world.assert_whole(user, tab, view)
+        assert view.wire["received"][0] == "(ready)"
+        assert view.wire["closed"] == []
+
+
+async def test_a_frozen_node_is_left_and_its_turn_goes_on_at_another(world: World, user: str, tmp_path: Path) -> None:
+    with running_node(world.database_url, tmp_path, environment_of(world.strings)) as freezing:
+        async with AsyncExitStack() as stack:
+            balancer = await stack.enter_async_context(running_balancer(freezing.port))
+            opened = world.tab(user, balancer, query="?heartbeats=true", leaves=True)
+            tab = await stack.enter_async_context(opened)
+            await tab.send(asked(["text", WHOLE[:20]], ["gate", user], ["text", WHOLE[20:]]))
+            await tab.until(characters=20, received="(ready)")
+            balancer.ports[:] = [world.nodes[1].port]
+            freezing.pause()
+            world.strings.open(user)
+            await tab.until(characters=len(WHOLE))
+            view = await tab.settled()
+            await world.assert_whole(user, tab, view)
+            assert view.wire["connections"] > 1
 
 
 @pytest.mark.parametrize("auth", ["handshake", "protocols", "frames", "ticket"])

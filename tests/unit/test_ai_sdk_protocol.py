@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,13 +25,16 @@ from server.ai_sdk.protocol import (
     decode_request,
     end_frame,
     error_frame,
+    heartbeat_frame,
     no_active_frame,
     question_in,
+    ready_frame,
     start_frame,
     token_in,
 )
 from server.errors import InvalidFrame
 
+PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 request_id_of = partial(protocol.request_id_of, name="requestId")
 
 QUESTION = {"id": "m-1", "role": "user", "parts": [{"type": "text", "text": "Hello"}]}
@@ -90,6 +95,9 @@ def test_what_may_be_there_or_not() -> None:
     assert decoded({**RESUME, "lastSequence": 0}).last_sequence == 0
     assert decoded({**RESUME, "lastSequence": 2**53 - 1}).last_sequence == 2**53 - 1
     assert decoded({**RESUME, "lastSequence": None}).last_sequence is None
+    assert decoded({**RESUME, "body": {"wait_after": "m-1", "if_busy": 5}}).wait_after == "m-1"
+    for frame in (RESUME, without(RESUME, "body"), {**RESUME, "body": {"wait_after": None}}):
+        assert decoded(frame).wait_after is None
     assert decoded(without(without(SEND, "headers"), "body")).if_busy == "reject"
     for if_busy in ("reject", "interrupt"):
         assert decoded({**SEND, "body": {"if_busy": if_busy, "model": "x"}}).if_busy == if_busy
@@ -115,6 +123,7 @@ def test_ids_are_any_printable_characters(frame: Mapping[str, Any], id: str) -> 
     if "id" in frame:
         assert decoded({**frame, "id": id}).id == id
         assert posted({**POST, "id": id}).id == id
+        assert decoded({**RESUME, "body": {"wait_after": id}}).wait_after == id
         assert question_in(asking({**QUESTION, "id": id})).id == id
 
 
@@ -127,6 +136,9 @@ def test_what_is_no_id_is_refused(id: Any) -> None:
     for frame in (SEND, RESUME):
         with pytest.raises(InvalidFrame):
             decoded({**frame, "id": id})
+    if id is not None:
+        with pytest.raises(InvalidFrame):
+            decoded({**RESUME, "body": {"wait_after": id}})
     with pytest.raises(InvalidFrame):
         posted({**POST, "id": id})
     with pytest.raises(InvalidFrame):
@@ -151,6 +163,7 @@ def test_what_is_no_id_is_refused(id: Any) -> None:
         {**SEND, "headers": {"authorization": 5}},
         {**SEND, "headers": []},
         *({**RESUME, "lastSequence": n} for n in NO_SEQUENCES),
+        {**RESUME, "body": []},
     ],
 )
 def test_what_is_used_is_checked(frame: Mapping[str, Any]) -> None:
@@ -313,6 +326,16 @@ SAYING: list[Callable[[str], str]] = [
     lambda id: error_frame(id, 'No "\n\u2028'),
     lambda id: chunk_head(id) + '0,"chunk":{"type":"abort"}}',
 ]
+
+
+def test_frames_of_no_request_have_an_id_that_no_request_has_and_are_those_of_the_protocol() -> None:
+    frames = [json.loads(ready_frame("a-node", 10.0)), json.loads(heartbeat_frame())]
+    assert [frame["requestId"] for frame in frames] == [""] * 2
+    table = PROTOCOL.split("| server sends, if asked to |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.M)
+    assert {type: set(re.findall(r"\w+", names)) for type, names in rows} == {
+        frame["type"]: frame.keys() - {"type"} for frame in frames
+    }
 
 
 @pytest.mark.parametrize("say", SAYING)

@@ -1,0 +1,160 @@
+"""Heartbeats on the AI SDK's WebSocket: for those who ask for them, and of no request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any
+
+import pytest
+
+from tests.ai_sdk import NO_REQUEST, SUBPROTOCOL, ChatSocket, chat_socket, chunks_of, new_id, shown
+from tests.conftest import StartNode
+from tests.harness import Frame, NodeProcess, running_node, socket_to, token_for
+from tests.scripted_agents import DIRECTORY, Strings
+from tests.stepping_agents import AGENT
+
+Nodes = Sequence[NodeProcess]
+BEATS = "?heartbeats=true"
+HEARTBEAT_SECONDS = 0.1
+A = json.dumps([[["text", "a"]]])
+
+
+def asking(*actions: Sequence[Any]) -> str:
+    """The question whose answer does this, in one step."""
+    return json.dumps([actions])
+
+
+@pytest.fixture(scope="module")
+def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
+    return Strings(tmp_path_factory.mktemp("strings"))
+
+
+@pytest.fixture(scope="module")
+def environment(strings: Strings) -> dict[str, str]:
+    return {"AGENT": AGENT, DIRECTORY: str(strings.directory), "HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS)}
+
+
+@pytest.fixture(scope="module")
+def nodes(
+    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Nodes]:
+    directory = tmp_path_factory.mktemp("nodes")
+    with ExitStack() as stack:
+        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
+
+
+@pytest.fixture
+def chat() -> str:
+    return new_id()
+
+
+@pytest.fixture
+def gate(strings: Strings) -> str:
+    return strings.name()
+
+
+def news(request: str) -> list[Frame]:
+    """All that a request hears that has waited for something newer."""
+    return [{"type": "start", "requestId": request}, {"type": "end", "requestId": request}]
+
+
+async def heartbeat(socket: ChatSocket) -> None:
+    """Wait for one."""
+    assert await socket.next(NO_REQUEST) == {"type": "heartbeat", "requestId": ""}
+
+
+async def for_ever(socket: ChatSocket) -> None:
+    """Take heartbeats as long as they come. Raises TimeoutError when four are missed."""
+    while True:
+        await socket.next(NO_REQUEST, within_seconds=5 * HEARTBEAT_SECONDS)
+
+
+async def test_heartbeats_come_where_they_are_asked_for_and_stop_nothing(
+    nodes: Nodes, strings: Strings, user: str, chat: str, gate: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        sockets = [await stack.enter_async_context(chat_socket(node, user, query=BEATS)) for node in nodes]
+        readies = [await socket.next(NO_REQUEST) for socket in sockets]
+        assert [frame["type"] for frame in readies] == ["ready"] * 2
+        assert [frame["heartbeat_seconds"] for frame in readies] == [HEARTBEAT_SECONDS] * 2
+        assert len({frame["node_id"] for frame in readies}) == 2
+        asked = await sockets[0].ask(chat, asking(("text", "a"), ("gate", gate), ("text", "b")))
+        begun = await sockets[0].until(asked, "text-delta")
+        waits = await sockets[1].wait(chat, "none")
+        assert await sockets[1].rest(waits) == news(waits)
+        for socket in sockets:
+            for _ in range(3):
+                await heartbeat(socket)
+        strings.open(gate)
+        last = shown(chunks_of([*begun, *await sockets[0].rest(asked)]))
+        assert (last.text, last.finish_reason) == ("ab", "stop")
+        waits = await sockets[1].wait(chat, str(last.id))
+        for _ in range(3):
+            await heartbeat(sockets[1])
+        await sockets[0].answer(chat, A)
+        assert await sockets[1].rest(waits) == news(waits)
+
+
+async def test_a_client_that_authenticates_by_a_frame_is_told_the_node_first(
+    nodes: Nodes, user: str, chat: str
+) -> None:
+    async with chat_socket(nodes[0], None, subprotocols=(SUBPROTOCOL,), query=BEATS) as socket:
+        headers = {"authorization": f"Bearer {token_for(user)}"}
+        request = await socket.resume(chat, headers=headers)
+        frames = [json.loads(await socket.connection.recv()) for _ in range(2)]
+        assert [(frame["type"], frame["requestId"]) for frame in frames] == [("ready", ""), ("no-active", request)]
+
+
+async def test_while_a_connection_is_busy_there_are_no_heartbeats(
+    start_node: StartNode, environment: dict[str, str], strings: Strings, user: str, chat: str, gate: str
+) -> None:
+    node = start_node(**{**environment, "HEARTBEAT_SECONDS": "1"})
+    async with chat_socket(node, user, query=BEATS) as socket, socket_to(node, user) as native:
+        asked = await socket.ask(chat, asking(("chatter", gate)))
+        for _ in range(3):  # of one that is not
+            async with asyncio.timeout(15):
+                while json.loads(await native.connection.recv())["type"] != "heartbeat":
+                    pass
+        strings.open(gate)
+        await socket.rest(asked)
+        assert [frame["type"] for frame in socket.left(NO_REQUEST)] == ["ready"]
+
+
+@pytest.mark.parametrize("query", ["", "?heartbeats", "?heartbeats=1", "?heartbeats=TRUE", BEATS + "&heartbeats=no"])
+async def test_who_does_not_ask_for_heartbeats_has_none(nodes: Nodes, user: str, query: str) -> None:
+    async with chat_socket(nodes[0], user, query=query) as socket, chat_socket(nodes[0], user, query=BEATS) as other:
+        socket.has_heartbeats = False
+        await other.next(NO_REQUEST)
+        for _ in range(5):
+            await heartbeat(other)
+        await socket.sync()
+        assert not socket.left()
+
+
+async def test_a_node_that_is_frozen_sends_no_heartbeats_and_its_client_leaves_it(
+    start_node: StartNode, environment: dict[str, str], strings: Strings, user: str, chat: str, gate: str
+) -> None:
+    frozen, other = start_node(**environment), start_node(**environment)
+    async with chat_socket(frozen, user, query=BEATS) as socket, chat_socket(other, user, query=BEATS) as elsewhere:
+        assert (await socket.next(NO_REQUEST))["type"] == "ready"
+        request = await elsewhere.ask(chat, asking(("text", "a"), ("gate", gate), ("text", "b")))
+        await elsewhere.until(request, "text-delta")
+        resumed = await socket.resume(chat)
+        await socket.until(resumed, "text-delta")
+        await heartbeat(socket)
+        frozen.pause()
+        with pytest.raises(TimeoutError):
+            await for_ever(socket)
+        resumed = await elsewhere.resume(chat)
+        strings.open(gate)
+        assert shown(chunks_of((await elsewhere.rest(resumed))[1:])).text == "ab"
+        frozen.resume()
+        await heartbeat(socket)
+
+
+async def test_nothing_of_all_this_was_an_error_of_the_nodes(nodes: Nodes) -> None:
+    for node in nodes:
+        assert "Traceback" not in node.log.read_text()
