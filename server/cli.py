@@ -20,6 +20,7 @@ from server.auth import make_token
 from server.chat import chat
 from server.configured import on_database
 from server.dev import DEV_USER, dev_secret, run_dev
+from server.dev_orders import Orders
 from server.errors import ConfigurationError
 from server.listener import listen
 from server.settings import Settings, check_for_production, read_settings
@@ -67,14 +68,17 @@ def dev(nodes: int, data_dir: Path) -> None:
 @cli.command()
 @click.option("--stop-with-input", is_flag=True, hidden=True)
 @click.option("--quiet", is_flag=True, hidden=True)
-def serve(stop_with_input: bool, quiet: bool) -> None:
+@click.option("--orders", "pipe", type=int, hidden=True, help="The inherited pipe that takes orders for …")
+@click.option("--neighbours", "names", default="", hidden=True, help="… the nodes with these names.")
+def serve(stop_with_input: bool, quiet: bool, pipe: int | None, names: str) -> None:
     """Run one node, for production."""
     _log(logging.WARNING if quiet else logging.INFO)
     settings = read_settings(os.environ)
     check_for_production(settings)
     check_agent(settings.agent)
     check_tools(settings.tools)
-    listen(settings, stop_with_input=stop_with_input)
+    orders = None if pipe is None else Orders(pipe, names.split(","))
+    listen(settings, stop_with_input=stop_with_input, orders=orders)
 
 
 @cli.command(name="migrate")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
+from textwrap import indent
 from types import FrameType
 from typing import Final
 
@@ -21,14 +19,20 @@ import click
 from models.migrate import migrate
 from server.agents.load import check_agent, check_tools
 from server.auth import make_token
+from server.chat_page import missing
 from server.configured import on_database
+from server.dev_nodes import DevNode, DevNodes, reachable
 from server.embedded_postgres import embedded_postgres
 from server.errors import ConfigurationError
+from server.front import Front
+from server.operations import AI_SDK_PATH
 from server.settings import Settings, read_settings
 
 DEV_USER: Final = "dev"
 TOKEN_SECONDS: Final = 7 * 86_400
-READY_SECONDS: Final = 30.0
+# Shorter than for production: who has killed a node waits for what becomes of the answer.
+SHORTER: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2"}
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Pages of other people's development servers that may connect.
 DEV_ORIGINS: Final = ",".join(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
 
@@ -59,7 +63,7 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
     check_agent(settings.agent)
     check_tools(settings.tools)
     # SIGINT too: a shell that starts us in the background has it ignored.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, _interrupt)
     try:
         with _database(settings, data_directory) as database_url:
@@ -67,26 +71,68 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
             if applied:
                 click.secho(f"  migrated: {', '.join(applied)}", dim=True)
             host = environment.get("HOST") or "127.0.0.1"
-            ports = _free_ports(host, settings.port, nodes, is_fixed="PORT" in environment)
+            needed = nodes + 1 if nodes > 1 else 1
+            ports = _free_ports(host, settings.port, needed, is_fixed="PORT" in environment)
             secret = settings.jwt_secret or dev_secret(data_directory)
             shared = {
-                "DRAIN_SECONDS": "1",
                 "ALLOWED_ORIGINS": DEV_ORIGINS,
                 **environment,
+                **{name: environment.get(name) or seconds for name, seconds in SHORTER.items()},
                 "HOST": host,
                 "DATABASE_URL": database_url,
                 **({} if settings.jwt_jwks_url else {"JWT_SECRET": secret}),
             }
-            with _running(shared, ports) as processes:
-                _wait_until_ready(host, ports, processes)
-                _say_where_to_go(settings, host, ports, secret, processes)
-                _watch(dict(zip(ports, processes, strict=True)))
-    except KeyboardInterrupt:
+            asyncio.run(_run(settings, shared, host, ports[:nodes], ports[nodes:], secret))
+    except (KeyboardInterrupt, asyncio.CancelledError):
         click.secho("\n  stopped", dim=True)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
+
+
+async def _run(
+    settings: Settings,
+    environment: Mapping[str, str],
+    host: str,
+    node_ports: Sequence[int],
+    front_ports: Sequence[int],
+    secret: str,
+) -> None:
+    """Run the nodes, and a front where it has a port, until a signal cancels it. Raises ConfigurationError."""
+    front = Front()
+    drain_seconds = float(environment["DRAIN_SECONDS"])
+    nodes = DevNodes(environment, host, node_ports, front, drain_seconds=drain_seconds)
+    with _cancelled_by_signals():
+        async with AsyncExitStack() as stack:
+            for port in front_ports:  # outside: the nodes' last words pass it
+                try:
+                    await stack.enter_async_context(front.listening(host, port))
+                except OSError as error:
+                    raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
+            await stack.enter_async_context(nodes.running())
+            await nodes.ready()
+            _say_where_to_go(settings, host, nodes.nodes, front_ports, secret)
+            await nodes.watch()
+            raise ConfigurationError("all nodes have ended")
+
+
+@contextmanager
+def _cancelled_by_signals() -> Iterator[None]:
+    """Each signal cancels the task once more: the second one cuts short what the first one has begun."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(signum: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    for number in SIGNALS:
+        signal.signal(number, cancel)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, _interrupt)
 
 
 @contextmanager
@@ -104,105 +150,52 @@ def _database(settings: Settings, data_directory: Path) -> Iterator[str]:
 def _free_ports(host: str, first: int, count: int, *, is_fixed: bool) -> list[int]:
     """Successive free ports. One that was asked for by PORT is not exchanged for another."""
     for start in (first,) if is_fixed else range(first, first + 100):
-        if start == 0:
-            return [_free_port(host, 0) or 0 for _ in range(count)]
-        ports = [_free_port(host, port) for port in range(start, start + count)]
-        if None not in ports:
-            return [port for port in ports if port is not None]
-    raise ConfigurationError(f"port {first} is taken: set PORT to another one")
+        asked = range(start, start + count) if start else [0] * count
+        with ExitStack() as probes:  # all at once: any free one is to be another one each time
+            try:
+                return [_bound(probes, host, port) for port in asked]
+            except (OSError, OverflowError):
+                continue
+    taken = f"port {first} is taken" if count == 1 else f"ports {first} to {first + count - 1} are not all free"
+    raise ConfigurationError(f"{taken}: set PORT to another one")
 
 
-def _free_port(host: str, port: int) -> int | None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return None
-        free: int = probe.getsockname()[1]
-        return free
-
-
-@contextmanager
-def _running(environment: Mapping[str, str], ports: Sequence[int]) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """A node for each port. In sessions of their own, so that Ctrl-C reaches only us and they can drain; they stop by
-    themselves when we die, as their input then ends."""
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for port in ports:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "server.cli", "serve", "--stop-with-input", "--quiet"],
-                    env={**environment, "PORT": str(port)},
-                    stdin=subprocess.PIPE,
-                    start_new_session=True,
-                )
-            )
-        yield processes
-    finally:
-        try:
-            _stop(processes, float(environment["DRAIN_SECONDS"]) + 10)
-        finally:  # also at an impatient second Ctrl-C
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
-def _stop(processes: Sequence[subprocess.Popen[bytes]], within_seconds: float) -> None:
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    deadline = time.monotonic() + within_seconds
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            click.secho("  a node does not stop and is killed", fg="yellow", err=True)
-
-
-def _wait_until_ready(host: str, ports: Sequence[int], processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    for port, process in zip(ports, processes, strict=True):
-        while not _is_ready(host, port):
-            if process.poll() is not None:
-                raise ConfigurationError("a node could not start; what is wrong is said above")
-            if time.monotonic() > deadline:
-                raise ConfigurationError(f"the node on port {port} is not ready after {READY_SECONDS:g} seconds")
-            time.sleep(0.05)
-
-
-def _is_ready(host: str, port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"{_url(host, port)}/readyz", timeout=2) as response:  # noqa: S310
-            return bool(response.status == 200)
-    except OSError:
-        return False
+def _bound(probes: ExitStack, host: str, port: int) -> int:
+    probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind((host, port))
+    free: int = probe.getsockname()[1]
+    return free
 
 
 def _url(host: str, port: int) -> str:
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{shown}:{port}"
+    shown = reachable(host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def _say_where_to_go(
-    settings: Settings, host: str, ports: Sequence[int], secret: str, processes: Sequence[subprocess.Popen[bytes]]
+    settings: Settings, host: str, nodes: Sequence[DevNode], front_ports: Sequence[int], secret: str
 ) -> None:
-    urls = [_url(host, port) for port in ports]
+    urls = [_url(host, node.port) for node in nodes]
+    (entry,) = [_url(host, port) for port in front_ports] or urls
     token = None
     if settings.jwt_jwks_url is None:
         audience, issuer = settings.jwt_audience, settings.jwt_issuer
         token = make_token(secret, user_id=DEV_USER, audience=audience, issuer=issuer, ttl_seconds=TOKEN_SECONDS)
     fragment = f"/#token={token}" if token else ""
-    nodes = " ".join(f"--url {url}" for url in urls)
+    chat_urls = " ".join(f"--url {url}" for url in urls)
     title = "Anynode is running" + (f" on {len(urls)} nodes" if len(urls) > 1 else "")
     click.secho(f"\n  {title}", fg="green", bold=True)
-    click.echo("\n  Open the page      " + click.style(f"{urls[0]}{fragment}", fg="cyan"))
-    for url in urls[1:]:
-        click.echo("                     " + click.style(f"{url}{fragment}", fg="cyan"))
-    click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {nodes}", fg="cyan"))
-    sockets = ", ".join(url.replace("http", "ws", 1) + "/ws" for url in urls)
-    click.echo(f"\n  WebSocket          {sockets}")
-    click.echo(f"  HTTP               {urls[0]}/docs")
+    click.echo("\n  Open the page      " + click.style(f"{entry}{fragment}", fg="cyan"))
+    if (lack := missing()) is not None:
+        click.secho(indent(f"\n{lack.strip()}\n", " " * 21), fg="yellow")
+    if front_ports:
+        names = ", ".join(node.name for node in nodes)
+        click.secho(f"                     a plain load balancer in front of nodes {names}", dim=True)
+    click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {chat_urls}", fg="cyan"))
+    click.echo(f"\n  WebSocket          {', '.join(_socket(url) + '/ws' for url in urls)}")
+    click.echo(f"  useChat            {_socket(entry)}{AI_SDK_PATH}")
+    click.echo(f"  HTTP               {entry}/docs")
     click.echo(f"  Token (7 days)     {token}" if token else "  Tokens             are signed elsewhere (JWT_JWKS_URL)")
     if settings.agent == "echo":
         click.echo("\n  This is the echo agent. A real model, of any OpenAI-compatible server:")
@@ -211,18 +204,11 @@ def _say_where_to_go(
             "    AGENT=openai OPENAI_BASE_URL=http://127.0.0.1:11434/v1 MODEL=llama3.2 uv run anynode dev", dim=True
         )
     if len(urls) > 1:
-        click.echo("\n  Kill a node in mid-answer, and see it go on elsewhere:")
-        for url, process in zip(urls, processes, strict=True):
-            click.secho(f"    kill -9 {process.pid:<10} # {url}", dim=True)
+        click.echo("\n  Kill a node in mid-answer, from the page's menu or here, and see it go on elsewhere:")
+        for node, url in zip(nodes, urls, strict=True):
+            click.secho(f"    kill -9 {node.pid or '':<10} # {url} (node {node.name})", dim=True)
     click.secho("\n  Ctrl-C stops everything.\n", dim=True)
 
 
-def _watch(processes: dict[int, subprocess.Popen[bytes]]) -> None:
-    while processes:
-        for port, process in list(processes.items()):
-            status = process.poll()
-            if status is not None:
-                del processes[port]
-                click.secho(f"  the node on port {port} ended (status {status})", fg="yellow", err=True)
-        time.sleep(0.2)
-    raise ConfigurationError("all nodes have ended")
+def _socket(url: str) -> str:
+    return url.replace("http", "ws", 1)

@@ -19,6 +19,7 @@ from websockets.http11 import Request
 
 from server.ai_sdk.protocol import REQUEST_BYTES_MAX
 from server.app import Anynode, open_anynode
+from server.dev_orders import Orders
 from server.errors import CloseCode
 from server.http import BREAK_OFF
 from server.operations import AI_SDK_PATH
@@ -179,17 +180,17 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def listen(settings: Settings, *, stop_with_input: bool = False) -> None:
-    """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent dies.
-    Raises ConfigurationError, or SystemExit when the node has failed."""
+def listen(settings: Settings, *, stop_with_input: bool = False, orders: Orders | None = None) -> None:
+    """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent dies;
+    `orders`: pass on what the page orders. Raises ConfigurationError, or SystemExit when the node has failed."""
     _spare_garbage_collection()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, stop_with_input))
+        runner.run(_serve(settings, stop_with_input, orders))
         runner.run(_let_go())
 
 
-async def _serve(settings: Settings, stop_with_input: bool) -> None:
-    async with open_anynode(settings) as anynode:
+async def _serve(settings: Settings, stop_with_input: bool, orders: Orders | None) -> None:
+    async with open_anynode(settings, orders) as anynode:
         config = uvicorn.Config(
             anynode.app(),
             host=settings.host,

@@ -57,7 +57,7 @@ class Node:
     """One server process among equals. `run` must be running for anything else to work."""
 
     def __init__(self, settings: Settings, database: Database, agent: Agent) -> None:
-        self.node_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self.node_id = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
         self.is_running = True
         self.draining = asyncio.Event()

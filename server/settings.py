@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
@@ -14,10 +15,17 @@ from models.text import is_storable
 from server.errors import ConfigurationError
 
 CALLS_AT_ONCE_MAX = 64  # of tools, in one step of a turn
+NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # as the label of a host
 SECRET_BYTES_MIN = 32  # HS256: a key shorter than its hash can be guessed (RFC 7518, 3.2)
 
 
 def _text(name: str, value: str) -> str:
+    return value
+
+
+def _node_name(name: str, value: str) -> str:
+    if not NODE_NAME.fullmatch(value):
+        raise ConfigurationError(f"{name} must be 1 to 63 of the characters A-Z a-z 0-9 . _ -, not {value!r}")
     return value
 
 
@@ -114,6 +122,11 @@ class Settings:
 
     host: str = _setting("0.0.0.0", _text, "Address to listen on (`anynode dev`: 127.0.0.1).")  # noqa: S104
     port: int = _setting(8000, _whole(0, 65535), "Port to listen on; 0 takes any free one.")
+    node_name: str | None = _setting(
+        None,
+        _node_name,
+        "What the node's id begins with; by default the machine's name (`anynode dev`: always A, B, C …).",
+    )
     database_url: str | None = _setting(
         None, _text, "`postgresql://user:password@host:port/database`; required by `serve`."
     )

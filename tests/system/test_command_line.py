@@ -232,10 +232,11 @@ def test_chat_with_a_bad_token_says_so_and_fails(shared_node: NodeProcess) -> No
 class Dev:
     """`anynode dev` in a process of its own, once it has said where to go."""
 
-    def __init__(self, process: subprocess.Popen[str], output: Path, ports: list[int]) -> None:
+    def __init__(self, process: subprocess.Popen[str], output: Path, ports: list[int], front_port: int | None) -> None:
         self.process = process
         self.output = output
         self.ports = ports
+        self.front_port = front_port
         found = re.search(r"Token \(7 days\) +(\S+)", output.read_text())
         assert found is not None
         self.token = found[1]
@@ -243,6 +244,11 @@ class Dev:
     @property
     def urls(self) -> list[str]:
         return [f"http://127.0.0.1:{port}" for port in self.ports]
+
+    @property
+    def entry(self) -> str:
+        """The one URL that the page is opened at."""
+        return f"http://127.0.0.1:{self.front_port or self.ports[0]}"
 
     def family(self) -> list[psutil.Process]:
         """The process and all that it has started."""
@@ -292,7 +298,7 @@ def successive_free_ports(count: int) -> list[int]:
 @contextmanager
 def running_dev(data_directory: Path, nodes: int = 1, **settings: str) -> Iterator[Dev]:
     """`anynode dev` on free ports; everything it started is dead at the end."""
-    ports = successive_free_ports(nodes)
+    ports = successive_free_ports(nodes + 1 if nodes > 1 else 1)
     output = data_directory.parent / f"dev-{uuid.uuid4().hex}.log"
     with output.open("w") as stdout:
         process = subprocess.Popen(
@@ -307,7 +313,7 @@ def running_dev(data_directory: Path, nodes: int = 1, **settings: str) -> Iterat
     try:
         wait_until(lambda: "Ctrl-C" in output.read_text() or process.poll() is not None, 60)
         assert process.poll() is None, output.read_text()
-        yield Dev(process, output, ports)
+        yield Dev(process, output, ports[:nodes], ports[nodes] if nodes > 1 else None)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
@@ -344,6 +350,8 @@ def test_dev_says_where_to_go_and_answers_there(data_directory: Path) -> None:
         said = dev.output.read_text()
         assert f"{dev.urls[0]}/#token={dev.token}" in said
         assert f"anynode chat --url {dev.urls[0]}" in said
+        assert f"useChat            {dev.urls[0].replace('http', 'ws')}/api/chat" in said
+        assert "load balancer" not in said
         assert "OPENAI_API_KEY" in said
         with urllib.request.urlopen(dev.urls[0], timeout=10) as page:
             assert b"<html" in page.read().lower()
