@@ -1,7 +1,7 @@
 # `make check` is what CI runs (.ci/run).
-.PHONY: check test system-postgres lint types layers format lock upgrade mutants bench dev
+.PHONY: check test system-postgres lint types layers web page format lock upgrade mutants bench dev
 
-check: test system-postgres lint types layers
+check: test system-postgres lint types layers web
 
 test:
 	uv run pytest
@@ -18,6 +18,15 @@ types:
 
 layers:
 	uv run lint-imports
+
+web:
+	scripts/web run check
+	scripts/web run test
+
+# The page of web/, once more, where server/page/NOT_BUILT says why it is not there; `uv run` builds it by itself when
+# its sources have changed.
+page:
+	uv sync --reinstall-package anynode
 
 format:
 	uv run ruff check --fix

@@ -1,15 +1,45 @@
-"""Agents for measuring: `AGENT=bench.agents:timed` and `AGENT=bench.agents:asked`."""
+"""Agents for measuring: `AGENT=bench.agents:timed`, `…:asked` and `…:written`."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from functools import cache
+from itertools import cycle
+from typing import Final
 
 from server.agents.agent import TextDelta, Turn
 from server.settings import Settings, read_settings
+
+MARKDOWN: Final = "bench.agents:written"
+SECTION: Final = """## What a section of an answer looks like
+
+It begins with a paragraph of **some** length, in which `code` and [a link](https://example.org) stand beside plain
+words, since that is how models write when they are asked to explain a thing to somebody who wants to know it well.
+
+- a list with an item of a few words
+- another item, which goes on for a little longer than the first one did
+- and a third with *emphasis* in it
+
+```python
+def merge(left: list[int], right: list[int]) -> list[int]:
+    merged = []
+    while left and right:
+        merged.append((left if left[0] <= right[0] else right).pop(0))
+    return merged + left + right
+```
+
+| name | time | memory |
+|---|---|---|
+| merge | O(n) | O(n) |
+| sort | O(n log n) | O(n) |
+
+A last paragraph says what was said before, in other words, so that the section is as long as sections are.
+
+"""
 
 
 async def timed(turn: Turn) -> AsyncIterator[TextDelta]:
@@ -26,6 +56,15 @@ async def asked(turn: Turn) -> AsyncIterator[TextDelta]:
     await asyncio.sleep(float(seconds))
     async for text in paced(int(tokens), settings.echo_tokens_per_second):
         yield TextDelta(text)
+
+
+async def written(turn: Turn) -> AsyncIterator[TextDelta]:
+    """Writes Markdown as models do (paragraphs, lists, code, tables): for the question `20000 200` so many tokens, at
+    so many a second."""
+    tokens, tokens_per_second = map(int, turn.history[-1].content.split())
+    words = cycle(re.findall(r"\S+\s*|\s+", SECTION))
+    async for _ in paced(tokens, tokens_per_second):
+        yield TextDelta(next(words))
 
 
 async def paced(tokens: int, tokens_per_second: float, *, is_timed: bool = False) -> AsyncIterator[str]:

@@ -8,16 +8,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.resources import files
-from pathlib import Path
 from typing import Final
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, Response
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import WebSocketRoute
 
 from models.database import Database, Unavailable
 from models.migrate import check_schema
@@ -25,7 +21,9 @@ from server.agents.load import open_agent
 from server.ai_sdk.connection import AiSdkConnection
 from server.ai_sdk.handlers import AiSdk
 from server.auth import Authenticator
+from server.chat_page import page_routes
 from server.configured import configured, explained
+from server.dev_orders import Orders, order_routes
 from server.health import health_routes
 from server.http import Holding, refuse_route, routes_of
 from server.native import NativeConnection
@@ -43,13 +41,6 @@ logger = logging.getLogger("anynode")
 # Clients that leave a draining node all at once would arrive elsewhere all at once.
 LEAVING_SECONDS: Final = 0.5
 CONTACT_PAUSE_SECONDS: Final = (0.1, 0.5)  # the first and the longest wait between attempts to find Postgres there
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 class Anynode:
@@ -63,12 +54,14 @@ class Anynode:
         authenticator: Authenticator,
         node: Node,
         running: asyncio.Task[None],
+        orders: Orders | None = None,
     ) -> None:
         self.settings = settings
         self.database = database
         self.authenticator = authenticator
         self.node = node
         self.running = running
+        self.orders = orders  # only in a node that `anynode dev` runs
         self.sockets = Sockets(settings, node)
 
     def app(self) -> Starlette:
@@ -89,7 +82,8 @@ class Anynode:
                 *health_routes(node, database),
                 *routes_of(faces, authenticator, body_bytes_max=settings.frame_bytes_max),
                 *reference_routes(),
-                *_page_routes(),
+                *(() if self.orders is None else order_routes(self.orders, authenticator)),
+                *page_routes(is_dev=self.orders is not None),
             ],
             exception_handlers={404: refuse_route, 405: refuse_route},
             middleware=_cross_origin(self.settings),
@@ -107,8 +101,9 @@ class Anynode:
 
 
 @asynccontextmanager
-async def open_anynode(settings: Settings) -> AsyncIterator[Anynode]:
-    """A node with its database and agent; Postgres need not be there yet. Raises ConfigurationError."""
+async def open_anynode(settings: Settings, orders: Orders | None = None) -> AsyncIterator[Anynode]:
+    """A node with its database and agent; Postgres need not be there yet. `orders`: where the orders of `anynode dev`'s
+    page go. Raises ConfigurationError."""
     with explained():
         url = configured(settings.database_url)
         database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
@@ -123,7 +118,7 @@ async def open_anynode(settings: Settings) -> AsyncIterator[Anynode]:
             node = Node(settings, database, agent)
             running = asyncio.create_task(_run(node, database))
             try:
-                yield Anynode(settings, database, authenticator, node, running)
+                yield Anynode(settings, database, authenticator, node, running, orders)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))
@@ -160,15 +155,3 @@ def _cross_origin(settings: Settings) -> list[Middleware]:
             expose_headers=("Link", "Location", "Retry-After"),
         )
     ]
-
-
-def _page_routes() -> list[Route]:
-    directory = Path(str(files("server").joinpath("page")))
-
-    def route(path: str, name: str) -> Route:
-        async def page(request: Request) -> Response:
-            return FileResponse(directory / name, headers=_PAGE_HEADERS)
-
-        return Route(path, page)
-
-    return [route("/", "index.html"), route("/page.js", "page.js"), route("/page.css", "page.css")]

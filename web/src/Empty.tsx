@@ -1,0 +1,22 @@
+import { SAMPLES } from './samples.ts';
+
+const IS_DEV = document.querySelector('meta[name="anynode-dev"]') !== null;
+
+export function Empty({ onAsk }: { onAsk: (text: string) => void }) {
+  return (
+    <div className="empty">
+      <p className="greeting">What would you like to know?</p>
+      {IS_DEV && (
+        <ul>
+          {SAMPLES.map(({ title, text }) => (
+            <li key={title}>
+              <button type="button" onClick={() => onAsk(text)}>
+                {title}
+              </button>
+            </li>
+          ))}
+        </ul>
+      )}
+    </div>
+  );
+}
