@@ -200,11 +200,9 @@ class RunningTurn:
         calls = encode(tool_calls_json(step.calls))
         said.messages.append(self._message("assistant", step.text, COMPLETED, tool_calls=calls))
         for result in step.results:
-            said.messages.append(
-                self._message(
-                    "tool", result.content, COMPLETED, tool_name=result.tool_name, tool_call_id=result.tool_call_id
-                )
-            )
+            status = FAILED if result.is_error else COMPLETED
+            named = {"tool_name": result.tool_name, "tool_call_id": result.tool_call_id}
+            said.messages.append(self._message("tool", result.content, status, **named))
         said.step = Step()
 
     def _message(

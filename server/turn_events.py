@@ -12,7 +12,7 @@ import msgspec
 from models.conversations import Snapshot
 from models.database import Database, Unavailable
 from models.events import DELTA, Event, delta_payload, read_events
-from models.rules import RUNNING, TERMINAL_EVENTS
+from models.rules import FAILED, RUNNING, TERMINAL_EVENTS
 from server.bodies import StoredTurn
 from server.encoding import encode
 from server.errors import NotFound
@@ -70,8 +70,7 @@ async def events_so_far(
 
 
 def events_of_stored(turn: StoredTurn) -> list[Event]:
-    """Events that show a turn as it is stored, where its own have been deleted: each message is one delta, and no tool
-    is known to have failed."""
+    """Events that show a turn as it is stored, where its own have been deleted: each message is one delta."""
     said: list[tuple[str, str]] = [("turn.started", "{}")]
     for message in turn.messages:
         if message.role == "tool":
@@ -79,6 +78,7 @@ def events_of_stored(turn: StoredTurn) -> list[Event]:
                 "tool_call_id": message.tool_call_id,
                 "tool_name": message.tool_name,
                 "content": message.content,
+                "is_error": message.status == FAILED,
             }
             said.append(("turn.tool_result", encode(answered)))
             continue

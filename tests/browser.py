@@ -1,27 +1,33 @@
-"""A headless Chromium, driven over the DevTools protocol with nothing but a WebSocket."""
+"""A headless Chromium, driven by Playwright: tabs that tell what goes wrong in them, and the chat page in a tab."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import itertools
-import json
 import os
+import re
 import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from websockets.asyncio.client import ClientConnection, connect
+from playwright.async_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    Route,
+    WebSocket,
+    async_playwright,
+    expect,
+)
 
+# Of the browser's own errands, none: what it asks for is what the page asks for.
 FLAGS = (
-    "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -31,148 +37,199 @@ FLAGS = (
     "--disable-sync",
     "--disable-breakpad",
     "--disable-dev-shm-usage",
-    "--remote-debugging-port=0",
 )
-KEYS = {"Enter": (13, "\r"), "Escape": (27, "")}
-SHIFT = 8
+ARTEFACTS = Path("build/screenshots")
+PATIENCE_MS = 20_000
+# What Chromium itself logs of a server that is away, whatever a page makes of it.
+NO_CONNECTION = r"WebSocket connection to 'ws://127\.0\.0\.1:\d+/\S+' failed: .*|Failed to load resource: net::ERR_\w+"
+# Notes every text of the last answer, beginning with one that is empty, and how many questions and answers there were.
+WITNESS = """() => {
+    window.witnessed = {texts: [''], articles: []};
+    new MutationObserver(() => {
+        const articles = [...document.querySelectorAll('[role=log] article')];
+        const answers = articles.filter((article) => article.querySelector('h2')?.textContent === 'Answer');
+        const text = [...(answers.at(-1)?.querySelectorAll('.markdown') ?? [])].map((e) => e.textContent).join('');
+        if (text !== witnessed.texts.at(-1)) witnessed.texts.push(text);
+        if (articles.length !== witnessed.articles.at(-1)) witnessed.articles.push(articles.length);
+    }).observe(document, {subtree: true, childList: true, characterData: true});
+}"""
+
+expect.set_options(timeout=PATIENCE_MS)
 
 
-@contextmanager
-def running_chromium() -> Iterator[str]:
-    """The DevTools URL of a fresh Chromium. Skips the test where there is none, except in CI."""
+@asynccontextmanager
+async def running_browser() -> AsyncIterator[Browser]:
+    """A fresh Chromium of this machine. Skips the test where there is none, except in CI."""
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None:
         if os.environ.get("CI"):
             pytest.fail("CI must have a Chromium")
         pytest.skip("there is no Chromium here")
-    directory = tempfile.mkdtemp(prefix="anynode-chromium-")
-    process = subprocess.Popen(
-        [path, *FLAGS, f"--user-data-dir={directory}", "about:blank"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        port, route = _devtools(process, Path(directory, "DevToolsActivePort"))
-        yield f"ws://127.0.0.1:{port}{route}"
-    finally:
-        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-        for member in tree:
-            try:
-                member.kill()
-            except psutil.NoSuchProcess:
-                pass
-        process.wait()
-        psutil.wait_procs(tree, timeout=10)
-        shutil.rmtree(directory, ignore_errors=True)
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
+        try:
+            yield browser
+        finally:
+            await browser.close()
 
 
-def _devtools(process: subprocess.Popen[bytes], file: Path) -> list[str]:
-    deadline = time.monotonic() + 30
-    while not (file.exists() and len(lines := file.read_text().split()) == 2):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise AssertionError("Chromium did not start")
-        time.sleep(0.02)
-    return lines
+class Tab:
+    """A page, and everything that went wrong in it: errors, warnings, violations of its policy."""
 
-
-class Page:
-    """One tab, and everything that its console has complained about."""
-
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, page: Page) -> None:
+        self.page = page
         self.complaints: list[str] = []
-        self._connection = connection
-        self._session: str | None = None
-        self._ids = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.expected: list[str] = []  # patterns of what a test brings about
+        self.requests: list[str] = []  # all URLs that were asked for, sockets included
+        self.frames: list[str] = []  # all text that has come over sockets
+        page.on("console", self._said)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", self._requested)
+        page.on("websocket", self._opened)
 
-    async def receive(self) -> None:
-        """Take what the browser says, until the connection ends."""
-        async for text in self._connection:
-            message = json.loads(text)
-            if "id" in message:
-                self._answers.pop(message["id"]).set_result(message)
-                continue
-            method, parameters = message["method"], message.get("params", {})
-            if method == "Runtime.exceptionThrown":
-                self.complaints.append(str(parameters["exceptionDetails"]))
-            elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
-                self.complaints.append(str(parameters["args"]))
-            elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-                self.complaints.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
+    @property
+    def unexpected(self) -> list[str]:
+        """The complaints that no test has brought about."""
+        return [said for said in self.complaints if not any(re.fullmatch(known, said) for known in self.expected)]
 
-    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command of the protocol."""
-        command: dict[str, Any] = {"id": next(self._ids), "method": method, "params": parameters}
-        if self._session is not None:
-            command["sessionId"] = self._session
-        self._answers[command["id"]] = answered = asyncio.get_running_loop().create_future()
-        await self._connection.send(json.dumps(command))
-        async with asyncio.timeout(30):
-            answer = await answered
-        assert "error" not in answer, (method, answer)
-        result: dict[str, Any] = answer["result"]
-        return result
+    def _said(self, said: ConsoleMessage) -> None:
+        if said.type in ("error", "warning"):
+            self.complaints.append(said.text)
 
-    async def open_tab(self) -> str:
-        """Use a new tab of a new profile; returns the profile's id."""
-        context: str = (await self.call("Target.createBrowserContext"))["browserContextId"]
-        target = (await self.call("Target.createTarget", url="about:blank", browserContextId=context))["targetId"]
-        self._session = (await self.call("Target.attachToTarget", targetId=target, flatten=True))["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
-            await self.call(f"{domain}.enable")
-        return context
+    def _requested(self, request: Request) -> None:
+        self.requests.append(request.url)
 
-    async def open(self, url: str) -> None:
-        """Go to an address."""
-        await self.call("Page.navigate", url=url)
-
-    async def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
-        answer = await self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, (expression, answer["exceptionDetails"])
-        return answer["result"].get("value")
-
-    async def until(self, expression: str, *, within_seconds: float = 20.0) -> Any:
-        """Wait for an expression to become true, and return its value."""
-        deadline = time.monotonic() + within_seconds
-        while True:
-            # Between two documents, and in a half of one, there is nothing to ask.
-            value = await self.evaluate(f"document.readyState !== 'loading' && document.body ? ({expression}) : null")
-            if value:
-                return value
-            if time.monotonic() > deadline:
-                shown = await self.evaluate("document.body.innerText")
-                raise AssertionError(f"not within {within_seconds:g} s: {expression}\n{shown}\n{self.complaints}")
-            await asyncio.sleep(0.02)
-
-    async def type(self, text: str) -> None:
-        """Put text in where the focus is."""
-        await self.call("Input.insertText", text=text)
-
-    async def press(self, key: str, modifiers: int = 0) -> None:
-        """Press and release a key."""
-        code, text = KEYS[key]
-        same = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
-        await self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **same)
-        await self.call("Input.dispatchKeyEvent", type="keyUp", **same)
-
-    async def screenshot(self) -> bytes:
-        """A picture as PNG, for people."""
-        return base64.b64decode((await self.call("Page.captureScreenshot", format="png"))["data"])
+    def _opened(self, socket: WebSocket) -> None:
+        self.requests.append(socket.url)
+        socket.on("framereceived", lambda frame: self.frames.append(str(frame)))
 
 
 @asynccontextmanager
-async def open_page(devtools_url: str) -> AsyncIterator[Page]:
-    """A tab that shares nothing with any other."""
-    async with connect(devtools_url, max_size=None, proxy=None) as connection:
-        page = Page(connection)
-        receiving = asyncio.create_task(page.receive())
-        try:
-            context = await page.open_tab()
-            yield page
-            page._session = None
-            await page.call("Target.disposeBrowserContext", browserContextId=context)
-        finally:
-            receiving.cancel()
-            await asyncio.wait((receiving,))
+async def open_context(browser: Browser, **options: Any) -> AsyncIterator[BrowserContext]:
+    """A profile that shares nothing with any other; `options` are Playwright's, of `new_context`."""
+    context = await browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+    context.set_default_timeout(PATIENCE_MS)
+    try:
+        yield context
+    finally:
+        await context.close()
+
+
+@asynccontextmanager
+async def open_tab(browser: Browser, **options: Any) -> AsyncIterator[Tab]:
+    """A tab in a profile of its own."""
+    async with open_context(browser, **options) as context:
+        yield Tab(await context.new_page())
+
+
+async def until(condition: Callable[[], Awaitable[Any]], *, within_seconds: float = PATIENCE_MS / 1000) -> Any:
+    """Wait until something holds that no locator says, such as an expression of a page whose policy forbids to wait for
+    one in it; returns what it has come to."""
+    deadline = time.monotonic() + within_seconds
+    while not (value := await condition()):
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.02)
+    return value
+
+
+class Chat:
+    """The chat page in a tab, as people use it: by what its elements are and what they are called."""
+
+    def __init__(self, tab: Tab) -> None:
+        self.tab = tab
+        self.page = page = tab.page
+        self.box = page.get_by_role("textbox", name="Your message")
+        self.send = page.get_by_role("button", name="Send", exact=True)
+        self.stop = page.get_by_role("button", name="Stop", exact=True)
+        self.again = page.get_by_role("button", name="Answer again")
+        self.alert = page.get_by_role("main").get_by_role("alert")
+        self.retry = self.alert.get_by_role("button", name="Try again")
+        self.status = page.get_by_role("status")
+        self.jump = page.get_by_role("button", name="To the newest message")
+        self.scroller = page.get_by_role("region", name="Messages")
+        self.sidebar = page.get_by_role("navigation", name="Conversations")
+        self.listed = self.sidebar.get_by_role("link")
+        self.new = self.sidebar.get_by_role("button", name="New conversation")
+        articles = page.get_by_role("log").get_by_role("article")
+        self.answers = articles.filter(has=page.get_by_role("heading", name="Answer", exact=True, level=2))
+        self.questions = articles.filter(has=page.get_by_role("heading", name="You", exact=True, level=2))
+
+    @property
+    def answer(self) -> Locator:
+        """The last answer."""
+        return self.answers.last
+
+    @property
+    def said(self) -> Locator:
+        """The text of the last answer, without what is said about it."""
+        return self.answer.locator(".markdown")
+
+    async def open(self, url: str, token: str, conversation: str | None = None) -> None:
+        """Sign in as `anynode dev` says, perhaps to a conversation."""
+        named = "" if conversation is None else f"&c={conversation}"
+        await self.page.goto(f"{url}/#token={token}{named}")
+        await expect(self.status).to_contain_text("Connected to node ")
+
+    async def ask(self, text: str) -> None:
+        """Type a question and send it."""
+        await self.box.fill(text)
+        await expect(self.send).to_be_enabled()
+        await self.box.press("Enter")
+
+    async def ended(self, answers: int = 1) -> None:
+        """Wait until there are so many answers, and nothing runs."""
+        await expect(self.answers).to_have_count(answers)
+        await expect(self.answer).to_have_attribute("aria-busy", "false")
+        await expect(self.stop).to_have_count(0)
+
+    async def shown(self) -> list[tuple[str, str]]:
+        """Role and text of all questions and answers, in order; the space at the end of an answer is not shown."""
+        pairs = (
+            await self.page.get_by_role("log")
+            .get_by_role("article")
+            .evaluate_all(
+                "all => all.map((e) => e.querySelector('h2').textContent === 'You'"
+                " ? ['user', e.querySelector('p').textContent]"
+                " : ['assistant', [...e.querySelectorAll('.markdown')].map((m) => m.textContent).join('')])"
+            )
+        )
+        return [(role, text.rstrip() if role == "assistant" else text) for role, text in pairs]
+
+    async def conversation(self) -> str:
+        """The id in the address."""
+        found: str | None = await self.page.evaluate("new URLSearchParams(location.hash.slice(1)).get('c')")
+        assert found is not None, self.page.url
+        return found
+
+    async def watch(self) -> None:
+        """Note all that is shown of the last answer from now on."""
+        await self.page.evaluate(WITNESS)
+
+    async def watched(self) -> tuple[list[str], int]:
+        """The texts that the last answer has had, one after the other, and the most questions and answers at a time."""
+        found = await self.page.evaluate("witnessed")
+        return [text.rstrip() for text in found["texts"]], max(found["articles"], default=0)
+
+
+async def screenshot(page: Page, name: str) -> None:
+    """Keep a picture, for people."""
+    await page.screenshot(path=ARTEFACTS / f"{name}.png")
+
+
+__all__ = [
+    "NO_CONNECTION",
+    "PATIENCE_MS",
+    "Browser",
+    "BrowserContext",
+    "Chat",
+    "Locator",
+    "Page",
+    "Route",
+    "Tab",
+    "expect",
+    "open_context",
+    "open_tab",
+    "running_browser",
+    "screenshot",
+    "until",
+]

@@ -1,16 +1,19 @@
+import { fileURLToPath } from 'node:url';
 import react from '@vitejs/plugin-react';
 import { defineConfig } from 'vite';
 
-const nothing = new URL('src/nothing.ts', import.meta.url).pathname;
+const path = (name: string) => fileURLToPath(new URL(name, import.meta.url));
 
 export default defineConfig({
   plugins: [react()],
   resolve: {
     alias: {
       // Streamdown's way to read raw HTML, of which this page takes none: without it, and its parser, HTML is shown as text.
-      'rehype-raw': nothing,
+      'rehype-raw': path('src/nothing.ts'),
       // It sorts out classes of Tailwind, of which there are none here.
-      'tailwind-merge': nothing,
+      'tailwind-merge': path('src/nothing.ts'),
+      // For browsers it has the browser decode entities, as markup, which the page's policy forbids.
+      'decode-named-character-reference': path('node_modules/decode-named-character-reference/index.js'),
     },
   },
   build: {

@@ -11,7 +11,7 @@ import asyncpg
 from msgspec import UNSET
 
 from models.messages import Page
-from models.rules import COMPLETED
+from models.rules import COMPLETED, FAILED
 from server.ai_sdk.bodies import ShownMessage
 from server.ai_sdk.chunks import arguments_of, metadata_of
 from server.encoding import tool_calls_of, usage_of
@@ -38,7 +38,7 @@ def _shown(rows: Sequence[asyncpg.Record], usages: Mapping[UUID, str]) -> ShownM
     if first["role"] in ("user", "system"):
         id = first["client_id"] or str(first["id"])
         return ShownMessage(id, first["role"], [{"type": "text", "text": first["content"]}])
-    results = {row["tool_call_id"]: row["content"] for row in rows if row["role"] == "tool"}
+    results = {row["tool_call_id"]: row for row in rows if row["role"] == "tool"}
     parts = [part for row in rows if row["role"] == "assistant" for part in _step(row, results)]
     usage = usages.get(last["turn_id"])
     metadata = metadata_of(usage_of(usage))
@@ -47,7 +47,7 @@ def _shown(rows: Sequence[asyncpg.Record], usages: Mapping[UUID, str]) -> ShownM
     return ShownMessage(str(first["turn_id"] or first["id"]), "assistant", parts, metadata or UNSET)
 
 
-def _step(row: asyncpg.Record, results: Mapping[str, str]) -> list[dict[str, Any]]:
+def _step(row: asyncpg.Record, results: Mapping[str, asyncpg.Record]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"type": "step-start"}]
     if row["content"]:
         parts.append({"type": "text", "text": row["content"], "state": "done"})
@@ -60,7 +60,10 @@ def _step(row: asyncpg.Record, results: Mapping[str, str]) -> list[dict[str, Any
             "input": arguments_of(call),
             "providerExecuted": True,
         }
-        if call["id"] in results:
-            part |= {"state": "output-available", "output": results[call["id"]]}
+        result = results.get(call["id"])
+        if result is not None and result["status"] == FAILED:
+            part |= {"state": "output-error", "errorText": result["content"]}
+        elif result is not None:
+            part |= {"state": "output-available", "output": result["content"]}
         parts.append(part)
     return parts

@@ -9,14 +9,15 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 
-from tests.browser import Page, open_page, running_chromium
+from tests.browser import Browser, Locator, Page, expect, open_tab, running_browser
 from tests.harness import NodeProcess, free_port, running_node, socket_to, sql, token_for
 from tests.npm import NODE, node_modules, project, run_node, run_npm
 from tests.scripted_agents import Strings, eventually, script_of
@@ -30,10 +31,11 @@ ENVIRONMENT = {"ECHO_TOKENS": str(TOKENS), "ECHO_TOKENS_PER_SECOND": "50", "LEAS
 # What the applications are built with; the server of the test puts in what is so.
 URL, TOKEN = "http://anynode.example", "the-token-of-the-user"
 ONE_LINERS = re.findall(r"^```sh\n(.+?)\n```$", (EXAMPLES / "README.md").read_text(), re.M)
-SHOWN = {
-    "react": "document.querySelector('p.assistant')?.textContent",
-    "assistant-ui": "[...document.querySelectorAll('main, #root')].at(-1).innerText.split('Any news?')[1]",
-    "browser": "document.querySelector('#answer')?.textContent",
+# Where the answer is, perhaps with other things.
+SHOWN: Mapping[str, Callable[[Page], Locator]] = {
+    "react": lambda page: page.locator("p.assistant"),
+    "assistant-ui": lambda page: page.locator("main, #root").last,
+    "browser": lambda page: page.locator("#answer"),
 }
 
 
@@ -70,18 +72,18 @@ def static_server(directory: Path, replaced: Mapping[str, str], port: int) -> It
         server.server_close()
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[str]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def browser() -> AsyncIterator[Browser]:
     """A browser for all tests here."""
-    with running_chromium() as devtools_url:
-        yield devtools_url
+    async with running_browser() as browser:
+        yield browser
 
 
-@pytest.fixture
-async def page(chromium: str) -> AsyncIterator[Page]:
+@pytest_asyncio.fixture(loop_scope="module")
+async def page(browser: Browser) -> AsyncIterator[Page]:
     """A tab with a profile of its own."""
-    async with open_page(chromium) as page:
-        yield page
+    async with open_tab(browser) as tab:
+        yield tab.page
 
 
 @asynccontextmanager
@@ -104,6 +106,7 @@ async def kill_who_answers(nodes: Sequence[NodeProcess]) -> None:
     running[0].kill()
 
 
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("name", ["react", "assistant-ui", "browser"])
 async def test_a_page_goes_on_when_it_is_loaded_again_and_the_node_is_killed_that_answers(
     database_url: str, tmp_path: Path, page: Page, user: str, name: str
@@ -121,27 +124,28 @@ async def test_a_page_goes_on_when_it_is_loaded_again_and_the_node_is_killed_tha
             named = (
                 f"url={balancer.http.replace('http', 'ws')}/ws&token={token_for(user)}" if name == "browser" else "c1"
             )
-            await page.open(f"{address}/#{named}")
-            await page.until("!!document.querySelector('input, textarea')")
-            await page.evaluate("document.querySelector('input, textarea').focus()")
-            await page.type("Any news?")
-            await page.press("Enter")
-            await page.until(f"({SHOWN[name]} ?? '').includes('w5 ')")
-            await page.evaluate("window.isOld = true")
-            await page.call("Page.reload")
-            await page.until(f"!window.isOld && ({SHOWN[name]} ?? '').includes('w20 ')")
+            shown = SHOWN[name](page)
+            await page.goto(f"{address}/#{named}")
+            await page.locator("input, textarea").first.fill("Any news?")
+            await page.keyboard.press("Enter")
+            await expect(shown).to_contain_text("w5 ")
+            await page.reload()
+            await expect(shown).to_contain_text("w20 ")
             await kill_who_answers(nodes)
-            assert not await page.evaluate(f"{SHOWN[name]}.includes('w149')")
-            await page.until(f"({SHOWN[name]} ?? '').includes('w149')")
-            text = await page.evaluate(SHOWN[name])
-            assert text.replace("Send", "").replace("Stop", "").split() == WHOLE.split()
+            assert "w149" not in await shown.inner_text()
+            await expect(shown).to_contain_text("w149")
+            assert words(await shown.inner_text()) == WHOLE.split()
             # The chat is in the address: a page that is loaded again shows it again.
-            named = await page.evaluate("location.hash")
-            await page.open("about:blank")
-            await page.open(f"{address}/{named}")
-            await page.until(f"({SHOWN[name]} ?? '').includes('w149')")
-            text = await page.evaluate(SHOWN[name])
-            assert text.replace("Send", "").replace("Stop", "").split() == WHOLE.split()
+            address = page.url
+            await page.goto("about:blank")
+            await page.goto(address)
+            await expect(shown).to_contain_text("w149")
+            assert words(await shown.inner_text()) == WHOLE.split()
+
+
+def words(text: str) -> list[str]:
+    """What is said after the question, without what buttons are called."""
+    return text.split("Any news?")[-1].replace("Send", "").replace("Stop", "").split()
 
 
 @pytest.mark.parametrize("name", ["client.py", "responses.py"])

@@ -18,7 +18,7 @@ export const Answer = memo(function Answer({ message, isStreaming, regenerate }:
   const last = parts.findLastIndex(({ type }) => type !== 'step-start');
   const isSilent = isStreaming && (last < 0 || parts[last]?.type !== 'text');
   return (
-    <article className={isStreaming ? 'answer streaming' : 'answer'} aria-busy={isStreaming}>
+    <article className={isStreaming ? 'answer streaming' : 'answer'} aria-busy={isStreaming} data-message={message.id}>
       <h2 className="unseen">Answer</h2>
       {parts.map((part, index) => {
         if (part.type === 'text') {

@@ -1,5 +1,6 @@
 import { memo, type ReactNode, useMemo, useRef } from 'react';
 import { defaultRehypePlugins, Streamdown, type StreamdownProps } from 'streamdown';
+import { Boundary } from './Boundary.tsx';
 import { CodeBlock } from './CodeBlock.tsx';
 import { segments } from './segments.ts';
 
@@ -7,15 +8,20 @@ import { segments } from './segments.ts';
 const { sanitize, harden } = defaultRehypePlugins;
 const CLEANED = [sanitize, harden].filter((plugin) => plugin !== undefined);
 
-/** What a model says. Nothing of it is loaded, run, or taken for markup other than Markdown's. */
+/** What a model says. Nothing of it is loaded, run, or taken for markup other than Markdown's; what is too deep for that
+ * is shown as it is. */
 export function Markdown({ text, isStreaming }: { text: string; isStreaming: boolean }) {
   const before = useRef<string[]>([]);
   const pieces = useMemo(() => segments(text, before.current), [text]);
   before.current = pieces;
   return pieces.map((piece, index) => {
     const isLast = index === pieces.length - 1;
-    // biome-ignore lint/suspicious/noArrayIndexKey: only the last piece changes
-    return <Piece key={index} text={piece} isStreaming={isStreaming && isLast} isPast={!isLast} />;
+    return (
+      // biome-ignore lint/suspicious/noArrayIndexKey: only the last piece changes
+      <Boundary key={index} instead={<div className="plain">{piece}</div>}>
+        <Piece text={piece} isStreaming={isStreaming && isLast} isPast={!isLast} />
+      </Boundary>
+    );
   });
 }
 

@@ -2,33 +2,36 @@ import { useEffect, useLayoutEffect, useRef } from 'react';
 import type { Conversation } from './conversation.ts';
 import { useStore } from './store.ts';
 
+interface Place {
+  id: string;
+  top: number;
+}
+
 /** Reads what is older when the reader comes near, and keeps what is being read where it is. */
 export function Older({ conversation, first }: { conversation: Conversation; first: string | undefined }) {
   const { before, isLoading } = useStore(conversation.older);
   const mark = useRef<HTMLDivElement>(null);
-  const height = useRef(0);
+  const firstShown = useRef(first);
+  const place = useRef<Place>(undefined);
+  // Looked at while the page still shows what it showed before.
+  if (firstShown.current !== first) place.current = read(scrollerOf(mark.current));
 
   useEffect(() => {
-    const element = mark.current;
-    const scroller = element?.closest('.scroller');
-    if (!element || !scroller || before === null || isLoading) return;
-    const near = new IntersectionObserver(
-      ([entry]) => {
-        if (!entry?.isIntersecting) return;
-        height.current = scroller.scrollHeight;
-        void conversation.loadOlder();
-      },
-      { root: scroller, rootMargin: '600px 0px 0px 0px' },
-    );
-    near.observe(element);
+    const scroller = scrollerOf(mark.current);
+    if (!mark.current || !scroller || before === null || isLoading) return;
+    const near = new IntersectionObserver(([entry]) => entry?.isIntersecting && void conversation.loadOlder(), {
+      root: scroller,
+      rootMargin: '600px 0px 0px 0px',
+    });
+    near.observe(mark.current);
     return () => near.disconnect();
   }, [conversation, before, isLoading]);
 
-  // biome-ignore lint/correctness/useExhaustiveDependencies: when the first message is another one, there are older ones
   useLayoutEffect(() => {
-    const scroller = mark.current?.closest('.scroller');
-    if (scroller && height.current) scroller.scrollTop += scroller.scrollHeight - height.current;
-    height.current = 0;
+    const scroller = scrollerOf(mark.current);
+    if (scroller && place.current) keep(scroller, place.current);
+    firstShown.current = first;
+    place.current = undefined;
   }, [first]);
 
   return (
@@ -36,4 +39,24 @@ export function Older({ conversation, first }: { conversation: Conversation; fir
       {before !== null && <span className="quiet">Reading older messages…</span>}
     </div>
   );
+}
+
+function scrollerOf(element: Element | null): Element | null {
+  return element?.closest('.scroller') ?? null;
+}
+
+/** The message at the top of what is seen. */
+function read(scroller: Element | null): Place | undefined {
+  if (!scroller) return undefined;
+  const { left, top, width, height } = scroller.getBoundingClientRect();
+  for (let down = 8; down < height; down += 24) {
+    const seen = document.elementFromPoint(left + width / 2, top + down)?.closest<HTMLElement>('[data-message]');
+    if (seen?.dataset.message) return { id: seen.dataset.message, top: seen.getBoundingClientRect().top };
+  }
+  return undefined;
+}
+
+function keep(scroller: Element, { id, top }: Place): void {
+  const moved = scroller.querySelector(`[data-message="${CSS.escape(id)}"]`)?.getBoundingClientRect().top;
+  if (moved !== undefined) scroller.scrollTop += moved - top;
 }

@@ -10,7 +10,7 @@ export const Question = memo(function Question({ message }: { message: Message }
   const isLong = text.length > LONG.characters || text.split('\n').length > LONG.lines;
   const [isWhole, setIsWhole] = useState(false);
   return (
-    <article className="question">
+    <article className="question" data-message={message.id}>
       <h2 className="unseen">You</h2>
       <div className={isLong && !isWhole ? 'bubble folded' : 'bubble'}>
         <p>{text}</p>

@@ -44,23 +44,25 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
       tries = Date.now() - at > 2000 ? 0 : tries + 1;
     }
     if (isOver()) return;
-    if (!isQuestion()) await refresh().catch(() => {}); // what is shown is right as it is
+    if (!isQuestion()) await refresh(isOver).catch(() => {}); // what is shown is right as it is
     onChange();
-    if (!isOver()) await wait(mine);
+    if (!isOver()) await wait(isOver);
   }
 
   /** Wait for a turn that somebody else begins, in another tab or on another device; and be connected meanwhile. */
-  async function wait(mine: number): Promise<void> {
-    const isOver = () => mine !== round || closed.signal.aborted;
+  async function wait(isOver: () => boolean): Promise<void> {
     for (let tries = 0; !isOver(); ) {
-      const last = chat.lastMessage?.id ?? NO_MESSAGE;
+      const isRefused = isQuestion(); // and not stored: the user sends it again, or something else
+      const last = chat.messages.at(isRefused ? -2 : -1)?.id ?? NO_MESSAGE;
       waiting = new AbortController();
       const signal = AbortSignal.any([waiting.signal, closed.signal]);
       try {
         const news = await transport.reconnectToStream({ chatId: id, abortSignal: signal, body: { wait_after: last } });
-        if (news === null) await line.lost(signal); // there is no such chat yet
-        if (isOver()) return;
-        await refresh();
+        if (news === null || isRefused) {
+          await line.lost(signal); // there is no such chat yet, or none to be changed now
+          continue;
+        }
+        await refresh(isOver);
         onChange();
         if (isOver()) return;
         if (isQuestion()) return await attend(() => chat.resumeStream());
@@ -72,8 +74,9 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
     }
   }
 
-  async function refresh(): Promise<void> {
+  async function refresh(isOver: () => boolean): Promise<void> {
     const { messages, next_before } = await api.messages(id, SHOWN_FIRST);
+    if (isOver()) return;
     const merged = withNewest(chat.messages, messages, next_before === null);
     if (merged.length === messages.length) older.set({ before: next_before, isLoading: false });
     chat.messages = merged;
@@ -91,7 +94,7 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
       loading.set('loading');
       for (let tries = 0; !closed.signal.aborted; tries++) {
         try {
-          await refresh();
+          await refresh(() => closed.signal.aborted);
           break;
         } catch (error) {
           if (!(error instanceof TypeError || (error as Error).name === 'TimeoutError')) {
@@ -142,6 +145,7 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
       if (last?.role !== 'user') return '';
       chat.clearError();
       chat.messages = chat.messages.slice(0, -1);
+      void attend(async () => {});
       return last.parts.map((part) => (part.type === 'text' ? part.text : '')).join('');
     },
 
