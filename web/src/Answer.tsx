@@ -8,7 +8,7 @@ import { ToolCall } from './ToolCall.tsx';
 interface Props {
   message: Message;
   isStreaming: boolean;
-  regenerate: (() => Promise<void>) | undefined;
+  regenerate: (() => void) | undefined;
 }
 
 const ENDS = { cancelled: 'Stopped.', failed: 'This answer failed.' };
@@ -34,7 +34,7 @@ export const Answer = memo(function Answer({ message, isStreaming, regenerate }:
         <div className="actions">
           <CopyButton what="message" text={() => textOf(message)} />
           {regenerate && (
-            <button type="button" className="icon" onClick={() => void regenerate()} aria-label="Answer again">
+            <button type="button" className="icon" onClick={regenerate} aria-label="Answer again">
               <Icon name="again" />
             </button>
           )}

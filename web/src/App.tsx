@@ -14,6 +14,12 @@ export function App() {
   }, []);
   const session = useMemo(() => (token === null ? null : openSession(token, leave)), [token, leave]);
 
+  useEffect(() => {
+    // The address that `anynode dev` prints, opened where the page is open already.
+    const look = () => location.hash.includes('token=') && setToken(takeToken());
+    addEventListener('hashchange', look);
+    return () => removeEventListener('hashchange', look);
+  }, []);
   useEffect(() => () => session?.transport.close(), [session]);
 
   if (session === null) {

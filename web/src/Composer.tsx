@@ -3,6 +3,8 @@ import { Icon } from './Icon.tsx';
 
 const BYTES_MAX = 65_536; // MESSAGE_BYTES_MAX, unless the server has another one and says so
 
+const ID = 'composer';
+
 interface Props {
   draft: string;
   onDraft: (text: string) => void;
@@ -14,7 +16,7 @@ interface Props {
 
 export function Composer({ draft, onDraft, isBusy, isStopping, onAsk, onStop }: Props) {
   const box = useRef<HTMLTextAreaElement>(null);
-  useEffect(() => focusOn(box.current), []);
+  useEffect(focusComposer, []);
   // biome-ignore lint/correctness/useExhaustiveDependencies: the text decides how high its box is
   useEffect(() => {
     if (!box.current || CSS.supports('field-sizing', 'content')) return;
@@ -26,12 +28,12 @@ export function Composer({ draft, onDraft, isBusy, isStopping, onAsk, onStop }: 
   function submit() {
     if (!draft.trim() || isBusy) return;
     onAsk(draft);
-    focusOn(box.current); // the button will be another one
+    focusComposer(); // the button will be another one
   }
 
   function stop() {
     onStop();
-    focusOn(box.current);
+    focusComposer();
   }
 
   function onKeyDown(event: KeyboardEvent) {
@@ -49,7 +51,7 @@ export function Composer({ draft, onDraft, isBusy, isStopping, onAsk, onStop }: 
       }}
     >
       <textarea
-        id="composer"
+        id={ID}
         ref={box}
         rows={1}
         value={draft}
@@ -81,6 +83,7 @@ export function Composer({ draft, onDraft, isBusy, isStopping, onAsk, onStop }: 
   );
 }
 
-function focusOn(box: HTMLTextAreaElement | null) {
-  if (matchMedia('(pointer: fine)').matches) box?.focus(); // elsewhere a keyboard would cover half of the page
+/** Write on, where no keyboard covers half of the page because of it. */
+export function focusComposer(): void {
+  if (matchMedia('(pointer: fine)').matches) document.getElementById(ID)?.focus();
 }

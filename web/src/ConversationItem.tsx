@@ -18,6 +18,7 @@ export function ConversationItem({ listed, isCurrent, list, onChosen, onDeletedC
   const [doing, setDoing] = useState<'nothing' | 'renaming' | 'deleting'>('nothing');
   const [problem, setProblem] = useState('');
   const link = useRef<HTMLAnchorElement>(null);
+  const item = useRef<HTMLLIElement>(null);
   const title = titleOf(listed);
   const route = listed.client_id ?? listed.id;
 
@@ -26,9 +27,15 @@ export function ConversationItem({ listed, isCurrent, list, onChosen, onDeletedC
     requestAnimationFrame(() => link.current?.focus());
   }
 
-  async function attempt(work: Promise<void>) {
+  async function attempt(work: Promise<void>): Promise<boolean> {
     setProblem('');
-    await work.catch((error: Error) => setProblem(error.message));
+    return work.then(
+      () => true,
+      (error: Error) => {
+        setProblem(error.message);
+        return false;
+      },
+    );
   }
 
   async function rename(text: string) {
@@ -39,8 +46,10 @@ export function ConversationItem({ listed, isCurrent, list, onChosen, onDeletedC
 
   async function remove() {
     setDoing('nothing');
-    await attempt(list.delete(listed.id));
+    const neighbour = item.current?.nextElementSibling ?? item.current?.previousElementSibling;
+    if (!(await attempt(list.delete(listed.id)))) return finish();
     if (isCurrent) onDeletedCurrent();
+    else (neighbour?.querySelector('a') ?? document.querySelector<HTMLElement>('.new'))?.focus();
   }
 
   function onRenamingKey(event: KeyboardEvent<HTMLInputElement>) {
@@ -51,7 +60,7 @@ export function ConversationItem({ listed, isCurrent, list, onChosen, onDeletedC
   }
 
   return (
-    <li className={isCurrent ? 'current' : undefined}>
+    <li ref={item} className={isCurrent ? 'current' : undefined}>
       {doing === 'renaming' ? (
         <input
           aria-label={`New title of ${title}`}

@@ -1,6 +1,6 @@
 import { useChat } from '@ai-sdk/react';
 import { useCallback, useEffect, useState } from 'react';
-import { Composer } from './Composer.tsx';
+import { Composer, focusComposer } from './Composer.tsx';
 import type { Conversation } from './conversation.ts';
 import { Empty } from './Empty.tsx';
 import { Icon } from './Icon.tsx';
@@ -31,6 +31,11 @@ export function ConversationView({ conversation, onAsk, onStreaming }: Props) {
   const bottom = useBottom();
   const isEmpty = loading === 'loaded' && shown.length === 0;
 
+  function jump() {
+    bottom.go();
+    focusComposer();
+  }
+
   function ask(text: string) {
     onAsk();
     setDraft('');
@@ -41,6 +46,11 @@ export function ConversationView({ conversation, onAsk, onStreaming }: Props) {
   useEffect(() => {
     if (status === 'streaming') onStreaming(); // so it is stored, and has a title
   }, [status, onStreaming]);
+
+  const regenerate = useCallback(() => {
+    focusComposer(); // the button goes
+    void conversation.regenerate();
+  }, [conversation]);
 
   const stop = useCallback(() => {
     setIsStopping(true);
@@ -60,7 +70,7 @@ export function ConversationView({ conversation, onAsk, onStreaming }: Props) {
       <section className="scroller" aria-label="Messages" ref={bottom.scroller}>
         <div className="messages" ref={bottom.content}>
           {isEmpty && <Empty onAsk={ask} />}
-          <Messages conversation={conversation} messages={shown} isBusy={isBusy} />
+          <Messages conversation={conversation} messages={shown} isBusy={isBusy} regenerate={regenerate} />
           {loading instanceof Error && <Problem error={loading} retry={conversation.load} />}
           {error && !isLost && (
             <Problem
@@ -73,7 +83,7 @@ export function ConversationView({ conversation, onAsk, onStreaming }: Props) {
       </section>
       <div className="foot">
         {!bottom.isThere && (
-          <button type="button" className="icon jump" aria-label="To the newest message" onClick={bottom.go}>
+          <button type="button" className="icon jump" aria-label="To the newest message" onClick={jump}>
             <Icon name="down" />
           </button>
         )}

@@ -19,7 +19,7 @@ export function Markdown({ text, isStreaming }: { text: string; isStreaming: boo
     return (
       // biome-ignore lint/suspicious/noArrayIndexKey: only the last piece changes
       <Boundary key={index} instead={<div className="plain">{piece}</div>}>
-        <Piece text={piece} isStreaming={isStreaming && isLast} isPast={!isLast} />
+        <Piece text={piece} isStreaming={isStreaming && isLast} />
       </Boundary>
     );
   });
@@ -28,23 +28,31 @@ export function Markdown({ text, isStreaming }: { text: string; isStreaming: boo
 interface PieceProps {
   text: string;
   isStreaming: boolean;
-  isPast: boolean;
 }
 
-const Piece = memo(function Piece({ text, isStreaming, isPast }: PieceProps) {
+const Piece = memo(function Piece({ text, isStreaming }: PieceProps) {
+  if (isTooMuch(text)) return <div className="plain">{text}</div>;
   return (
     <Streamdown
-      className={isPast ? 'markdown past' : 'markdown'}
+      className="markdown"
       components={COMPONENTS}
       controls={false}
       isAnimating={isStreaming}
       linkSafety={NO_DIALOG}
+      parseIncompleteMarkdown={isStreaming}
       rehypePlugins={CLEANED}
     >
       {text}
     </Streamdown>
   );
 });
+
+// Of what opens and closes: reading it takes a time that grows with the square of these.
+const MARKS_MAX = 2500;
+
+function isTooMuch(text: string): boolean {
+  return text.length > MARKS_MAX && (text.match(/[*_[\]>]/g)?.length ?? 0) > MARKS_MAX;
+}
 
 const NO_DIALOG = { enabled: false };
 

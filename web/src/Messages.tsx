@@ -1,4 +1,4 @@
-import { memo } from 'react';
+import { memo, useLayoutEffect, useRef } from 'react';
 import { Answer } from './Answer.tsx';
 import type { Conversation } from './conversation.ts';
 import { groups } from './groups.ts';
@@ -10,9 +10,10 @@ interface Props {
   conversation: Conversation;
   messages: Message[];
   isBusy: boolean;
+  regenerate: () => void;
 }
 
-export function Messages({ conversation, messages, isBusy }: Props) {
+export function Messages({ conversation, messages, isBusy, regenerate }: Props) {
   const all = groups(messages);
   return (
     <>
@@ -25,7 +26,8 @@ export function Messages({ conversation, messages, isBusy }: Props) {
               key={group[0]?.id}
               messages={group}
               isStreaming={isBusy && isLast}
-              regenerate={isLast && !isBusy ? conversation.regenerate : undefined}
+              isPast={isBusy && !isLast}
+              regenerate={isLast && !isBusy ? regenerate : undefined}
             />
           );
         })}
@@ -38,15 +40,27 @@ export function Messages({ conversation, messages, isBusy }: Props) {
 interface GroupProps {
   messages: Message[];
   isStreaming: boolean;
-  regenerate: (() => Promise<void>) | undefined;
+  isPast: boolean; // above an answer that grows
+  regenerate: (() => void) | undefined;
 }
 
 /** Neighbours: while the last message grows, nothing of other groups is looked at but whether they are the same. */
 const Group = memo(
-  function Group({ messages, isStreaming, regenerate }: GroupProps) {
-    const isPast = !isStreaming && regenerate === undefined;
+  function Group({ messages, isStreaming, isPast, regenerate }: GroupProps) {
+    const box = useRef<HTMLDivElement>(null);
+    // What is out of sight then costs nothing, and is as high as it was: whoever scrolls there sees nothing jump.
+    useLayoutEffect(() => {
+      const style = box.current?.style;
+      if (!style || !isPast) return;
+      style.containIntrinsicBlockSize = `${box.current?.offsetHeight}px`;
+      style.contentVisibility = 'auto';
+      return () => {
+        style.contentVisibility = '';
+      };
+    }, [isPast]);
+
     return (
-      <div className={isPast ? 'past' : undefined}>
+      <div ref={box} className="group">
         {messages.map((message) => {
           const isLast = message === messages.at(-1);
           if (message.role === 'user') return <Question key={message.id} message={message} />;
@@ -65,6 +79,7 @@ const Group = memo(
   },
   (before, now) =>
     before.isStreaming === now.isStreaming &&
+    before.isPast === now.isPast &&
     before.regenerate === now.regenerate &&
     before.messages.length === now.messages.length &&
     before.messages.every((message, at) => message === now.messages[at]),

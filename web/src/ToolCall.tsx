@@ -33,10 +33,21 @@ export function ToolCall({ part }: { part: ToolPart }) {
 }
 
 function shown(value: unknown): string {
-  if (typeof value !== 'string') return JSON.stringify(value, null, 2) ?? '';
   try {
-    return JSON.stringify(JSON.parse(value), null, 2);
+    return indented(typeof value === 'string' ? value : (JSON.stringify(value) ?? ''));
   } catch {
-    return value;
+    return 'This is too deep to be shown.';
+  }
+}
+
+/** JSON in lines, where that says the same and is not much longer; any other text as it is. */
+function indented(text: string): string {
+  try {
+    const value: unknown = JSON.parse(text);
+    if (JSON.stringify(value).replaceAll(/\s/g, '') !== text.replaceAll(/\s/g, '')) return text;
+    const lines = JSON.stringify(value, null, 2);
+    return lines.length > 4 * text.length + 100 ? text : lines;
+  } catch {
+    return text;
   }
 }

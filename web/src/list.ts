@@ -1,5 +1,5 @@
 // The user's conversations, as far as they were looked at.
-import type { Api, Listed } from './api.ts';
+import type { Api, Listed, ListPage } from './api.ts';
 import { createStore } from './store.ts';
 
 const TYPING_MS = 200;
@@ -21,32 +21,39 @@ export function titleOf({ title }: Listed): string {
 export function createList(api: Api) {
   const state = createStore<ListState>({ conversations: [], search: '', next: null, status: 'loading' });
   let asked = 0; // an answer that was overtaken is of no use
+  let wanted = 1; // how many are to be shown, if there are so many
   let typing: ReturnType<typeof setTimeout> | undefined;
 
-  async function read(before: string | null): Promise<void> {
+  /** Read so many, at the least, from the first one on. */
+  async function read(count: number): Promise<void> {
     const mine = ++asked;
     const { search } = state.get();
+    wanted = count;
     try {
-      const page = await api.list(search, before);
-      if (mine !== asked) return;
-      const conversations =
-        before === null ? page.conversations : [...state.get().conversations, ...page.conversations];
-      state.set({ conversations, search, next: page.next_before, status: 'loaded' });
+      const conversations: Listed[] = [];
+      let next: string | null = null;
+      do {
+        const page: ListPage = await api.list(search, next);
+        if (mine !== asked) return;
+        conversations.push(...page.conversations);
+        next = page.next_before;
+      } while (next !== null && conversations.length < count);
+      state.set({ ...state.get(), conversations, next, status: 'loaded' });
     } catch {
       if (mine === asked) state.set({ ...state.get(), status: 'failed' });
     }
   }
 
-  const refresh = () => void read(null);
+  const refresh = () => void read(wanted);
 
   return {
     state,
     refresh,
-    more: () => void read(state.get().next),
+    more: () => void read(state.get().conversations.length + 1),
     search(text: string): void {
       state.set({ ...state.get(), search: text });
       clearTimeout(typing);
-      typing = setTimeout(refresh, TYPING_MS);
+      typing = setTimeout(() => void read(1), TYPING_MS);
     },
     async rename(id: string, title: string): Promise<void> {
       await api.rename(id, title);
