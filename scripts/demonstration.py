@@ -1,4 +1,4 @@
-"""Makes docs/demonstration.webp: `anynode dev --nodes 3`, a node killed in mid-answer from its page, and the answer going on.
+"""Makes docs/demonstration.webp: a node of `anynode dev` is killed in mid-answer from the page, and the answer goes on.
 
 Run it as `uv run python -m scripts.demonstration`, with a Chromium on this machine.
 """
@@ -38,7 +38,7 @@ def running_dev() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="anynode-demonstration-") as directory:
         environment = {**os.environ, "PORT": str(free_port()), "ECHO_TOKENS_PER_SECOND": "30", "LEASE_SECONDS": "2"}
         command = [sys.executable, "-m", "server.cli", "dev", "--nodes", "3", "--data-dir", directory]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603 (a list, no shell)
         try:
             yield _url_in(process)
         finally:

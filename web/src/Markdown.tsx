@@ -3,6 +3,7 @@ import { defaultRehypePlugins, Streamdown, type StreamdownProps } from 'streamdo
 import { Boundary } from './Boundary.tsx';
 import { CodeBlock } from './CodeBlock.tsx';
 import { segments } from './segments.ts';
+import { useOutOfSight } from './useOutOfSight.ts';
 
 // Raw HTML is text here (vite.config.ts); what Markdown itself makes is cleaned all the same.
 const { sanitize, harden } = defaultRehypePlugins;
@@ -19,7 +20,7 @@ export function Markdown({ text, isStreaming }: { text: string; isStreaming: boo
     return (
       // biome-ignore lint/suspicious/noArrayIndexKey: only the last piece changes
       <Boundary key={index} instead={<div className="plain">{piece}</div>}>
-        <Piece text={piece} isStreaming={isStreaming && isLast} />
+        <Piece text={piece} isStreaming={isStreaming && isLast} isPast={isStreaming && !isLast} />
       </Boundary>
     );
   });
@@ -28,22 +29,26 @@ export function Markdown({ text, isStreaming }: { text: string; isStreaming: boo
 interface PieceProps {
   text: string;
   isStreaming: boolean;
+  isPast: boolean;
 }
 
-const Piece = memo(function Piece({ text, isStreaming }: PieceProps) {
+const Piece = memo(function Piece({ text, isStreaming, isPast }: PieceProps) {
+  const box = useOutOfSight(isPast);
   if (isTooMuch(text)) return <div className="plain">{text}</div>;
   return (
-    <Streamdown
-      className="markdown"
-      components={COMPONENTS}
-      controls={false}
-      isAnimating={isStreaming}
-      linkSafety={NO_DIALOG}
-      parseIncompleteMarkdown={isStreaming}
-      rehypePlugins={CLEANED}
-    >
-      {text}
-    </Streamdown>
+    <div ref={box} className="piece">
+      <Streamdown
+        className="markdown"
+        components={COMPONENTS}
+        controls={false}
+        isAnimating={isStreaming}
+        linkSafety={NO_DIALOG}
+        parseIncompleteMarkdown={isStreaming}
+        rehypePlugins={CLEANED}
+      >
+        {text}
+      </Streamdown>
+    </div>
   );
 });
 

@@ -1,10 +1,11 @@
-import { memo, useLayoutEffect, useRef } from 'react';
+import { memo } from 'react';
 import { Answer } from './Answer.tsx';
 import type { Conversation } from './conversation.ts';
 import { groups } from './groups.ts';
 import type { Message } from './message.ts';
 import { Older } from './Older.tsx';
 import { Question } from './Question.tsx';
+import { useOutOfSight } from './useOutOfSight.ts';
 
 interface Props {
   conversation: Conversation;
@@ -47,18 +48,7 @@ interface GroupProps {
 /** Neighbours: while the last message grows, nothing of other groups is looked at but whether they are the same. */
 const Group = memo(
   function Group({ messages, isStreaming, isPast, regenerate }: GroupProps) {
-    const box = useRef<HTMLDivElement>(null);
-    // What is out of sight then costs nothing, and is as high as it was: whoever scrolls there sees nothing jump.
-    useLayoutEffect(() => {
-      const style = box.current?.style;
-      if (!style || !isPast) return;
-      style.containIntrinsicBlockSize = `${box.current?.offsetHeight}px`;
-      style.contentVisibility = 'auto';
-      return () => {
-        style.contentVisibility = '';
-      };
-    }, [isPast]);
-
+    const box = useOutOfSight(isPast);
     return (
       <div ref={box} className="group">
         {messages.map((message) => {
