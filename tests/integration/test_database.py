@@ -40,7 +40,7 @@ def with_parameter(url: str, parameter: str) -> str:
 
 async def is_preparing(database: Database) -> bool:
     """Whether a statement is still there, by its name, after it has run."""
-    await database.fetch("list_conversations", "nobody", 1, 0)
+    await database.fetch("list_conversations", "nobody", 1, 0, None)
     return bool(await database._lines["requests"].run(PREPARED, (), 5.0))
 
 

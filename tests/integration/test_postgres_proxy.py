@@ -32,7 +32,7 @@ async def connection(proxy: PostgresProxy) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def list_conversations(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-    return await connection.fetch(query("list_conversations"), "somebody", 10, 0)
+    return await connection.fetch(query("list_conversations"), "somebody", 10, 0, None)
 
 
 async def request_cancel(connection: asyncpg.Connection, user_id: str, conversation_id: uuid.UUID) -> str:
