@@ -47,12 +47,13 @@ async def find_chat_end(database: Database, user_id: str, chat_id: str) -> ChatE
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A message that the user has sent: its text, the turn that answers it, if there is one, and whether it was
-    appended without asking for an answer."""
+    """A message that the user has sent: its text, whether it was appended without asking for an answer, and whether it
+    is the last question of its conversation."""
 
+    conversation_id: UUID
     content: str
-    turn_id: UUID | None
     is_appended: bool
+    is_last: bool
 
 
 async def find_sent(database: Database, user_id: str, message_id: str) -> Sent | None:

@@ -372,11 +372,18 @@ WHERE c.id IS NOT NULL;
 
 -- name: find_sent
 -- What the user has sent under the client's id of a message; or under the one that it has here, as one that was appended
--- over HTTP, and then `is_appended`.
-SELECT content, turn_id, false AS is_appended FROM messages WHERE user_id = $1 AND client_id = $2
-UNION ALL
-SELECT content, turn_id, true FROM messages WHERE id = $3 AND user_id = $1 AND role = 'user' AND client_id IS NULL
-LIMIT 1;
+-- over HTTP, and then `is_appended`. `is_last`: the conversation's last turn is that of its answer, or neither has one.
+WITH sent AS (
+    SELECT conversation_id, content, turn_id, false AS is_appended FROM messages WHERE user_id = $1 AND client_id = $2
+    UNION ALL
+    SELECT conversation_id, content, turn_id, true FROM messages
+    WHERE id = $3 AND user_id = $1 AND role = 'user' AND client_id IS NULL
+    LIMIT 1
+)
+SELECT conversation_id, content, is_appended, turn_id IS NOT DISTINCT FROM coalesce(
+    (SELECT id FROM turns WHERE conversation_id = s.conversation_id AND status = 'running'),
+    (SELECT turn_id FROM messages WHERE conversation_id = s.conversation_id ORDER BY position DESC LIMIT 1)) AS is_last
+FROM sent s;
 
 -- name: add_ticket
 -- Nothing is returned where the user has as many as there may be.

@@ -27,7 +27,7 @@ async def ask(
     if sent is not None and (is_again or sent.is_appended):
         chat = await chat_of(database, user_id, request.id)
         if chat is not None:
-            if sent.turn_id != chat.turn_id:
+            if sent.conversation_id != chat.conversation_id or not sent.is_last:
                 raise RoleOrder("Only the last question can be answered again.")
             frame = TurnRegenerate(chat.conversation_id, question.id)
             return await node.regenerate(user_id, frame, interrupts=request.if_busy == "interrupt", stopped=stopped)

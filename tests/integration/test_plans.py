@@ -139,7 +139,7 @@ CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
     "find_chat": (["user0", f"chat{MINE}", None], {"conversations": 1, "turns": 2, "messages": 1}),
     "find_chat_end": (["user0", f"chat{MINE}", None], {"conversations": 2, "turns": 1, "messages": 1}),
     "find_turn": (["user0", id_of("t20.7")], {"conversations": 3, "turns": 3}),  # the planner looks at the ends of both
-    "find_sent": (["user0", "client20.7", None], {"messages": 1}),
+    "find_sent": (["user0", "client20.7", None], {"messages": 2, "turns": 1}),
     "read_usage": ([HUNDRED], {"turns": 100}),
     "add_ticket": (["new", "other7", 0.0, 30.0, 100], {"tickets": 25}),
     "redeem_ticket": (["ticket7"], {"tickets": 2}),
