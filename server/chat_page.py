@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import mimetypes
 from importlib.resources import files
 from pathlib import Path
@@ -14,8 +13,6 @@ from starlette.routing import Route
 
 from server.errors import NotFound
 from server.http import refusal
-
-logger = logging.getLogger("anynode")
 
 DIRECTORY: Final = Path(str(files("server").joinpath("page")))
 _MISSING: Final = "The chat page has not been built. Build it with: uv sync --reinstall-package anynode"

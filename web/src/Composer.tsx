@@ -2,7 +2,6 @@ import { type KeyboardEvent, useEffect, useRef } from 'react';
 import { Icon } from './Icon.tsx';
 
 const BYTES_MAX = 65_536; // MESSAGE_BYTES_MAX, unless the server has another one and says so
-
 const ID = 'composer';
 
 interface Props {
@@ -85,5 +84,10 @@ export function Composer({ draft, onDraft, isBusy, isStopping, onAsk, onStop }: 
 
 /** Write on, where no keyboard covers half of the page because of it. */
 export function focusComposer(): void {
-  if (matchMedia('(pointer: fine)').matches) document.getElementById(ID)?.focus();
+  if (matchMedia('(pointer: fine)').matches) goToComposer();
+}
+
+/** Write, whatever a keyboard covers. */
+export function goToComposer(): void {
+  document.getElementById(ID)?.focus();
 }

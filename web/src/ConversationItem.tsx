@@ -1,7 +1,7 @@
 import { type KeyboardEvent, useRef, useState } from 'react';
 import type { Listed } from './api.ts';
 import { Icon } from './Icon.tsx';
-import { type List, titleOf } from './list.ts';
+import { type List, routeOf, titleOf } from './list.ts';
 import { go, hashOf } from './route.ts';
 
 const TITLE_MAX = 200;
@@ -20,7 +20,7 @@ export function ConversationItem({ listed, isCurrent, list, onChosen, onDeletedC
   const link = useRef<HTMLAnchorElement>(null);
   const item = useRef<HTMLLIElement>(null);
   const title = titleOf(listed);
-  const route = listed.client_id ?? listed.id;
+  const route = routeOf(listed);
 
   function finish() {
     setDoing('nothing');

@@ -1,9 +1,9 @@
 import { type KeyboardEvent, useRef, useState } from 'react';
+import { IS_DEV } from './isDev.ts';
 import { nameOf } from './line.ts';
 import { useSession } from './session.ts';
 import { useStore } from './store.ts';
 
-const IS_DEV = document.querySelector('meta[name="anynode-dev"]') !== null;
 const WHAT = {
   kill: ['Kill it', 'kill -9, as a crash would'],
   drain: ['Drain it', 'SIGTERM, as a deploy would'],

@@ -1,6 +1,5 @@
+import { IS_DEV } from './isDev.ts';
 import { SAMPLES } from './samples.ts';
-
-const IS_DEV = document.querySelector('meta[name="anynode-dev"]') !== null;
 
 export function Empty({ onAsk }: { onAsk: (text: string) => void }) {
   return (

@@ -1,10 +1,11 @@
 import { useCallback, useEffect, useState } from 'react';
+import { goToComposer } from './Composer.tsx';
 import { ConversationView } from './ConversationView.tsx';
 import { openConversation } from './conversation.ts';
 import { DevMenu } from './DevMenu.tsx';
 import { Icon } from './Icon.tsx';
 import { newId } from './ids.ts';
-import { createList, titleOf } from './list.ts';
+import { createList, routeOf, titleOf } from './list.ts';
 import { go, useRoute } from './route.ts';
 import { Sidebar } from './Sidebar.tsx';
 import { useSession } from './session.ts';
@@ -29,7 +30,7 @@ export function Page({ onLeave }: { onLeave: () => void }) {
 
   useEffect(() => list.follow(), [list]);
 
-  const listed = conversations.find((each) => (each.client_id ?? each.id) === route);
+  const listed = conversations.find((each) => routeOf(each) === route);
   const title = listed ? titleOf(listed) : '';
   useEffect(() => {
     document.title = title ? `${title} · Anynode` : 'Anynode';
@@ -43,7 +44,7 @@ export function Page({ onLeave }: { onLeave: () => void }) {
 
   return (
     <div className={isOpen ? 'page open' : 'page'}>
-      <button type="button" className="skip" onClick={() => document.getElementById('composer')?.focus()}>
+      <button type="button" className="skip" onClick={goToComposer}>
         Skip to the message box
       </button>
       <Sidebar list={list} current={route} onNew={startNew} onChosen={() => setIsOpen(false)} onLeave={onLeave} />

@@ -1,6 +1,6 @@
 import { ConversationItem } from './ConversationItem.tsx';
 import { Icon } from './Icon.tsx';
-import type { List } from './list.ts';
+import { type List, routeOf } from './list.ts';
 import { useStore } from './store.ts';
 
 interface Props {
@@ -43,7 +43,7 @@ export function Sidebar({ list, current, onNew, onChosen, onLeave }: Props) {
           <ConversationItem
             key={each.id}
             listed={each}
-            isCurrent={(each.client_id ?? each.id) === current}
+            isCurrent={routeOf(each) === current}
             list={list}
             onChosen={onChosen}
             onDeletedCurrent={onNew}

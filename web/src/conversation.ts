@@ -2,7 +2,7 @@
 // has ended is read again from the server, so that the page shows what is stored.
 import { Chat } from '@ai-sdk/react';
 import { newId } from './ids.ts';
-import { type Message, withNewest } from './message.ts';
+import { type Message, textOf, withNewest } from './message.ts';
 import type { Session } from './session.ts';
 import { createStore } from './store.ts';
 import { nextWait, pause } from './waits.ts';
@@ -146,7 +146,7 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
       chat.clearError();
       chat.messages = chat.messages.slice(0, -1);
       void attend(async () => {});
-      return last.parts.map((part) => (part.type === 'text' ? part.text : '')).join('');
+      return textOf(last);
     },
 
     /** The server stops it, and its stream ends with all that was said. Without a connection it is tried again. */

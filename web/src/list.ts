@@ -13,6 +13,11 @@ export interface ListState {
   status: 'loading' | 'loaded' | 'failed';
 }
 
+/** Under which id it is opened: the one that a client has given it, if one has. */
+export function routeOf({ id, client_id }: Listed): string {
+  return client_id ?? id;
+}
+
 /** A title as text: it may be the beginning of a question in Markdown. */
 export function titleOf({ title }: Listed): string {
   return title?.replace(/^[#>\s]+|[`*_]{2,}|`/g, '').trim() || 'Untitled';
