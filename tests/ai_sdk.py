@@ -16,7 +16,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from yarl import URL
 
-from tests.harness import Frame, NodeProcess, token_for
+from tests.harness import Frame, NodeProcess, sql, token_for
 from tests.rest import Reply, Rest
 
 PATH: Final = "/api/chat"
@@ -35,6 +35,32 @@ FIELDS: Final[Mapping[str, frozenset[str]]] = {
 }
 NO_REQUEST: Final = ""  # the `requestId` of those two
 Chunk = dict[str, Any]
+
+
+def asking(*steps: Sequence[Sequence[Any]]) -> str:
+    """The question that the stepping agent answers in these steps, each a list of actions."""
+    return json.dumps(steps)
+
+
+def asking_once(*actions: Sequence[Any]) -> str:
+    """The question that it answers with these actions, in one step."""
+    return asking(actions)
+
+
+async def statuses(database_url: str, user: str) -> list[str]:
+    """The states of all of the user's turns, in order."""
+    rows = await sql(
+        database_url,
+        "SELECT t.status FROM turns t JOIN conversations c ON c.id = t.conversation_id WHERE c.user_id = $1 "
+        "ORDER BY t.created_at",
+        user,
+    )
+    return [row["status"] for row in rows]
+
+
+def news(request: str) -> list[Frame]:
+    """All that a request hears that has waited for something newer."""
+    return [{"type": "start", "requestId": request}, {"type": "end", "requestId": request}]
 
 
 def new_id() -> str:

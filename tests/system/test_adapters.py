@@ -14,11 +14,6 @@ from tests.scripted_agents import DIRECTORY, Strings, eventually
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {DIRECTORY: str(strings.directory), "LEASE_SECONDS": "1"}
 

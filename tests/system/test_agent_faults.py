@@ -23,11 +23,6 @@ FINE = script_of(("text", "fine"))
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def node(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     environment = {**strings.environment, "ANSWER_BYTES_MAX": str(ANSWER_BYTES_MAX)}
     with running_node(module_database_url, tmp_path_factory.mktemp("node"), environment) as running:

@@ -4,61 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
-from typing import Any
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.ai_sdk import NO_REQUEST, SUBPROTOCOL, ChatSocket, chat_socket, chunks_of, new_id, shown
+from tests.ai_sdk import NO_REQUEST, SUBPROTOCOL, ChatSocket, asking_once, chat_socket, chunks_of, news, shown
 from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, running_node, socket_to, token_for
+from tests.harness import NodeProcess, socket_to, token_for
 from tests.scripted_agents import DIRECTORY, Strings
 from tests.stepping_agents import AGENT
 
 Nodes = Sequence[NodeProcess]
 BEATS = "?heartbeats=true"
 HEARTBEAT_SECONDS = 0.1
-A = json.dumps([[["text", "a"]]])
-
-
-def asking(*actions: Sequence[Any]) -> str:
-    """The question whose answer does this, in one step."""
-    return json.dumps([actions])
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
+A = asking_once(("text", "a"))
 
 
 @pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory), "HEARTBEAT_SECONDS": str(HEARTBEAT_SECONDS)}
-
-
-@pytest.fixture(scope="module")
-def nodes(
-    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
-    directory = tmp_path_factory.mktemp("nodes")
-    with ExitStack() as stack:
-        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
-
-
-@pytest.fixture
-def chat() -> str:
-    return new_id()
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
-
-
-def news(request: str) -> list[Frame]:
-    """All that a request hears that has waited for something newer."""
-    return [{"type": "start", "requestId": request}, {"type": "end", "requestId": request}]
 
 
 async def heartbeat(socket: ChatSocket) -> None:
@@ -81,7 +46,7 @@ async def test_heartbeats_come_where_they_are_asked_for_and_stop_nothing(
         assert [frame["type"] for frame in readies] == ["ready"] * 2
         assert [frame["heartbeat_seconds"] for frame in readies] == [HEARTBEAT_SECONDS] * 2
         assert len({frame["node_id"] for frame in readies}) == 2
-        asked = await sockets[0].ask(chat, asking(("text", "a"), ("gate", gate), ("text", "b")))
+        asked = await sockets[0].ask(chat, asking_once(("text", "a"), ("gate", gate), ("text", "b")))
         begun = await sockets[0].until(asked, "text-delta")
         waits = await sockets[1].wait(chat, "none")
         assert await sockets[1].rest(waits) == news(waits)
@@ -113,7 +78,7 @@ async def test_while_a_connection_is_busy_there_are_no_heartbeats(
 ) -> None:
     node = start_node(**{**environment, "HEARTBEAT_SECONDS": "1"})
     async with chat_socket(node, user, query=BEATS) as socket, socket_to(node, user) as native:
-        asked = await socket.ask(chat, asking(("chatter", gate)))
+        asked = await socket.ask(chat, asking_once(("chatter", gate)))
         for _ in range(3):  # of one that is not
             async with asyncio.timeout(15):
                 while json.loads(await native.connection.recv())["type"] != "heartbeat":
@@ -140,7 +105,7 @@ async def test_a_node_that_is_frozen_sends_no_heartbeats_and_its_client_leaves_i
     frozen, other = start_node(**environment), start_node(**environment)
     async with chat_socket(frozen, user, query=BEATS) as socket, chat_socket(other, user, query=BEATS) as elsewhere:
         assert (await socket.next(NO_REQUEST))["type"] == "ready"
-        request = await elsewhere.ask(chat, asking(("text", "a"), ("gate", gate), ("text", "b")))
+        request = await elsewhere.ask(chat, asking_once(("text", "a"), ("gate", gate), ("text", "b")))
         await elsewhere.until(request, "text-delta")
         resumed = await socket.resume(chat)
         await socket.until(resumed, "text-delta")

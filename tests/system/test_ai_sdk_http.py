@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import aiohttp
@@ -14,6 +14,7 @@ import pytest
 from tests.ai_sdk import (
     PATH,
     answered,
+    asking,
     chat_path,
     chat_socket,
     messages_of,
@@ -24,10 +25,11 @@ from tests.ai_sdk import (
     request_of,
     resumed,
     shown,
+    statuses,
     stopped,
 )
 from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, running_node, sql, token_for
+from tests.harness import Frame, NodeProcess, sql, token_for
 from tests.rest import Rest, rest_to
 from tests.scripted_agents import DIRECTORY, Strings, eventually
 from tests.stepping_agents import AGENT
@@ -44,38 +46,9 @@ TOOLS: Sequence[Action] = (
 ANSWER = "Let me look It is 42."
 
 
-def asking(*steps: Sequence[Action]) -> str:
-    """The question whose answer has these steps."""
-    return json.dumps(steps)
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
 @pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory), "HEARTBEAT_SECONDS": "0.1"}
-
-
-@pytest.fixture(scope="module")
-def nodes(
-    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
-    directory = tmp_path_factory.mktemp("nodes")
-    with ExitStack() as stack:
-        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
-
-
-@pytest.fixture
-def chat() -> str:
-    return new_id()
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
 
 
 @pytest.fixture
@@ -88,17 +61,6 @@ async def rest(nodes: Nodes, user: str) -> AsyncIterator[Rest]:
 async def elsewhere(nodes: Nodes, user: str) -> AsyncIterator[Rest]:
     async with rest_to(nodes[1], user) as rest:
         yield rest
-
-
-async def statuses(database_url: str, user: str) -> list[str]:
-    """The states of all of the user's turns, in order."""
-    rows = await sql(
-        database_url,
-        "SELECT t.status FROM turns t JOIN conversations c ON c.id = t.conversation_id WHERE c.user_id = $1 "
-        "ORDER BY t.created_at",
-        user,
-    )
-    return [row["status"] for row in rows]
 
 
 def are(database_url: str, user: str, *expected: str) -> Callable[[], Awaitable[object]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,46 +12,29 @@ from server.connection import FOLLOWS_MAX, FRAMES_BURST, FRAMES_PER_SECOND
 from tests.ai_sdk import (
     ChatSocket,
     answered,
+    asking_once,
     chat_path,
     chat_socket,
     chunks_of,
     messages_of,
     new_id,
+    news,
     shown,
 )
 from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, running_node, sql
+from tests.harness import NodeProcess, sql
 from tests.postgres_proxy import postgres_proxy
 from tests.rest import Rest, rest_to
 from tests.scripted_agents import DIRECTORY, Strings, eventually
 from tests.stepping_agents import AGENT
 
 Nodes = Sequence[NodeProcess]
-A = json.dumps([[["text", "a"]]])
-
-
-def asking(*actions: Sequence[Any]) -> str:
-    """The question whose answer does this, in one step."""
-    return json.dumps([actions])
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
+A = asking_once(("text", "a"))
 
 
 @pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory), "HEARTBEAT_SECONDS": "0.1"}
-
-
-@pytest.fixture(scope="module")
-def nodes(
-    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
-    directory = tmp_path_factory.mktemp("nodes")
-    with ExitStack() as stack:
-        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
 
 
 @pytest.fixture
@@ -72,21 +53,6 @@ async def elsewhere(nodes: Nodes, user: str) -> AsyncIterator[ChatSocket]:
 async def rest(nodes: Nodes, user: str) -> AsyncIterator[Rest]:
     async with rest_to(nodes[0], user) as rest:
         yield rest
-
-
-@pytest.fixture
-def chat() -> str:
-    return new_id()
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
-
-
-def news(request: str) -> list[Frame]:
-    """All that a request hears that has waited for something newer."""
-    return [{"type": "start", "requestId": request}, {"type": "end", "requestId": request}]
 
 
 async def last_of(rest: Rest, chat: str) -> str:
@@ -117,7 +83,7 @@ async def test_who_waits_is_told_of_a_turn_as_soon_as_it_runs(
     answer = shown(await socket.answer(chat, A))
     async with chat_socket(nodes[number], user) as watching:
         request = await waiting(watching, chat, str(answer.id))
-        asked = await socket.ask(chat, asking(("gate", gate), ("text", "b")))
+        asked = await socket.ask(chat, asking_once(("gate", gate), ("text", "b")))
         assert await watching.rest(request) == news(request)
         resumed = await watching.resume(chat)
         strings.open(gate)
@@ -126,7 +92,7 @@ async def test_who_waits_is_told_of_a_turn_as_soon_as_it_runs(
         # Of an answer that is made again the question is the old one.
         request = await waiting(watching, chat, await last_of(rest, chat))
         message_id = (await messages_of(rest, chat))[-2]["id"]
-        text = asking(("gate", gate), ("text", "b"))
+        text = asking_once(("gate", gate), ("text", "b"))
         asked = await socket.ask(chat, text, message_id=message_id, trigger="regenerate-message")
         assert await watching.rest(request) == news(request)
         await socket.rest(asked)
@@ -159,7 +125,7 @@ async def test_what_is_newer_already_is_told_at_once(
     message_id = new_id()
     old = shown(await socket.answer(chat, A, message_id=message_id))
     await socket.answer(chat, A, message_id=message_id, trigger="regenerate-message")
-    running = await socket.ask(chat, asking(("gate", gate), ("text", "b")))
+    running = await socket.ask(chat, asking_once(("gate", gate), ("text", "b")))
     turn = (await socket.until(running, "start"))[0]["chunk"]["messageId"]
     for last_id in (str(old.id), message_id, await last_of(rest, chat), turn, "what is not there"):
         request = await elsewhere.wait(chat, last_id)
@@ -176,7 +142,7 @@ async def test_what_is_newer_already_is_told_at_once(
 async def test_the_last_message_is_the_one_that_a_page_shows_whatever_became_of_it(
     module_database_url: str, socket: ChatSocket, elsewhere: ChatSocket, rest: Rest, chat: str, gate: str
 ) -> None:
-    tools = asking(("call", "c", "search", {}), ("result", "c", "search", "found"), ("text", "There."))
+    tools = asking_once(("call", "c", "search", {}), ("result", "c", "search", "found"), ("text", "There."))
     message_id = new_id()
 
     async def is_last(id: str) -> None:
@@ -184,11 +150,11 @@ async def test_the_last_message_is_the_one_that_a_page_shows_whatever_became_of_
         await waiting(elsewhere, chat, id)
 
     await is_last(str(shown(await socket.answer(chat, tools)).id))
-    await is_last(str(shown(await socket.answer(chat, asking(("agent_error", "No.", False)))).id))
-    await is_last(str(shown(await socket.answer(chat, asking(("words", 1)), message_id=message_id)).id))
-    again = await socket.answer(chat, asking(("words", 1)), message_id=message_id, trigger="regenerate-message")
+    await is_last(str(shown(await socket.answer(chat, asking_once(("agent_error", "No.", False)))).id))
+    await is_last(str(shown(await socket.answer(chat, asking_once(("words", 1)), message_id=message_id)).id))
+    again = await socket.answer(chat, asking_once(("words", 1)), message_id=message_id, trigger="regenerate-message")
     await is_last(str(shown(again).id))
-    stopped = await socket.ask(chat, asking(("gate", gate)))
+    stopped = await socket.ask(chat, asking_once(("gate", gate)))
     begun = await socket.until(stopped, "start")
     await socket.abort(stopped)
     (await rest.ask("POST", chat_path(chat, "stop"))).expect(200)
@@ -260,7 +226,7 @@ async def test_an_abort_ends_the_waiting_and_stops_no_turn(
     last = shown(await socket.answer(chat, A))
     request = await waiting(elsewhere, chat, str(last.id))
     await elsewhere.abort(request)
-    running = await socket.ask(chat, asking(("text", "b"), ("gate", gate)))
+    running = await socket.ask(chat, asking_once(("text", "b"), ("gate", gate)))
     await socket.until(running, "text-delta")
     told = await elsewhere.wait(chat, str(last.id))
     assert await elsewhere.rest(told) == news(told)
@@ -281,7 +247,7 @@ async def test_who_stops_an_answer_and_waits_has_stopped(
     socket: ChatSocket, elsewhere: ChatSocket, chat: str, gate: str
 ) -> None:
     """Also where he is told at once, as the turn still runs, and resumes it before a stop would be one."""
-    running = await socket.ask(chat, asking(("text", "b"), ("gate", gate)))
+    running = await socket.ask(chat, asking_once(("text", "b"), ("gate", gate)))
     turn = (await socket.until(running, "text-delta"))[0]["chunk"]["messageId"]
     resumed = await elsewhere.resume(chat)
     await elsewhere.until(resumed, "text-delta")
@@ -297,7 +263,7 @@ async def test_a_connection_waits_in_one_chat_and_shows_others(
 ) -> None:
     last = shown(await socket.answer(chat, A))
     requests = [await waiting(elsewhere, chat, str(last.id)) for _ in range(3)]
-    shows = await elsewhere.ask(new_id(), asking(("text", "c"), ("gate", gate), ("text", "d")))
+    shows = await elsewhere.ask(new_id(), asking_once(("text", "c"), ("gate", gate), ("text", "d")))
     begun = await elsewhere.until(shows, "text-delta")
     await socket.answer(chat, A)
     for request in requests:

@@ -31,11 +31,6 @@ Nodes = Sequence[NodeProcess]
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     with ExitStack() as stack:
         directory = tmp_path_factory.mktemp("nodes")

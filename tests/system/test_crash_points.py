@@ -43,11 +43,6 @@ class Point:
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def other(
     module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[NodeProcess]:
@@ -73,11 +68,6 @@ def start(strings: Strings, tmp_path: Path) -> Iterator[StartNode]:
             return stack.enter_context(running_node(url, tmp_path, environment))
 
         yield start_node
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
 
 
 def answer_of(epoch: int) -> str:

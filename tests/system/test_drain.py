@@ -40,11 +40,6 @@ def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory), **LEASE}
 
 
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
-
-
 def terminate(node: NodeProcess, number: int = signal.SIGTERM) -> None:
     """Ask the node to go."""
     node.process.send_signal(number)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.browser import Browser, Locator, Page, expect, open_tab, running_browser
+from tests.browser import Browser, Locator, Page, expect, open_tab
 from tests.harness import NodeProcess, free_port, running_node, socket_to, sql, token_for
 from tests.npm import NODE, node_modules, project, run_node, run_npm
 from tests.scripted_agents import Strings, eventually, script_of
@@ -70,13 +70,6 @@ def static_server(directory: Path, replaced: Mapping[str, str], port: int) -> It
         server.shutdown()
         thread.join()
         server.server_close()
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests here."""
-    async with running_browser() as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(loop_scope="module")

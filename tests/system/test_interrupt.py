@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 
 import pytest
 
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of
+from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
 from tests.scripted_agents import DIRECTORY, Strings, eventually
 from tests.stepping_agents import AGENT
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
@@ -24,22 +23,8 @@ SEE = question([["see"]])
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory)}
-
-
-@pytest.fixture(scope="module")
-def nodes(
-    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
-    directory = tmp_path_factory.mktemp("nodes")
-    with ExitStack() as stack:
-        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
 
 
 async def interrupt(socket: Socket, conversation_id: str, content: str, message_id: str | None = None) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
 
-from tests.browser import PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, running_browser, until
-from tests.harness import NodeProcess, running_node, sql, token_for
+from tests.browser import PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, until
+from tests.harness import NodeProcess, sql, token_for
 from tests.rest import Rest, rest_to
 from tests.scripted_agents import Strings, script_of
 
@@ -22,13 +22,6 @@ BOTTOM = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight"
 PARAGRAPHS = "\n\n".join(f"line {number}" for number in range(30)) + "\n\n"
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests here."""
-    async with running_browser() as browser:
-        yield browser
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def chat(browser: Browser) -> AsyncIterator[Chat]:
     """The page in a profile of its own, where in the end nothing has gone wrong."""
@@ -36,19 +29,6 @@ async def chat(browser: Browser) -> AsyncIterator[Chat]:
         yield Chat(tab)
         assert tab.unexpected == []
         assert {urlsplit(url).hostname for url in tab.requests} == {"127.0.0.1"}
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    """What holds answers up."""
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
-def node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory, strings: Strings) -> Iterator[NodeProcess]:
-    """A node whose agent does what the question says."""
-    with running_node(module_database_url, tmp_path_factory.mktemp("scripted"), strings.environment) as node:
-        yield node
 
 
 async def stored(database_url: str, user: str) -> list[tuple[str, str, str]]:

@@ -6,16 +6,15 @@ import gzip
 import os
 import re
 import urllib.request
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import pytest_asyncio
 
-from tests.browser import Browser, Chat, Locator, Page, Tab, expect, open_context, running_browser, until
-from tests.harness import NodeProcess, running_node, token_for
+from tests.browser import Browser, Chat, Locator, Page, Tab, expect, open_context, until
+from tests.harness import NodeProcess, token_for
 from tests.rest import rest_to
 from tests.scripted_agents import Strings, script_of
 
@@ -89,26 +88,6 @@ WIDER: Final = """() => [...document.querySelectorAll('body *')].map((e) => [e, 
     .filter(([e, { right, width }]) => width > 1 && right > innerWidth + 1 && !e.closest('pre, .table, .sidebar'))
     .map(([e, { right }]) => `${right}: ${e.outerHTML.slice(0, 120)}`)
     .concat(document.documentElement.scrollWidth > innerWidth ? `all: ${document.documentElement.scrollWidth}` : [])"""
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests here."""
-    async with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    """What holds answers up."""
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
-def node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory, strings: Strings) -> Iterator[NodeProcess]:
-    """A node whose agent does what the question says."""
-    with running_node(module_database_url, tmp_path_factory.mktemp("node"), strings.environment) as node:
-        yield node
 
 
 @asynccontextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.browser import NO_CONNECTION, Browser, Chat, Tab, expect, open_context, open_tab, running_browser, until
+from tests.browser import NO_CONNECTION, Browser, Chat, Tab, expect, open_context, open_tab, until
 from tests.harness import NodeProcess, running_node, sql, token_for
 from tests.scripted_agents import DIRECTORY, Strings, script_of
 from tests.stock.agents import AGENT
@@ -88,13 +88,6 @@ def name_of(node: NodeProcess) -> str:
     """The name that the page calls a node by."""
     node_id: str = json.loads(node.get("/livez")[1])["node_id"]
     return node_id.rpartition("-")[0]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests here."""
-    async with running_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from typing import Any, Final
 
 import pytest
-import pytest_asyncio
 
-from tests.browser import Browser, Chat, Tab, expect, open_context, running_browser, screenshot
-from tests.harness import NodeProcess, running_node, token_for
+from tests.browser import Browser, Chat, Tab, expect, open_context, screenshot
+from tests.harness import NodeProcess, token_for
 from tests.rest import rest_to
 from tests.scripted_agents import Strings, script_of
 
@@ -40,26 +38,6 @@ def merge(left: list[int], right: list[int]) -> list[int]:
 See [Merge sort](https://en.wikipedia.org/wiki/Merge_sort).
 """
 RESULT: Final = '{"found": 2, "titles": ["Merge sort", "Insertion sort"]}'
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all pictures."""
-    async with running_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    """What holds answers up."""
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
-def node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory, strings: Strings) -> Iterator[NodeProcess]:
-    """A node whose agent does what the question says."""
-    with running_node(module_database_url, tmp_path_factory.mktemp("node"), strings.environment) as node:
-        yield node
 
 
 @pytest.mark.parametrize("size", SIZES)

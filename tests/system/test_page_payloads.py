@@ -14,7 +14,7 @@ import pytest_asyncio
 from playwright.async_api import Dialog
 from playwright.async_api import Frame as BrowserFrame
 
-from tests.browser import Browser, BrowserContext, Chat, Page, Tab, expect, open_context, running_browser, until
+from tests.browser import Browser, BrowserContext, Chat, Page, Tab, expect, open_context, until
 from tests.harness import NodeProcess, running_node, sql, token_for
 from tests.payloads import CANARY, DEEP, HTML, LINKS, MARKDOWN, PAYLOADS, TEXT, Payload
 from tests.rest import Rest, rest_to
@@ -219,13 +219,6 @@ async def assert_nothing_happened(chat: Chat, guard: Guard, sent: Sequence[Paylo
         at = int(finding.partition(":")[0]) if finding[0] in "-0123456789" else -1
         told.append(f"[{sent[at // 2].name}] {finding}" if 0 <= at // 2 < len(sent) else finding)
     assert told == []
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    """A browser for all tests here."""
-    async with running_browser() as browser:
-        yield browser
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

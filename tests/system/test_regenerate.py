@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import StartNode
 from tests.exactness import roles_after
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
 from tests.scripted_agents import DIRECTORY, Strings, eventually
 from tests.stepping_agents import AGENT
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
@@ -23,22 +23,8 @@ Nodes = Sequence[NodeProcess]
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory)}
-
-
-@pytest.fixture(scope="module")
-def nodes(
-    module_database_url: str, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Nodes]:
-    directory = tmp_path_factory.mktemp("nodes")
-    with ExitStack() as stack:
-        yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(2)]
 
 
 def question(*steps: Sequence[Any]) -> str:

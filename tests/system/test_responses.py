@@ -33,21 +33,11 @@ TERMINAL = ("response.completed", "response.incomplete", "response.failed")
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     """Two nodes whose agent does what a script says."""
     directory = tmp_path_factory.mktemp("nodes")
     with ExitStack() as stack:
         yield [stack.enter_context(running_node(module_database_url, directory, strings.environment)) for _ in range(2)]
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
 
 
 @asynccontextmanager

@@ -41,11 +41,6 @@ QUICK = script_of(("text", "quick"))
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     directory = tmp_path_factory.mktemp("nodes")
     with ExitStack() as stack:
@@ -56,11 +51,6 @@ def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.T
 def environment(strings: Strings) -> dict[str, str]:
     """Of nodes that die: others wait a second."""
     return {**strings.environment, "LEASE_SECONDS": "1"}
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
 
 
 def gated(gate: str) -> str:

@@ -36,11 +36,6 @@ class Counted:
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def stack() -> Iterator[ExitStack]:
     with ExitStack() as stack:
         yield stack

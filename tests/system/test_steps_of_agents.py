@@ -24,11 +24,6 @@ Stored = tuple[str, str, list[str] | str | None, str]
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def node(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     environment = {
         **strings.environment,

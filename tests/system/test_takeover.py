@@ -29,11 +29,6 @@ LONG_LEASE = {"LEASE_SECONDS": "300"}
 
 
 @pytest.fixture(scope="module")
-def strings(tmp_path_factory: pytest.TempPathFactory) -> Strings:
-    return Strings(tmp_path_factory.mktemp("strings"))
-
-
-@pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory), "MAX_ATTEMPTS": "100"}
 
@@ -52,11 +47,6 @@ def dying(module_database_url: str, environment: dict[str, str], tmp_path: Path)
     """The node that does not."""
     with running_node(module_database_url, tmp_path, {**environment, **SHORT_LEASE}) as node:
         yield node
-
-
-@pytest.fixture
-def gate(strings: Strings) -> str:
-    return strings.name()
 
 
 def has(client: Client, *types: str) -> Callable[[], Awaitable[object]]:
