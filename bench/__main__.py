@@ -29,7 +29,7 @@ from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
 from bench.servers import SIDES, Bench, Side
-from server.embedded_postgres import embedded_postgres
+from server.dev.embedded_postgres import embedded_postgres
 from server.errors import ConfigurationError
 
 REASON_SHOWN_MAX: Final = 500  # characters of why a measurement failed,

@@ -13,13 +13,13 @@ from uuid import UUID
 
 from bench.load import Connection, LoadError, connect
 from bench.seen import ENDINGS, Frame, Seen
-from server.client import Client, GivenUp, Refused
+from server.client.client import Client, GivenUp, Refused
 
 PATIENCE_SECONDS: Final = 30.0
 
 
 class Witness:
-    """A client of one turn, as `server/client.py` makes them: it reconnects at once and follows from its last seq.
+    """A client of one turn, as those of `server/client`: it reconnects at once and follows from its last seq.
 
     It asks, or only watches. `began` is set at its first text.
     """

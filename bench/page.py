@@ -22,8 +22,8 @@ from bench.__main__ import Progress
 from bench.agents import MARKDOWN
 from bench.load import LoadError
 from bench.servers import Bench, Server
-from server.chat_page import DIRECTORY
-from server.embedded_postgres import embedded_postgres
+from server.api.page import DIRECTORY
+from server.dev.embedded_postgres import embedded_postgres
 from tests.browser import FLAGS
 
 HISTORY: Final = 1000

@@ -24,7 +24,7 @@ from bench.load import LoadError
 from models.ids import uuid7
 from models.migrate import migrate
 from server.auth import make_token
-from server.embedded_postgres import EmbeddedPostgres
+from server.dev.embedded_postgres import EmbeddedPostgres
 
 Side: TypeAlias = Literal["product", "floor"]
 SIDES: Final[tuple[Side, Side]] = ("product", "floor")

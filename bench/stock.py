@@ -19,7 +19,7 @@ import click
 from bench.__main__ import Progress
 from bench.load import LoadError
 from bench.servers import USER, Bench, Server
-from server.embedded_postgres import embedded_postgres
+from server.dev.embedded_postgres import embedded_postgres
 from tests.npm import RegistryUnreachable, Script, ScriptError, install
 from tests.stock.agents import AGENT
 from tests.stock.balancer import Balancer, running_balancer

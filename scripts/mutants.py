@@ -47,22 +47,22 @@ class Mutation:
     tests: Sequence[str]
 
 
-FOLLOW: Final = "server/follow.py"
-JOURNAL: Final = "server/journal.py"
-LEASES: Final = "server/leases.py"
-NODE: Final = "server/node.py"
-RUNNING: Final = "server/running.py"
+FOLLOW: Final = "server/engine/follow.py"
+JOURNAL: Final = "server/engine/journal.py"
+LEASES: Final = "server/engine/leases.py"
+NODE: Final = "server/engine/node.py"
+RUNNING: Final = "server/engine/running_turns.py"
 EVENTS: Final = "models/events.py"
 QUERIES: Final = "models/queries.sql"
 FIRST: Final = "models/migrations/0001_initial.py"
 SECOND: Final = "models/migrations/0002_many_nodes.py"
 THIRD: Final = "models/migrations/0003_rest.py"
 FIFTH: Final = "models/migrations/0005_chats.py"
-CHUNKS: Final = "server/ai_sdk/chunks.py"
-CHUNK_STREAM: Final = "server/ai_sdk/stream.py"
-AI_SDK_CONNECTION: Final = "server/ai_sdk/connection.py"
-WAITING: Final = "server/ai_sdk/waiting.py"
-RESPONSES: Final = "server/responses/handlers.py"
+CHUNKS: Final = "server/api/ai_sdk/fold.py"
+CHUNK_STREAM: Final = "server/api/ai_sdk/stream.py"
+AI_SDK_CONNECTION: Final = "server/api/ai_sdk/connection.py"
+WAITING: Final = "server/api/ai_sdk/newer.py"
+RESPONSES: Final = "server/api/openai/handlers.py"
 FOURTH: Final = "models/migrations/0004_pending_calls.py"
 
 MESSAGES: Final = "system/test_rest_messages.py"
@@ -544,7 +544,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a stream that is cut ends as if it were whole",
-        [Change("server/sse.py", "if not is_whole:", "if False:")],
+        [Change("server/transport/sse.py", "if not is_whole:", "if False:")],
         ["system/test_ai_sdk_http.py"],
     ),
     Mutation(
@@ -577,7 +577,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a message that was sent can be changed without a word",
-        [Change("server/ai_sdk/asking.py", "sent is not None and sent.content != question.text", "False")],
+        [Change("server/api/ai_sdk/questions.py", "sent is not None and sent.content != question.text", "False")],
         ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
@@ -605,7 +605,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "frames of our own wire may be as long as the AI SDK's",
-        [Change("server/listener.py", 'if event.path.partition("?")[0] == AI_SDK_PATH:', "if True:")],
+        [Change("server/serve.py", 'if event.path.partition("?")[0] == AI_SDK_PATH:', "if True:")],
         ["system/test_ai_sdk_socket.py", "system/test_socket.py"],
     ),
     Mutation(
@@ -620,7 +620,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "what a tool call is called with depends on who stored it",
-        [Change("server/responses/events.py", '_plain(json.loads(text)), order="sorted"', "json.loads(text)")],
+        [Change("server/api/openai/fold.py", '_plain(json.loads(text)), order="sorted"', "json.loads(text)")],
         ["unit/test_responses_events.py"],
     ),
 )

@@ -18,23 +18,23 @@ from starlette.routing import WebSocketRoute
 from models.database import Database, Unavailable
 from models.migrate import check_schema
 from server.agents.load import open_agent
-from server.ai_sdk.connection import AiSdkConnection
-from server.ai_sdk.handlers import AiSdk
+from server.api.ai_sdk.connection import AiSdkConnection
+from server.api.ai_sdk.handlers import AiSdk
+from server.api.anynode_v1 import NativeConnection
+from server.api.health import health_routes
+from server.api.openai.handlers import Responses
+from server.api.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
+from server.api.page import page_routes
+from server.api.rest import Rest
+from server.api.tickets import Tickets
 from server.auth import Authenticator
-from server.chat_page import page_routes
-from server.configured import configured, explained
-from server.dev_orders import Orders, order_routes
-from server.health import health_routes
-from server.http import Holding, refuse_route, routes_of
-from server.native import NativeConnection
-from server.node import Node
-from server.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
-from server.reference import reference_routes
-from server.responses.handlers import Responses
-from server.rest import Rest
+from server.dev.orders import Orders, order_routes
+from server.engine.node import Node
+from server.reference.page import reference_routes
 from server.settings import Settings
-from server.tickets import Tickets
-from server.websocket import Sockets, WebSocketEndpoint
+from server.startup import configured, explained
+from server.transport.http import Holding, refuse_route, routes_of
+from server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
 

@@ -17,13 +17,13 @@ import platformdirs
 from models.migrate import migrate
 from server.agents.load import check_agent, check_tools
 from server.auth import make_token
-from server.chat import chat
-from server.configured import on_database
-from server.dev import DEV_USER, dev_secret, run_dev
-from server.dev_orders import Orders
+from server.client.terminal import chat
+from server.dev.orders import Orders
+from server.dev.run import DEV_USER, dev_secret, run_dev
 from server.errors import ConfigurationError
-from server.listener import listen
+from server.serve import listen
 from server.settings import Settings, check_for_production, read_settings
+from server.startup import on_database
 
 _DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from server.agents.agent import Agent
 from server.agents.echo import make_echo
-from server.agents.named import import_named
+from server.agents.import_by_name import import_named
 from server.agents.openai import open_openai
 from server.agents.tools import load_tools
 from server.errors import ConfigurationError

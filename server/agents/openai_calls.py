@@ -15,7 +15,7 @@ import msgspec
 
 from models.text import clean, is_storable
 from server.agents.agent import AgentError, ToolCall
-from server.encoding import encode
+from server.protocol.encoding import encode
 from server.settings import CALLS_AT_ONCE_MAX
 
 ID_CHARACTERS_MAX: Final = 256

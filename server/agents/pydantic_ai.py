@@ -23,8 +23,8 @@ from server.agents.agent import (
     Usage,
     resumes_calls,
 )
-from server.encoding import encode
 from server.errors import ConfigurationError
+from server.protocol.encoding import encode
 
 try:
     from pydantic_ai import exceptions

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 import msgspec
 
 from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
-from server.encoding import encode
+from server.protocol.encoding import encode
 
 Messages: TypeAlias = list[dict[str, Any]]
 Outcome: TypeAlias = tuple[str, Sequence[Any] | None]

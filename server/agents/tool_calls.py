@@ -19,7 +19,7 @@ import msgspec
 from models.text import clean
 from server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
 from server.agents.tools import Tool, ToolContext
-from server.encoding import encode
+from server.protocol.encoding import encode
 from server.settings import Settings
 
 logger = logging.getLogger("anynode.tools")

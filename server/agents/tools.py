@@ -12,7 +12,7 @@ from uuid import UUID
 
 import msgspec
 
-from server.agents.named import import_named
+from server.agents.import_by_name import import_named
 from server.errors import ConfigurationError
 
 TOOLS_MAX: Final = 128  # what the chat completions API takes

@@ -7,11 +7,11 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from server.api.operations import OPERATIONS
 from server.errors import HTTP_ERRORS
-from server.examples import BODIES
-from server.openapi import openapi
-from server.operations import OPERATIONS
-from server.reference import page
+from server.reference.examples import BODIES
+from server.reference.openapi import openapi
+from server.reference.page import page
 
 DOCUMENT = openapi()
 OPERATIONS_SHOWN = [

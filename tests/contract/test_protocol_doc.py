@@ -12,16 +12,18 @@ import pytest
 from msgspec.structs import FieldInfo, fields
 
 from models import messages
-from server import bodies, connection, errors, http, listener, operations, rest, tickets
-from server.ai_sdk import protocol as ai_sdk
-from server.ai_sdk.connection import STOP_SECONDS
-from server.ai_sdk.protocol import AnyFrame
-from server.bodies import AnyPostedMessage
-from server.encoding import encode
+from server import errors
+from server import serve as listener
+from server.api import operations, rest, tickets
+from server.api.ai_sdk import wire as ai_sdk
+from server.api.ai_sdk.connection import STOP_SECONDS
+from server.api.ai_sdk.wire import AnyFrame
+from server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
 from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
-from server.examples import FRAMES
-from server.operations import AI_SDK, OPERATIONS, RESPONSES, REST
-from server.protocol import (
+from server.protocol import bodies
+from server.protocol.bodies import AnyPostedMessage
+from server.protocol.encoding import encode
+from server.protocol.frames import (
     JOURNAL_FRAMES,
     SUBPROTOCOL,
     AnyClientFrame,
@@ -31,7 +33,9 @@ from server.protocol import (
     Usage,
     decode_frame,
 )
+from server.reference.examples import FRAMES
 from server.settings import Settings
+from server.transport import connection, http
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)

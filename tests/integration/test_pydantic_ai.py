@@ -36,8 +36,8 @@ from server.agents.agent import (
 from server.agents.load import check_agent
 from server.agents.pydantic_ai import from_pydantic_ai
 from server.agents.tool_calls import tool_calls_json
+from server.engine.steps import Step
 from server.errors import ConfigurationError
-from server.steps import Step
 
 KEY = "key-for-tests-0123456789"
 QUESTION = HistoryMessage("user", "Hi")

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-import server.client
+import server.client.client
 from tests.harness import NodeProcess, socket_to, token_for
 from tests.scripted_agents import eventually
 
@@ -19,7 +19,7 @@ async def test_a_client_leaves_although_its_inbox_is_full(
         conversation_id = (await socket.answer("hello"))[0]["conversation_id"]
     tasks = asyncio.all_tasks()
     async with asyncio.timeout(30):
-        async with server.client.Client([shared_node.ws], token_for(user)) as client:
+        async with server.client.client.Client([shared_node.ws], token_for(user)) as client:
             frames = client.follow(conversation_id, after=0)
             assert (await anext(frames))["type"] == "message.created"
 

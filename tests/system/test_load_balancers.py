@@ -21,7 +21,7 @@ import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from server.client import Client
+from server.client.client import Client
 from server.settings import Settings
 from tests.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
 from tests.scripted_agents import eventually

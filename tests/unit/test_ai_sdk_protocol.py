@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import protocol
-from server.ai_sdk.protocol import (
+from server.api.ai_sdk.wire import (
     REQUEST_BYTES_MAX,
     AbortFrame,
     ChatRequest,
@@ -33,6 +32,7 @@ from server.ai_sdk.protocol import (
     token_in,
 )
 from server.errors import InvalidFrame
+from server.protocol import frames as protocol
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 request_id_of = partial(protocol.request_id_of, name="requestId")

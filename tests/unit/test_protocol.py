@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.events import Event, delta_payload
-from server.encoding import encode, error_frame, event_frames
 from server.errors import CLIENT_ERRORS, InvalidFrame, NotFound
-from server.protocol import (
+from server.protocol.encoding import encode, error_frame, event_frames
+from server.protocol.frames import (
     JOURNAL_FRAMES,
     SEQ_MAX,
     AnyClientFrame,

@@ -22,8 +22,8 @@ from server.agents.agent import (
     resumes_calls,
 )
 from server.agents.tool_calls import tool_calls_json
-from server.encoding import encode
-from server.steps import Step, history_of_steps, standing_events, steps_in
+from server.engine.steps import Step, history_of_steps, standing_events, steps_in
+from server.protocol.encoding import encode
 
 Journal = list[tuple[str, str]]
 

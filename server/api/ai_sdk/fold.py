@@ -1,0 +1,241 @@
+"""The AI SDK's UI message chunks, made of a turn's events. Pure.
+
+One event after the other makes the same chunks wherever and whenever it is read, so their numbers are the same on every
+node and at every replay. `whole` makes what stands of a turn so far, in as few as show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+
+from models.events import DELTA, Event
+from server.agents.agent import ToolCall, ToolResult
+from server.protocol.encoding import encode
+from server.protocol.frames import ErrorDetail, Usage
+
+START_STEP: Final = '{"type":"start-step"}'
+FINISH_STEP: Final = '{"type":"finish-step"}'
+RESET_STEP: Final = '{"type":"reset-step"}'
+ABORT: Final = '{"type":"abort"}'
+NOT_FINISHED: Final = "The turn ended before the tool had answered."
+_DELTA_HEAD: Final = '{"type":"text-delta",'
+
+
+class _Said(msgspec.Struct):
+    text: str
+
+
+class _Ending(msgspec.Struct):
+    usage: Usage | None = None
+    error: ErrorDetail | None = None
+
+
+_SAID = msgspec.json.Decoder(_Said)
+_CALL = msgspec.json.Decoder(ToolCall)
+_RESULT = msgspec.json.Decoder(ToolResult)
+_ENDING = msgspec.json.Decoder(_Ending)
+
+
+@dataclass(slots=True)
+class _Step:
+    """What is shown of one model request: how many characters, and its calls, by their ids, as the chunks of their
+    inputs and outputs."""
+
+    said: int = 0
+    calls: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.calls) and not self.unanswered
+
+    @property
+    def unanswered(self) -> list[str]:
+        return [id for id, chunks in self.calls.items() if len(chunks) == 1]
+
+
+class Chunks:
+    """The chunks of one turn. `takes_back` says that something that was shown does not stand any more: what follows is
+    right only for who knows `reset-step`."""
+
+    def __init__(self, turn_id: str) -> None:
+        self.takes_back = False
+        self._turn_id = turn_id
+        self._texts = 0  # text parts so far: the number of the last is its id
+        self._is_text_open = False
+        self._said_before = 0  # characters of the steps before
+        self._step = _Step()
+
+    def take(self, event: Event) -> list[str]:
+        """The chunks that the turn's next event makes, each as JSON."""
+        match event.type:
+            case "turn.delta":
+                return self._text(event)
+            case "turn.started":
+                return [f'{{"type":"start","messageId":"{self._turn_id}"}}', START_STEP]
+            case "turn.tool_call":
+                return self._call(_CALL.decode(event.payload))
+            case "turn.tool_result":
+                return self._result(_RESULT.decode(event.payload))
+            case "turn.restarted":
+                return self._restart(_SAID.decode(event.payload).text)
+            case "turn.completed" | "turn.cancelled" | "turn.failed":
+                return self._end(event)
+        return []
+
+    def _text(self, event: Event) -> list[str]:
+        chunks = self._next_step()
+        self._step.said += len(_SAID.decode(event.payload).text)
+        if not self._is_text_open:
+            chunks.append(self._open_text())
+        # The payload is {"text": …}, and JSON already.
+        text = event.payload[event.payload.index(":") + 1 :]
+        chunks.append(f'{_DELTA_HEAD}"id":"{self._texts}","delta":{text}')
+        return chunks
+
+    def _call(self, call: ToolCall) -> list[str]:
+        chunks = [*self._next_step(), *self._close_text()]
+        shown = encode(
+            {
+                "type": "tool-input-available",
+                "toolCallId": call.tool_call_id,
+                "toolName": call.tool_name,
+                "input": harmless(call.arguments),
+                "dynamic": True,
+                "providerExecuted": True,
+            }
+        )
+        self._step.calls[call.tool_call_id] = [shown]
+        return [*chunks, shown]
+
+    def _result(self, result: ToolResult) -> list[str]:
+        chunks = self._close_text()
+        shown = _output(result.tool_call_id, result.content, is_error=result.is_error)
+        self._step.calls.setdefault(result.tool_call_id, []).append(shown)
+        return [*chunks, shown]
+
+    def _restart(self, text: str) -> list[str]:
+        """Of the step that was cut stand a beginning of its text, and the calls that were answered."""
+        step = self._step
+        standing = text[self._said_before :]
+        if len(standing) == step.said and not step.unanswered:
+            return []
+        self.takes_back = True
+        self._is_text_open = False
+        self._step = _Step(len(standing), {id: shown for id, shown in step.calls.items() if len(shown) > 1})
+        chunks = [RESET_STEP]
+        if standing:
+            chunks.append(self._open_text())
+            chunks.append(encode({"type": "text-delta", "id": str(self._texts), "delta": standing}))
+            if self._step.calls:
+                chunks += self._close_text()
+        return [*chunks, *(chunk for shown in self._step.calls.values() for chunk in shown)]
+
+    def _end(self, event: Event) -> list[str]:
+        ending = _ENDING.decode(event.payload)
+        chunks = self._close_text()
+        chunks += [_output(id, NOT_FINISHED, is_error=True) for id in self._step.unanswered]
+        if event.type == "turn.completed":
+            finish = {"type": "finish", "finishReason": "stop", "messageMetadata": metadata_of(ending.usage)}
+            return [*chunks, FINISH_STEP, encode(finish)]
+        if event.type == "turn.cancelled":
+            return [*chunks, ABORT]
+        assert ending.error is not None
+        return [*chunks, encode({"type": "error", "errorText": ending.error.message})]
+
+    def _next_step(self) -> list[str]:
+        """What comes next belongs to another step, if this one is answered."""
+        if not self._step.is_answered:
+            return []
+        chunks = [*self._close_text(), FINISH_STEP, START_STEP]
+        self._said_before += self._step.said
+        self._step = _Step()
+        return chunks
+
+    def _open_text(self) -> str:
+        self._texts += 1
+        self._is_text_open = True
+        return f'{{"type":"text-start","id":"{self._texts}"}}'
+
+    def _close_text(self) -> list[str]:
+        if not self._is_text_open:
+            return []
+        self._is_text_open = False
+        return [f'{{"type":"text-end","id":"{self._texts}"}}']
+
+
+def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
+    """What stands of a turn after its first `events`, without what was taken back; `chunks` goes on from there."""
+    shown: list[str] = []
+    step_at = 0  # where the current step's parts begin
+    deltas: list[str] = []  # JSON strings of one text, to be one
+
+    def merge() -> None:
+        if deltas:
+            shown[-1] += '"' + "".join(deltas) + '"}'
+            deltas.clear()
+
+    for event in events:
+        for chunk in chunks.take(event):
+            if event.type == DELTA and chunk.startswith(_DELTA_HEAD):
+                head, _, text = chunk.partition('"delta":')
+                if not deltas:
+                    shown.append(head + '"delta":')
+                deltas.append(text.strip()[1:-2])
+                continue
+            merge()
+            if chunk == RESET_STEP:
+                del shown[step_at:]
+                continue
+            shown.append(chunk)
+            if chunk == START_STEP:
+                step_at = len(shown)
+    merge()
+    chunks.takes_back = False
+    return shown
+
+
+def arguments_of(call: Mapping[str, Any]) -> Any:
+    """The arguments of a call as it is stored: a JSON object, as text."""
+    try:
+        return msgspec.json.decode(call["function"]["arguments"])
+    except msgspec.DecodeError:  # what a client has appended may be anything
+        return {}
+
+
+def harmless(value: Any) -> Any:
+    """A value of JSON without the keys for which the AI SDK refuses to read all of it: they could change the prototypes
+    of JavaScript's objects. What is nested too deeply to be looked at is null."""
+    try:
+        return _harmless(value)
+    except RecursionError:
+        return None
+
+
+def _harmless(value: Any) -> Any:
+    if isinstance(value, dict):
+        constructor = value.get("constructor")
+        is_refused = isinstance(constructor, dict) and "prototype" in constructor
+        refused = ("__proto__", "constructor") if is_refused else ("__proto__",)
+        return {name: _harmless(item) for name, item in value.items() if name not in refused}
+    return [_harmless(item) for item in value] if isinstance(value, list) else value
+
+
+def metadata_of(usage: Usage | None) -> dict[str, Any]:
+    """What is told of an answer beside what it says, in the AI SDK's words."""
+    if usage is None:
+        return {}
+    known = {"inputTokens": usage.input_tokens, "outputTokens": usage.output_tokens}
+    tokens = {name: number for name, number in known.items() if number is not None}
+    if len(tokens) == len(known):
+        tokens["totalTokens"] = sum(tokens.values())
+    metadata: dict[str, Any] = {"usage": tokens, "seconds": usage.seconds}
+    return metadata if usage.model is None else {**metadata, "model": usage.model}
+
+
+def _output(id: str, content: str, *, is_error: bool) -> str:
+    said = ("tool-output-error", "errorText") if is_error else ("tool-output-available", "output")
+    return encode({"type": said[0], "toolCallId": id, said[1]: content, "dynamic": True, "providerExecuted": True})

@@ -1,0 +1,49 @@
+"""A conversation's messages in the form of the chat completions API, so that a history can move in and out. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET
+
+from models.messages import Page
+from models.rules import standing
+from server.protocol.bodies import Export, ExportedMessage
+from server.protocol.encoding import tool_calls_of
+
+
+def exported(page: Page) -> Export:
+    """What stands of a page, as an agent would see it: no superseded answers, no turns that failed before they said
+    anything; with the conversation's system prompt first, where the page is the first."""
+    # Whether a question stands is known from what answers it, and whether an empty end does from what is before it: the
+    # messages next to the page count, but are not in it.
+    beside = [row["id"] for row in (page.older, page.newer) if row is not None]
+    rows = [row for row in (page.older, *page.messages, page.newer) if row is not None]
+    kept = standing([_Row(row) for row in rows])
+    messages = [_message(each) for each in kept if each.row["id"] not in beside]
+    if page.is_first and page.system_prompt and (not messages or messages[0].role != "system"):
+        messages.insert(0, ExportedMessage("system", page.system_prompt))
+    return Export(messages)
+
+
+class _Row:
+    """A row with attributes, as the rules want it."""
+
+    __slots__ = ("content", "role", "row", "status", "turn_id")
+
+    def __init__(self, row: Any) -> None:
+        self.row = row
+        self.role: str = row["role"]
+        self.content: str = row["content"]
+        self.status: str = row["status"]
+        self.turn_id: object = row["turn_id"]
+
+
+def _message(row: _Row) -> ExportedMessage:
+    calls = tool_calls_of(row.row["tool_calls"])
+    return ExportedMessage(
+        row.role,
+        None if calls and not row.content else row.content,
+        calls or UNSET,
+        row.row["tool_call_id"] or UNSET,
+    )

@@ -1,0 +1,32 @@
+"""What operators ask a node: is it alive, does it take work, what has it counted."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from models.database import Database
+from server import metrics
+from server.engine.node import Node
+
+
+def health_routes(node: Node, database: Database) -> list[Route]:
+    """`/livez`, `/readyz` and `/metrics`."""
+
+    async def livez(request: Request) -> Response:
+        if not node.is_running:
+            return JSONResponse({"status": "failed", "node_id": node.node_id}, status_code=503)
+        return JSONResponse({"status": "alive", "node_id": node.node_id})
+
+    async def readyz(request: Request) -> Response:
+        if node.is_draining:
+            return JSONResponse({"status": "draining", "node_id": node.node_id}, status_code=503)
+        if not await database.is_reachable():
+            return JSONResponse({"status": "database_unavailable", "node_id": node.node_id}, status_code=503)
+        return JSONResponse({"status": "ready", "node_id": node.node_id})
+
+    async def show_metrics(request: Request) -> Response:
+        return Response(metrics.exposition(), media_type=metrics.CONTENT_TYPE)
+
+    return [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", show_metrics)]

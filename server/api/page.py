@@ -1,0 +1,61 @@
+"""The chat page as `hatch_build.py` has built it of `web/`: files that may load and run nothing from elsewhere."""
+
+from __future__ import annotations
+
+import mimetypes
+from importlib.resources import files
+from pathlib import Path
+from typing import Final
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from server.errors import NotFound
+from server.transport.http import refusal
+
+DIRECTORY: Final = Path(str(files("server").joinpath("page")))
+_MISSING: Final = "The chat page has not been built. Build it with: uv sync --reinstall-package anynode"
+_SAFE: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_PAGE: Final = {
+    **_SAFE,
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "Cache-Control": "no-cache",
+}
+# Their names change with what they hold.
+_ASSET: Final = {**_SAFE, "Cache-Control": "public, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
+_DEV: Final = '<meta name="anynode-dev" content="true"></head>'  # that there is a menu of what `anynode dev` may do
+
+
+def page_routes(*, is_dev: bool = False, directory: Path = DIRECTORY) -> list[Route]:
+    """The page at `/`, and what it loads; without the files, a word on what is missing."""
+
+    async def page(request: Request) -> Response:
+        try:
+            html = (directory / "index.html").read_text()
+        except FileNotFoundError:
+            return PlainTextResponse(missing(directory) or _MISSING, 503, headers=_SAFE)
+        return Response(html.replace("</head>", _DEV, 1) if is_dev else html, media_type="text/html", headers=_PAGE)
+
+    async def asset(request: Request) -> Response:
+        name: str = request.path_params["name"]
+        file = directory / "assets" / name
+        if name.startswith(".") or name.endswith(".gz") or not file.is_file():
+            return refusal(NotFound("There is no such file."))
+        media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        packed = file.with_name(f"{name}.gz")
+        if "gzip" in request.headers.get("accept-encoding", "") and packed.is_file():
+            return FileResponse(packed, media_type=media_type, headers={**_ASSET, "Content-Encoding": "gzip"})
+        return FileResponse(file, media_type=media_type, headers=_ASSET)
+
+    return [Route("/", page), Route("/assets/{name}", asset)]
+
+
+def missing(directory: Path = DIRECTORY) -> str | None:
+    """Why there is no page, or an older one than its sources are; None: it is there."""
+    try:
+        return (directory / "NOT_BUILT").read_text()
+    except FileNotFoundError:
+        return None if (directory / "index.html").exists() else _MISSING

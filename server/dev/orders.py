@@ -1,0 +1,123 @@
+"""What the page of `anynode dev` may order: that a node is killed, or drained.
+
+Nodes pass orders on, as lines in a pipe, to the process that has started them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from collections.abc import Sequence
+from typing import Final, Literal, TypeAlias
+
+from msgspec import Struct
+from starlette.background import BackgroundTask
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from server.auth import Authenticator, bearer_of
+from server.errors import BodyTimeout, ClientError, InvalidFrame, MessageTooLarge, NotFound, Unauthorized
+from server.protocol.bodies import Body
+from server.protocol.decoding import decode_body
+from server.transport.http import refusal, reply
+
+logger = logging.getLogger("anynode.dev_orders")
+
+BODY_BYTES_MAX: Final = 1024
+BODY_SECONDS_MAX: Final = 5.0
+NODE_ID: Final = re.compile(r"([A-Za-z0-9._-]{1,63})-[0-9a-f]{8}")
+
+Action: TypeAlias = Literal["kill", "drain"]
+
+
+class OrderBody(Body, frozen=True):
+    """What is to be done with the node."""
+
+    action: Action
+
+
+class Order(Struct, frozen=True):
+    """An action and the id of the node that it is for."""
+
+    node_id: str
+    action: Action
+
+    @property
+    def name(self) -> str:
+        """The node's name: it keeps that through its lives."""
+        return self.node_id.rpartition("-")[0]
+
+
+class Orders:
+    """The pipe to the process that runs the nodes with these names. It does not block."""
+
+    def __init__(self, pipe: int, names: Sequence[str]) -> None:
+        self._pipe = pipe
+        self._names = frozenset(names)
+
+    def knows(self, node_id: str) -> bool:
+        """Whether the id is one that a node of these may have, or has had."""
+        found = NODE_ID.fullmatch(node_id)
+        return found is not None and found[1] in self._names
+
+    def give(self, order: Order) -> None:
+        """Pass the order on."""
+        try:
+            os.write(self._pipe, f"{order.action} {order.node_id}\n".encode())  # short enough to go as a whole
+        except OSError as error:  # nobody reads; without its parent this node ends too
+            logger.warning("the order to %s %s is lost: %s", order.action, order.node_id, error)
+
+
+def read_order(line: bytes) -> Order | None:
+    """The order that a line of the pipe is; None: it is none."""
+    match line.decode(errors="replace").split():
+        case [("kill" | "drain") as action, node_id]:
+            return Order(node_id, action)
+    return None
+
+
+def order_routes(orders: Orders, authenticator: Authenticator) -> list[Route]:
+    """`POST /dev/nodes/{node_id}`."""
+
+    async def order(request: Request) -> Response:
+        try:
+            token = bearer_of(request.scope["headers"])
+            if token is None:
+                raise Unauthorized("There is no Authorization: Bearer header.")
+            await authenticator.authenticate(token)
+            node_id = request.path_params["node_id"]
+            if not orders.knows(node_id):
+                raise NotFound("There is no such node here.")
+            body: OrderBody = decode_body(await _read(request), [OrderBody])
+        except ClientError as error:
+            return refusal(error)
+        given = Order(node_id, body.action)
+        answer = reply(given, 202)
+        # Once the answer is on its way: the node that answers may be the one that is to die.
+        answer.background = BackgroundTask(_give, orders, given)
+        return answer
+
+    return [Route("/dev/nodes/{node_id}", order, methods=["POST"])]
+
+
+async def _give(orders: Orders, order: Order) -> None:
+    orders.give(order)
+
+
+async def _read(request: Request) -> bytes:
+    """The whole body. Raises MessageTooLarge, BodyTimeout or InvalidFrame."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > BODY_BYTES_MAX:
+                    raise MessageTooLarge(f"The body is longer than {BODY_BYTES_MAX} bytes.")
+    except ClientDisconnect:
+        raise InvalidFrame("the body did not come whole") from None  # nobody hears it
+    except TimeoutError:
+        raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+    return bytes(body)

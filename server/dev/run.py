@@ -1,0 +1,214 @@
+"""`anynode dev`: everything on one machine, and a terminal that says where to go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from pathlib import Path
+from textwrap import indent
+from types import FrameType
+from typing import Final
+
+import click
+
+from models.migrate import migrate
+from server.agents.load import check_agent, check_tools
+from server.api.operations import AI_SDK_PATH
+from server.api.page import missing
+from server.auth import make_token
+from server.dev.embedded_postgres import embedded_postgres
+from server.dev.load_balancer import Front
+from server.dev.nodes import DevNode, DevNodes, reachable
+from server.errors import ConfigurationError
+from server.settings import Settings, read_settings
+from server.startup import on_database
+
+DEV_USER: Final = "dev"
+TOKEN_SECONDS: Final = 7 * 86_400
+# Shorter than for production: who has killed a node waits for what becomes of the answer.
+SHORTER: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2"}
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Pages of other people's development servers that may connect.
+DEV_ORIGINS: Final = ",".join(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
+
+
+def dev_secret(data_directory: Path) -> str:
+    """The secret that `anynode dev` signs its tokens with; made once, kept beside its database."""
+    path = data_directory / "jwt_secret"
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        pass
+    data_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = data_directory / f"jwt_secret.{os.getpid()}"
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_urlsafe(48))
+    try:
+        os.link(fresh, path)  # whoever comes second keeps the first one's
+    except FileExistsError:
+        pass
+    finally:
+        fresh.unlink()
+    return path.read_text()
+
+
+def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path) -> None:
+    """Run until a signal. Raises ConfigurationError."""
+    settings = read_settings(environment)
+    check_agent(settings.agent)
+    check_tools(settings.tools)
+    # SIGINT too: a shell that starts us in the background has it ignored.
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
+    try:
+        with _database(settings, data_directory) as database_url:
+            applied = on_database(database_url, migrate)
+            if applied:
+                click.secho(f"  migrated: {', '.join(applied)}", dim=True)
+            host = environment.get("HOST") or "127.0.0.1"
+            needed = nodes + 1 if nodes > 1 else 1
+            ports = _free_ports(host, settings.port, needed, is_fixed="PORT" in environment)
+            secret = settings.jwt_secret or dev_secret(data_directory)
+            shared = {
+                "ALLOWED_ORIGINS": DEV_ORIGINS,
+                **environment,
+                **{name: environment.get(name) or seconds for name, seconds in SHORTER.items()},
+                "HOST": host,
+                "DATABASE_URL": database_url,
+                **({} if settings.jwt_jwks_url else {"JWT_SECRET": secret}),
+            }
+            asyncio.run(_run(settings, shared, host, ports[:nodes], ports[nodes:], secret))
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        click.secho("\n  stopped", dim=True)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+async def _run(
+    settings: Settings,
+    environment: Mapping[str, str],
+    host: str,
+    node_ports: Sequence[int],
+    front_ports: Sequence[int],
+    secret: str,
+) -> None:
+    """Run the nodes, and a front where it has a port, until a signal cancels it. Raises ConfigurationError."""
+    front = Front()
+    drain_seconds = float(environment["DRAIN_SECONDS"])
+    nodes = DevNodes(environment, host, node_ports, front, drain_seconds=drain_seconds)
+    with _cancelled_by_signals():
+        async with AsyncExitStack() as stack:
+            for port in front_ports:  # outside: the nodes' last words pass it
+                try:
+                    await stack.enter_async_context(front.listening(host, port))
+                except OSError as error:
+                    raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
+            await stack.enter_async_context(nodes.running())
+            await nodes.ready()
+            _say_where_to_go(settings, host, nodes.nodes, front_ports, secret)
+            await nodes.watch()
+            raise ConfigurationError("all nodes have ended")
+
+
+@contextmanager
+def _cancelled_by_signals() -> Iterator[None]:
+    """Each signal cancels the task once more: the second one cuts short what the first one has begun."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(signum: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(task.cancel)
+
+    for number in SIGNALS:
+        signal.signal(number, cancel)
+    try:
+        yield
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, _interrupt)
+
+
+@contextmanager
+def _database(settings: Settings, data_directory: Path) -> Iterator[str]:
+    if settings.database_url is not None:
+        yield settings.database_url
+        return
+    if not (data_directory / "postgres").exists():
+        click.secho(f"  creating a database in {data_directory} …", dim=True)
+    data_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with embedded_postgres(data_directory / "postgres") as postgres:
+        yield postgres.url
+
+
+def _free_ports(host: str, first: int, count: int, *, is_fixed: bool) -> list[int]:
+    """Successive free ports. One that was asked for by PORT is not exchanged for another."""
+    for start in (first,) if is_fixed else range(first, first + 100):
+        asked = range(start, start + count) if start else [0] * count
+        with ExitStack() as probes:  # all at once: any free one is to be another one each time
+            try:
+                return [_bound(probes, host, port) for port in asked]
+            except (OSError, OverflowError):
+                continue
+    taken = f"port {first} is taken" if count == 1 else f"ports {first} to {first + count - 1} are not all free"
+    raise ConfigurationError(f"{taken}: set PORT to another one")
+
+
+def _bound(probes: ExitStack, host: str, port: int) -> int:
+    probe = probes.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind((host, port))
+    free: int = probe.getsockname()[1]
+    return free
+
+
+def _url(host: str, port: int) -> str:
+    shown = reachable(host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _say_where_to_go(
+    settings: Settings, host: str, nodes: Sequence[DevNode], front_ports: Sequence[int], secret: str
+) -> None:
+    urls = [_url(host, node.port) for node in nodes]
+    (entry,) = [_url(host, port) for port in front_ports] or urls
+    token = None
+    if settings.jwt_jwks_url is None:
+        audience, issuer = settings.jwt_audience, settings.jwt_issuer
+        token = make_token(secret, user_id=DEV_USER, audience=audience, issuer=issuer, ttl_seconds=TOKEN_SECONDS)
+    fragment = f"/#token={token}" if token else ""
+    chat_urls = " ".join(f"--url {url}" for url in urls)
+    title = "Anynode is running" + (f" on {len(urls)} nodes" if len(urls) > 1 else "")
+    click.secho(f"\n  {title}", fg="green", bold=True)
+    click.echo("\n  Open the page      " + click.style(f"{entry}{fragment}", fg="cyan"))
+    if (lack := missing()) is not None:
+        click.secho(indent(f"\n{lack.strip()}\n", " " * 21), fg="yellow")
+    if front_ports:
+        names = ", ".join(node.name for node in nodes)
+        click.secho(f"                     a plain load balancer in front of nodes {names}", dim=True)
+    click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {chat_urls}", fg="cyan"))
+    click.echo(f"\n  WebSocket          {', '.join(_socket(url) + '/ws' for url in urls)}")
+    click.echo(f"  useChat            {_socket(entry)}{AI_SDK_PATH}")
+    click.echo(f"  HTTP               {entry}/docs")
+    click.echo(f"  Token (7 days)     {token}" if token else "  Tokens             are signed elsewhere (JWT_JWKS_URL)")
+    if settings.agent == "echo":
+        click.echo("\n  This is the echo agent. A real model, of any OpenAI-compatible server:")
+        click.secho("    AGENT=openai OPENAI_API_KEY=… MODEL=gpt-4o-mini uv run anynode dev", dim=True)
+        click.secho(
+            "    AGENT=openai OPENAI_BASE_URL=http://127.0.0.1:11434/v1 MODEL=llama3.2 uv run anynode dev", dim=True
+        )
+    if len(urls) > 1:
+        click.echo("\n  Kill a node in mid-answer, from the page's menu or here, and see it go on elsewhere:")
+        for node, url in zip(nodes, urls, strict=True):
+            click.secho(f"    kill -9 {node.pid or '':<10} # {url} (node {node.name})", dim=True)
+    click.secho("\n  Ctrl-C stops everything.\n", dim=True)
+
+
+def _socket(url: str) -> str:
+    return url.replace("http", "ws", 1)

@@ -1,0 +1,1 @@
+"""The turns of one node: admission, the journal, leases, takeover, and cursors over what is committed."""

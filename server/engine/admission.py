@@ -1,0 +1,139 @@
+"""Admission: what a client asks for, as the database takes it; what the database says, as an error or a history."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+import msgspec
+
+from models.conversations import Admission, Question, StoredMessage
+from models.ids import uuid7
+from models.messages import AppendedMessage
+from models.rules import OutOfOrder, Tail, refused_user, visible
+from server.agents.agent import HistoryMessage
+from server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
+from server.protocol.bodies import AnyPostedMessage, AssistantMessage, TextPart, ToolMessage
+from server.protocol.encoding import encode, tool_calls_of
+from server.protocol.frames import NOT_BLANK, Message, MessageSend, TurnRegenerate
+
+TITLE_LENGTH: Final = 80
+
+
+def question_of(user_id: str, frame: MessageSend, *, chat_id: str | None = None, message_bytes_max: int) -> Question:
+    """The question in a frame, with the ids that it will have; `chat_id` is a client's own id of the conversation.
+    Raises InvalidFrame or MessageTooLarge."""
+    if NOT_BLANK.search(frame.content) is None:
+        raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
+    if len(frame.content.encode()) > message_bytes_max:
+        raise MessageTooLarge(
+            f"The message is longer than {message_bytes_max} bytes.", conversation_id=frame.conversation_id
+        )
+    turn_id, message_id, now = uuid7(), uuid7(), datetime.now(UTC)
+    message = Message(message_id, "user", frame.content, None, None, None, "completed", turn_id, now)
+    return Question(
+        user_id=user_id,
+        conversation_id=frame.conversation_id,
+        new_conversation_id=uuid7(),
+        title=" ".join(frame.content.split())[:TITLE_LENGTH],
+        message_id=message_id,
+        client_id=frame.message_id,
+        content=frame.content,
+        created_at=now,
+        turn_id=turn_id,
+        message_created=encode({"message": message}),
+        turn_started=encode({"message_id": frame.message_id}),
+        chat_id=chat_id,
+    )
+
+
+def appended_of(
+    given: Sequence[AnyPostedMessage],
+    tail: Tail,
+    created_at: datetime,
+    *,
+    message_bytes_max: int,
+    answer_bytes_max: int,
+) -> list[tuple[AppendedMessage, Message]]:
+    """Messages that come after `tail`, as the database takes them and as people see them. Raises RoleOrder or
+    MessageTooLarge."""
+    appended = []
+    for number, new in enumerate(given):
+        role = str(type(new).__struct_config__.tag)
+        content = _text_of(new.content)
+        calls = list(new.tool_calls or ()) if isinstance(new, AssistantMessage) else []
+        tool_calls = encode(calls) if calls else None
+        tool_name = tool_call_id = None
+        if isinstance(new, ToolMessage):
+            tool_call_id = new.tool_call_id
+            tool_name = new.tool_name or tail.pending.get(tool_call_id)
+        bytes_max = message_bytes_max if role in ("system", "user") else answer_bytes_max
+        if len(content.encode()) + len((tool_calls or "").encode()) > bytes_max:
+            raise MessageTooLarge(f"messages[{number}] is longer than {bytes_max} bytes.")
+        try:
+            tail = tail.followed_by(
+                role, calls=[(call.id, call.function.name) for call in calls], tool_call_id=tool_call_id
+            )
+        except OutOfOrder as error:
+            place = f"messages[{number}]: " if len(given) > 1 else ""
+            raise RoleOrder(f"{place}{error}") from error
+        message = Message(
+            uuid7(),
+            role,
+            content,
+            msgspec.to_builtins(calls) or None,
+            tool_name,
+            tool_call_id,
+            "completed",
+            None,
+            created_at,
+        )
+        payload = encode({"message": message})
+        row = AppendedMessage(
+            id=message.id,
+            role=role,
+            content=content,
+            tool_calls=tool_calls,
+            tool_name=tool_name,
+            tool_call_id=tool_call_id,
+            payload=payload,
+        )
+        appended.append((row, message))
+    return appended
+
+
+def _text_of(content: str | Sequence[TextPart] | None) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content or ())
+
+
+def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> None:
+    """Raise the ClientError that an admission's outcome is, if it is one."""
+    conversation_id = frame.conversation_id
+    match admission.outcome:
+        case "not_found":
+            raise NotFound(conversation_id=conversation_id)
+        case "conversation_busy":
+            raise ConversationBusy(conversation_id=conversation_id)
+        case "role_order" if isinstance(frame, TurnRegenerate):
+            raise RoleOrder("There is no question to answer again.", conversation_id=conversation_id)
+        case "not_last":
+            raise RoleOrder("Only the last question can be answered again.", conversation_id=conversation_id)
+        case "role_order":
+            raise RoleOrder(refused_user(admission.last_role), conversation_id=conversation_id)
+        case "message_id_taken":
+            raise MessageIdTaken(conversation_id=conversation_id)
+
+
+def history_of(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:
+    """What the agent sees of a conversation's newest messages."""
+    history = [HistoryMessage("system", system_prompt)] if system_prompt else []
+    for message in visible(stored):
+        if message.tool_calls is None and message.tool_call_id is None:
+            history.append(HistoryMessage(message.role, message.content))
+        else:
+            calls = tool_calls_of(message.tool_calls)
+            history.append(
+                HistoryMessage(message.role, message.content, calls, message.tool_name, message.tool_call_id)
+            )
+    return history

@@ -1,0 +1,129 @@
+"""The turns that this node runs: where they begin, and where they are no more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+from uuid import UUID
+
+from models.database import Database
+from models.events import Event
+from server import metrics
+from server.agents.agent import Agent, Turn
+from server.engine.follow import Follows, Log
+from server.engine.journal import Journal
+from server.engine.turn import RunningTurn
+from server.settings import Settings
+
+logger = logging.getLogger("anynode.node")
+
+DRAIN_POLL_SECONDS: Final = 0.05
+
+
+class RunningTurns:
+    """All of them, by id; `journal` must be running for them to get anywhere."""
+
+    def __init__(self, settings: Settings, database: Database, agent: Agent, follows: Follows) -> None:
+        self.journal = Journal(
+            database,
+            flush_interval_seconds=settings.flush_interval_ms / 1000,
+            attempt_seconds=max(0.5, settings.lease_seconds * 0.3),
+        )
+        self._to_start: set[UUID] = set()
+        self._starting = 0
+        self._settings = settings
+        self._agent = agent
+        self._follows = follows
+        self._turns: dict[UUID, RunningTurn] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def get(self, turn_id: UUID) -> RunningTurn | None:
+        """The turn, if it runs here."""
+        return self._turns.get(turn_id)
+
+    def all(self) -> list[RunningTurn]:
+        """As they are now."""
+        return list(self._turns.values())
+
+    def known(self) -> set[UUID]:
+        """The ids of those that run, or may be about to."""
+        return self._turns.keys() | self._to_start
+
+    @contextmanager
+    def starting(self, *turn_ids: UUID) -> Iterator[None]:
+        """Turns may begin here in the meantime: a drain waits for them, and these are not taken for unknown ones."""
+        self._starting += 1
+        self._to_start.update(turn_ids)
+        try:
+            yield
+        finally:
+            self._starting -= 1
+            self._to_start.difference_update(turn_ids)
+
+    def start(self, turn: Turn, events: Sequence[Event], trusted_until: float) -> RunningTurn:
+        """Run a turn whose first `events` are committed; its lease is trusted until then, by the monotonic clock."""
+        if (earlier := self._turns.get(turn.turn_id)) is not None:
+            earlier.lose()  # this node has taken its own turn over: the database's clock is far ahead of its own
+        log = self._follows.start_log(turn.conversation_id, events)
+        journal = self.journal.open(turn.turn_id, turn.attempt, events[-1].seq + 1, self._publisher(turn, log))
+        running = RunningTurn(
+            self._agent,
+            turn,
+            journal,
+            timeout_seconds=self._settings.agent_timeout_seconds,
+            answer_bytes_max=self._settings.answer_bytes_max,
+        )
+        running.lease_until = trusted_until
+        self._turns[turn.turn_id] = running
+        metrics.turns_running.inc()
+        journal.closed.add_done_callback(lambda _: self._forget(running, log))
+        self.spawn(self._run_turn(running))
+        return running
+
+    def spawn(self, work: Coroutine[Any, Any, None], *turn_ids: UUID) -> None:
+        """Do work that a drain waits for, and with which these turns may begin."""
+
+        def forget(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            self._to_start.difference_update(turn_ids)
+
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        self._to_start.update(turn_ids)  # now, and not when the task comes to run: a takeover may be asked for before
+        task.add_done_callback(forget)
+
+    def _publisher(self, turn: Turn, log: Log) -> Callable[[Sequence[Event], bool], None]:
+        def publish(events: Sequence[Event], is_over: bool) -> None:
+            self._follows.extend_log(turn.conversation_id, log, events, is_over=is_over)
+
+        return publish
+
+    async def _run_turn(self, running: RunningTurn) -> None:
+        if not await running.run():
+            metrics.turns_lost.inc()
+            logger.warning("turn %s was given up: its lease is lost", running.turn.turn_id)
+
+    def _forget(self, running: RunningTurn, log: Log) -> None:
+        # Followers of a turn that is lost go on with what its next node commits.
+        self._follows.end_log(running.turn.conversation_id, log, is_whole=not running.journal.is_lost)
+        metrics.turns_running.dec()
+        # A turn that was lost and taken over again has another entry under the same id.
+        if self._turns.get(running.turn.turn_id) is running:
+            del self._turns[running.turn.turn_id]
+
+    async def ended(self, within_seconds: float) -> None:
+        """Wait until none runs any more, and none can begin that was on its way."""
+        deadline = time.monotonic() + within_seconds
+        while (self._tasks or self._starting) and (left_seconds := deadline - time.monotonic()) > 0:
+            pause = min(left_seconds, DRAIN_POLL_SECONDS)
+            if self._tasks:
+                await asyncio.wait(set(self._tasks), timeout=pause)
+            else:
+                await asyncio.sleep(pause)

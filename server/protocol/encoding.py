@@ -1,0 +1,104 @@
+"""Encodes what clients are sent; what the journal holds as JSON is put into frames as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from msgspec import UNSET
+
+from models.conversations import Snapshot
+from models.events import DELTA, Event, delta_text
+from server.errors import ClientError
+from server.protocol.frames import ConversationSnapshot, Error, Message, RunningTurn, Usage
+
+_encoder = msgspec.json.Encoder()
+_USAGE = msgspec.json.Decoder(Usage)
+
+
+def encode(value: Any) -> str:
+    """Any frame, or part of one, as JSON text."""
+    return _encoder.encode(value).decode()
+
+
+def tool_calls_of(stored: str | None) -> Any:
+    """The `tool_calls` of a message, as stored."""
+    return None if stored is None else msgspec.json.decode(stored)
+
+
+def usage_of(stored: str | None) -> Usage | None:
+    """What a turn cost, as stored."""
+    return None if stored is None else _USAGE.decode(stored)
+
+
+def error_frame(error: ClientError, request_id: str | None) -> str:
+    """The `error` frame of a refusal."""
+    return encode(
+        Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
+    )
+
+
+def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
+    """A message as people see it, from a row that has its fields."""
+    return Message(
+        row["id"],
+        row["role"],
+        row["content"],
+        tool_calls_of(row["tool_calls"]),
+        row["tool_name"],
+        row["tool_call_id"],
+        row["status"],
+        row["turn_id"],
+        row["created_at"],
+    )
+
+
+def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
+    """The frame that shows a conversation at one instant."""
+    messages = [message_of(row) for row in snapshot.messages]
+    turn = None
+    if snapshot.running_turn_id is not None:
+        turn = RunningTurn(snapshot.running_turn_id, snapshot.running_text)
+    return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq))
+
+
+def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[str]:
+    """The frames that show `events`, adjacent deltas of a turn merged into one."""
+    if len(events) == 1:
+        return [_event_frame(conversation_id, events[0])]
+    return [frame for _, frame in numbered_frames(conversation_id, events)]
+
+
+def numbered_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[tuple[int, str]]:
+    """The same, each with its seq."""
+    frames = []
+    start = 0
+    while start < len(events):
+        first = events[start]
+        end = start + 1
+        if first.type == DELTA:
+            while end < len(events) and events[end].type == DELTA and events[end].turn_id == first.turn_id:
+                end += 1
+        if end - start == 1:
+            frame = _event_frame(conversation_id, first)
+        else:
+            text = "".join(map(delta_text, events[start:end]))
+            frame = _head(conversation_id, events[end - 1]) + ',"text":' + encode(text) + "}"
+        frames.append((events[end - 1].seq, frame))
+        start = end
+    return frames
+
+
+def _event_frame(conversation_id: UUID | str, event: Event) -> str:
+    # The payload is a JSON object already: its fields are put behind those that every frame has.
+    if event.frame is None:
+        event.frame = _head(conversation_id, event) + "," + event.payload[1:]
+    return event.frame
+
+
+def _head(conversation_id: UUID | str, event: Event) -> str:
+    turn = f',"turn_id":"{event.turn_id}"' if event.type.startswith("turn.") else ""
+    return f'{{"type":"{event.type}","conversation_id":"{conversation_id}","seq":{event.seq}{turn}'

@@ -1,0 +1,174 @@
+"""`/openapi.json`: the operations over HTTP as OpenAPI 3.1, made of the types that decode and encode them. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final, get_args
+
+import msgspec
+from msgspec.structs import fields
+
+from server.api.operations import AI_SDK_PATH, OPERATIONS
+from server.errors import (
+    HTTP_ERRORS,
+    BodyTimeout,
+    ClientError,
+    DatabaseUnavailable,
+    InternalError,
+    InvalidFrame,
+    MessageTooLarge,
+    Unauthorized,
+)
+from server.protocol.bodies import NoQuery, Refusal
+from server.protocol.frames import ID_CHARACTERS_MAX
+from server.reference.examples import BODIES
+from server.transport.http import RETRY_SECONDS, Operation
+
+_REFERENCE: Final = "#/components/schemas/{name}"
+_ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)
+_CLIENTS: Final = {"type": "string", "minLength": 1, "maxLength": ID_CHARACTERS_MAX, "format": "printable"}
+_NAMED: Final[Mapping[str, dict[str, Any]]] = {
+    "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},
+    "response_id": {**_CLIENTS, "description": "`resp_…`, as in the answer to createResponse."},
+    "model": {**_CLIENTS, "description": "What listModels tells."},
+    "chat_id": {**_CLIENTS, "description": "The client's own id of the chat, or the conversation's UUID."},
+}
+_TAGS: Final = {
+    "/conversations": "conversations",
+    AI_SDK_PATH: "AI SDK",
+    "/auth": "AI SDK",
+    "/api": "chat",
+    "/v1": "OpenAI",
+}
+_DESCRIPTION: Final = """Conversations of one user, the token's. A turn that is started here is the same as one of the \
+socket `/ws` (see `/asyncapi.json`): it runs to its end whoever is there to hear it, on any node. All errors have the \
+shape of `Refusal`."""
+
+
+def openapi() -> dict[str, Any]:
+    """The document."""
+    kinds = [kind for operation in OPERATIONS for kind in _kinds_of(operation)]
+    structs = list(dict.fromkeys(part for kind in [*kinds, Refusal] for part in _parts(kind)))
+    _, schemas = msgspec.json.schema_components(structs, ref_template=_REFERENCE)
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Anynode",
+            "version": version("anynode"),
+            "description": _DESCRIPTION,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "security": [{"bearer": []}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        },
+    }
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "tags": [next(tag for start, tag in _TAGS.items() if operation.path.startswith(start))],
+        "parameters": [*_path_parameters(operation.path), *_query_parameters(operation)],
+        "responses": {
+            **{str(status): _success(kind, operation.can_stream) for status, kind in operation.replies.items()},
+            **_refusals(operation),
+        },
+    }
+    if operation.name == "followConversation":
+        described["parameters"].append(
+            {
+                "name": "Last-Event-ID",
+                "in": "header",
+                "description": "The cursor of a client that comes back; prevails over `after`.",
+                "schema": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+            }
+        )
+    if operation.bodies:
+        described["requestBody"] = {
+            "required": any(field.required for field in fields(_parts(operation.bodies[0])[0])),
+            "content": _content([part for kind in operation.bodies for part in _parts(kind)]),
+        }
+    return described
+
+
+def _path_parameters(path: str) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "in": "path", "required": True, "schema": _NAMED.get(name, {"type": "string", "format": "uuid"})}
+        for name in re.findall(r"{(\w+)}", path)
+    ]
+
+
+def _query_parameters(operation: Operation) -> list[dict[str, Any]]:
+    if operation.query is NoQuery:
+        return []
+    _, schemas = msgspec.json.schema_components([operation.query], ref_template=_REFERENCE)
+    properties: Mapping[str, dict[str, Any]] = schemas[operation.query.__name__]["properties"]
+    return [{"name": name, "in": "query", "required": False, "schema": schema} for name, schema in properties.items()]
+
+
+def _success(kind: Any, can_stream: bool) -> dict[str, Any]:
+    if kind is None:
+        return {"description": "Done."}
+    if isinstance(kind, str):
+        return {"description": "A stream.", "content": {kind: {"schema": {"type": "string"}}}}
+    said = " Or: ".join(" ".join((part.__doc__ or "").split()) for part in _parts(kind))
+    stream = {"text/event-stream": {"schema": {"type": "string"}}} if can_stream else {}
+    return {"description": said, "content": {**_content(_parts(kind)), **stream}}
+
+
+def _refusals(operation: Operation) -> dict[str, Any]:
+    errors = [*_ALWAYS, *operation.errors]
+    if operation.bodies:
+        errors += [MessageTooLarge, BodyTimeout]
+    if operation.bodies or operation.query is not NoQuery or "_id}" in operation.path:
+        errors.append(InvalidFrame)
+    by_status: dict[int, list[type[ClientError]]] = {}
+    for error in HTTP_ERRORS:
+        if error in errors:
+            by_status.setdefault(error.http_status, []).append(error)
+    return {str(status): _refusal(status, by_status[status]) for status in sorted(by_status)}
+
+
+def _refusal(status: int, errors: Sequence[type[ClientError]]) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "description": " ".join(f"`{error.code}`: {error().message}" for error in errors),
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REFERENCE.format(name="Refusal")},
+                "examples": {
+                    error.code: {"value": {"error": {"code": error.code, "message": error().message}}}
+                    for error in errors
+                },
+            }
+        },
+    }
+    if status in (429, 503):
+        described["headers"] = {
+            "Retry-After": {"description": "Seconds.", "schema": {"type": "integer", "const": RETRY_SECONDS}}
+        }
+    return described
+
+
+def _content(kinds: Sequence[type]) -> dict[str, Any]:
+    references = [{"$ref": _REFERENCE.format(name=kind.__name__)} for kind in kinds]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    examples = {kind.__name__: {"value": BODIES[kind]} for kind in kinds if kind in BODIES}
+    return {"application/json": {"schema": schema, "examples": examples}}
+
+
+def _kinds_of(operation: Operation) -> list[Any]:
+    return [*operation.bodies, *(kind for kind in operation.replies.values() if not isinstance(kind, str | None))]
+
+
+def _parts(kind: Any) -> list[type[msgspec.Struct]]:
+    """The Structs in a union, or the one that it is."""
+    return list(get_args(kind)) or [kind]

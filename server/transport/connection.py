@@ -1,0 +1,305 @@
+"""One connection: its authentication, frames in, frames out. What the frames are is for its kinds to say.
+
+A connection has one reader, which is the request's own task, and one task for each thing that it follows.
+All of them send: a frame is written whole, and a socket that is not drained makes its senders wait, not queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any, ClassVar, Final
+
+from starlette.types import Receive, Scope, Send
+
+from server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
+from server.engine.node import Node
+from server.errors import ClientError, CloseCode, RateLimited, Unauthorized
+from server.settings import Settings
+
+logger = logging.getLogger("anynode.websocket")
+
+AUTHENTICATION_SECONDS: Final = 10.0
+EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
+FOLLOWS_MAX: Final = 1000  # conversations, or turns, that one connection follows
+FRAMES_BURST: Final = 500  # frames that may come at once …
+FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused,
+REFUSALS_MAX: Final = 1000  # and who goes on all the same is disconnected
+_TIMER_SECONDS_MAX: Final = 86_400.0  # a timer further off than this is set again later
+
+
+class Closed(Exception):
+    """The connection is over; `code` is ours to send, None when the peer has gone."""
+
+    def __init__(self, code: int | None = None, reason: str = "") -> None:
+        super().__init__(reason)
+        self.code = code
+        self.reason = reason
+
+
+class Connection:
+    """One client's connection; with a `refusal` (close code and reason) only to be told of it."""
+
+    __slots__ = (
+        "_allowance",
+        "_allowed_at",
+        "_authenticator",
+        "_background",
+        "_expiry_timer",
+        "_heartbeat_timer",
+        "_identity",
+        "_is_closed",
+        "_loop",
+        "_node",
+        "_receive",
+        "_refusal",
+        "_refusals",
+        "_scope",
+        "_send_asgi",
+        "_sending",
+        "_sent_at",
+        "_settings",
+    )
+
+    subprotocol: ClassVar[str]
+
+    def __init__(
+        self,
+        settings: Settings,
+        node: Node,
+        authenticator: Authenticator,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        refusal: tuple[int, str] | None,
+    ) -> None:
+        self._settings = settings
+        self._node = node
+        self._authenticator = authenticator
+        self._refusal = refusal
+        self._scope = scope
+        self._receive = receive
+        self._send_asgi = send
+        self._loop = asyncio.get_running_loop()
+        self._identity: Identity | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self._expiry_timer: asyncio.TimerHandle | None = None
+        self._heartbeat_timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        self._sending = 0
+        self._sent_at = self._loop.time()
+        self._allowance = float(FRAMES_BURST)
+        self._allowed_at = self._sent_at
+        self._refusals = 0
+
+    # What its kinds do.
+
+    def _token_in(self, text: str) -> str:
+        """The token in a frame of a client that has not authenticated yet. Raises ClientError."""
+        raise NotImplementedError
+
+    async def _welcome(self) -> None:
+        """The client has authenticated."""
+
+    async def _obey(self, text: str) -> None:
+        """Do what a frame asks for. Raises ClientError."""
+        raise NotImplementedError
+
+    async def _refuse(self, error: ClientError, text: str) -> None:
+        """Tell the client that a frame is refused."""
+        raise NotImplementedError
+
+    def _warn_of_expiry(self, expires_at: float) -> None:
+        """The token runs out soon."""
+
+    def warn_of_drain(self, deadline: float) -> None:
+        """The node goes down."""
+
+    async def run(self) -> None:
+        """From the handshake to the end."""
+        try:
+            await self._accept()
+            self._identity = await self._authenticate()
+            self._watch_expiry()
+            await self._welcome()
+            while True:
+                await self._handle(await self._receive_text())
+        except Closed as closed:
+            if closed.code is not None:
+                await self._close(closed.code, closed.reason)
+        except OSError:
+            pass  # the peer went away while something was sent
+        except Exception:
+            logger.exception("a connection failed")
+            await self._close(CloseCode.INTERNAL, "internal error")
+        finally:
+            self._is_closed = True
+            await self._end_tasks()
+
+    # The handshake.
+
+    async def _accept(self) -> None:
+        await self._receive()  # websocket.connect
+        offered = self._scope.get("subprotocols") or []
+        chosen = self.subprotocol if self.subprotocol in offered else None
+        # A refusal is accept-then-close: a browser cannot read the reason of a failed handshake.
+        await self._send_asgi({"type": "websocket.accept", "subprotocol": chosen})
+        if self._refusal is not None:
+            raise Closed(*self._refusal)
+
+    async def _authenticate(self) -> Identity:
+        try:
+            async with asyncio.timeout(AUTHENTICATION_SECONDS):
+                return await self._identify()
+        except TimeoutError:
+            raise Closed(CloseCode.AUTHENTICATION_TIMEOUT, "no authentication in time") from None
+        except Unauthorized as error:
+            raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
+
+    async def _identify(self) -> Identity:
+        token = bearer_of(self._scope["headers"]) or token_of_subprotocols(self._scope.get("subprotocols") or [])
+        return await self._authenticator.authenticate(token or await self._first_token())
+
+    async def _first_token(self) -> str:
+        while True:
+            text = await self._receive_text()
+            try:
+                self._take_allowance()
+                return self._token_in(text)
+            except ClientError as error:
+                await self._refuse(error, text)
+
+    # What comes in.
+
+    async def _receive_text(self) -> str:
+        message = await self._receive()
+        if message["type"] == "websocket.disconnect" or self._is_closed:
+            raise Closed
+        text: str | None = message.get("text")
+        if text is None:
+            raise Closed(CloseCode.BINARY, "frames are text")
+        return text
+
+    async def _handle(self, text: str) -> None:
+        try:
+            self._take_allowance()
+            await self._obey(text)
+        except ClientError as error:
+            await self._refuse(error, text)
+
+    async def _renew(self, token: str) -> None:
+        """Go on with a newer token of the same user. Raises Unauthorized."""
+        assert self._identity is not None
+        identity = await self._authenticator.authenticate(token)
+        if identity.user_id != self._identity.user_id:
+            raise Closed(CloseCode.FORBIDDEN, "a connection cannot become another user's")
+        self._identity = identity
+        self._watch_expiry()
+
+    def _take_allowance(self) -> None:
+        now = self._loop.time()
+        earned = (now - self._allowed_at) * FRAMES_PER_SECOND
+        self._allowance = min(FRAMES_BURST, self._allowance + earned)
+        self._allowed_at = now
+        if self._allowance == FRAMES_BURST:
+            self._refusals = 0
+        if self._allowance >= 1:
+            self._allowance -= 1
+            return
+        self._refusals += 1
+        if self._refusals > REFUSALS_MAX:
+            raise Closed(CloseCode.LIMITS, "too many frames")
+        raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
+
+    # What goes out.
+
+    async def _send(self, text: str) -> None:
+        if self._is_closed:
+            raise Closed
+        self._sending += 1
+        try:
+            await self._send_asgi({"type": "websocket.send", "text": text})
+            self._sent_at = self._loop.time()
+        finally:
+            self._sending -= 1
+
+    def send_soon(self, text: str) -> None:
+        """Send a frame from outside of the connection's own tasks, unless the socket is blocked."""
+        if self._identity is not None and not self._is_closed and self._sending == 0:
+            self._spawn(self._send_quietly(text))
+
+    def close_soon(self, code: int, reason: str) -> None:
+        """Close the connection from outside of its reader."""
+        if not self._is_closed:
+            self._spawn(self._close(code, reason))
+
+    async def _send_quietly(self, text: str) -> None:
+        try:
+            await self._send(text)
+        except (OSError, Closed):
+            pass
+
+    async def _close(self, code: int, reason: str) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            await self._send_asgi({"type": "websocket.close", "code": code, "reason": reason})
+        except OSError:
+            pass
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    async def _end_tasks(self) -> None:
+        for timer in (self._expiry_timer, self._heartbeat_timer):
+            if timer is not None:
+                timer.cancel()
+        tasks = list(self._background)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    # Signs of life.
+
+    def _start_heartbeats(self, heartbeat: str) -> None:
+        """Send this frame, from now on, whenever nothing else was sent for so long."""
+        self._beat_later(heartbeat, self._settings.heartbeat_seconds)
+
+    def _beat_later(self, heartbeat: str, seconds: float) -> None:
+        self._heartbeat_timer = self._loop.call_later(seconds, self._beat, heartbeat)
+
+    def _beat(self, heartbeat: str) -> None:
+        interval = self._settings.heartbeat_seconds
+        due_in = self._sent_at + interval - self._loop.time()
+        if due_in <= 0.001:
+            self.send_soon(heartbeat)
+            due_in = interval
+        self._beat_later(heartbeat, due_in)
+
+    # The token's end.
+
+    def _watch_expiry(self) -> None:
+        if self._expiry_timer is not None:
+            self._expiry_timer.cancel()
+        assert self._identity is not None
+        warn_in = self._identity.expires_at - EXPIRING_SECONDS - time.time()
+        if warn_in > _TIMER_SECONDS_MAX:
+            self._expiry_timer = self._loop.call_later(_TIMER_SECONDS_MAX, self._watch_expiry)
+        else:
+            self._expiry_timer = self._loop.call_later(max(warn_in, 0.0), self._expire)
+
+    def _expire(self) -> None:
+        assert self._identity is not None
+        expires_at = self._identity.expires_at
+        self._warn_of_expiry(expires_at)
+        self._expiry_timer = self._loop.call_later(
+            max(expires_at - time.time(), 0.0), self.close_soon, CloseCode.UNAUTHORIZED, "the token has expired"
+        )

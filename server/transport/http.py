@@ -1,0 +1,358 @@
+"""Requests over HTTP: who asks, what they send, and every refusal in one shape. What is asked for is in `rest`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from models.database import Unavailable
+from server.auth import Authenticator, Identity, bearer_of
+from server.errors import (
+    BodyTimeout,
+    ClientError,
+    DatabaseUnavailable,
+    Forbidden,
+    InternalError,
+    InvalidFrame,
+    MessageTooLarge,
+    NotFound,
+    Problem,
+    RateLimited,
+    Unauthorized,
+)
+from server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
+from server.protocol.decoding import decode_body, decode_query
+from server.protocol.frames import ID_CHARACTERS_MAX, is_client_id
+from server.transport.cut_short import CutShort, until
+
+logger = logging.getLogger("anynode.http")
+
+BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
+AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns must not stop for it
+DECODED_AT_ONCE: Final = 2  # of those; others wait
+READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
+RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
+BREAK_OFF: Final = "anynode.break_off"  # in the scope: closes the connection
+TEXTS: Final = ("user_id", "chat_id", "response_id", "model")  # what a path may name, besides our own ids
+
+AnyQuery = TypeVar("AnyQuery", bound=Body)
+AnyBody = TypeVar("AnyBody")
+Result = TypeVar("Result")
+
+
+class _Anything(Convertor[str]):
+    """What others give may have slashes in it: a user's id may be an address. Whatever else is in it is refused when it
+    is read."""
+
+    regex = "(?s:.+)"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
+
+
+class ClientGone(Exception):
+    """The client has closed its connection; nobody hears an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[AnyQuery, AnyBody]):
+    """A request that may be answered: of whom, about what (`ids`, by the names in the path, or `texts` where others
+    have given them), and what it holds."""
+
+    identity: Identity
+    ids: Mapping[str, UUID]
+    texts: Mapping[str, str]
+    query: AnyQuery
+    body: AnyBody
+    headers: Headers
+    receive: Receive
+
+    @property
+    def user_id(self) -> str:
+        """Who asks."""
+        return self.identity.user_id
+
+    @property
+    def conversation_id(self) -> UUID:
+        """The conversation in the path."""
+        return self.ids["conversation_id"]
+
+    async def disconnected(self) -> None:
+        """Wait until the client has gone."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `work`, which is cancelled when the client goes. Raises ClientGone."""
+        try:
+            return await until(work, self.disconnected())
+        except CutShort:
+            raise ClientGone from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """One thing that can be asked for, as the server does it and as `/openapi.json` tells it.
+
+    `handler` gets what serves it and the call. `bodies` are the kinds of body that it takes, none where it takes none,
+    and `decode` makes one of them of what came, or raises InvalidFrame.
+    `replies` are the statuses of success with the kind of each body; `errors` those beyond what every operation has.
+    """
+
+    method: str
+    path: str
+    name: str
+    summary: str
+    handler: Callable[[Any, Any], Awaitable[ASGIApp]]
+    query: type[Body] = NoQuery
+    bodies: Sequence[Any] = ()
+    body_bytes_max: int | None = None  # None: as a frame
+    replies: Mapping[int, Any]
+    can_stream: bool = False  # a success may also be Server-Sent Events
+    errors: Sequence[type[ClientError]] = ()
+    decode: Callable[[bytes, Sequence[Any]], Any] = decode_body
+
+
+def reply(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    all_headers = {"Cache-Control": "no-store", **(headers or {})}  # it is one user's
+    return Response(msgspec.json.encode(body), status, all_headers, media_type="application/json")
+
+
+def refusal(
+    error: ClientError,
+    headers: Mapping[str, str] | None = None,
+    status: int | None = None,
+    *,
+    conversation_id: UUID | UnsetType = UNSET,
+    message_id: str | UnsetType = UNSET,
+) -> Response:
+    """The answer that an error is; with the ids of what was admitted before it came."""
+    all_headers = dict(headers or {})
+    if error.http_status in (429, 503):
+        all_headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.http_status == 401:
+        all_headers["WWW-Authenticate"] = "Bearer"
+    problems = error.problems if isinstance(error, InvalidFrame) else ()
+    details = [WrongPart(*problem) for problem in problems] or UNSET
+    body = ErrorBody(error.code, error.message, details, conversation_id, message_id)
+    return reply(Refusal(body), status or error.http_status, all_headers)
+
+
+def routes_of(
+    faces: Sequence[tuple[Sequence[Operation], object]], authenticator: Authenticator, *, body_bytes_max: int
+) -> list[BaseRoute]:
+    """A route for each path of the operations, which come with what serves them."""
+    bodies = _Bodies()
+    routes: list[BaseRoute] = []
+    for operations, served_by in faces:
+        by_path: dict[str, dict[str, Operation]] = {}
+        for operation in operations:
+            by_path.setdefault(operation.path, {})[operation.method] = operation
+        for path, methods in by_path.items():
+            pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:anything}", path)
+            routes.append(Route(pattern, _Resource(methods, served_by, authenticator, bodies, body_bytes_max)))
+    return routes
+
+
+class _Resource:
+    """The ASGI application behind one path."""
+
+    def __init__(
+        self,
+        operations: Mapping[str, Operation],
+        served_by: object,
+        authenticator: Authenticator,
+        bodies: _Bodies,
+        body_bytes_max: int,
+    ) -> None:
+        self._bodies = bodies
+        self._operations = operations
+        self._served_by = served_by
+        self._authenticator = authenticator
+        self._body_bytes_max = body_bytes_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._answer(scope, receive)
+        except ClientGone:
+            return
+        except Unavailable:
+            response = refusal(DatabaseUnavailable())
+        except ClientError as error:
+            response = refusal(error)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            response = refusal(InternalError())
+        await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive) -> ASGIApp:
+        method = scope["method"]
+        operation = self._operations.get("GET" if method == "HEAD" else method)
+        if operation is None:
+            return method_not_allowed(method, self._operations)
+        token = bearer_of(scope["headers"])
+        if token is None:
+            raise Unauthorized("There is no Authorization: Bearer header.")
+        identity = await self._authenticator.authenticate(token)
+        ids, texts = _named(scope["path_params"], identity)
+        query = _query(scope, operation.query)
+        headers = Headers(scope=scope)
+        body = None
+        if operation.bodies:
+            bytes_max = operation.body_bytes_max or self._body_bytes_max
+            data = await self._bodies.read(headers, receive, bytes_max)
+            body = await self._bodies.decode(data, operation)
+        call = Call(identity, ids, texts, query, body, headers, receive)
+        return await operation.handler(self._served_by, call)
+
+
+def _named(parameters: Mapping[str, str], identity: Identity) -> tuple[dict[str, UUID], dict[str, str]]:
+    """What the path names: the ids that were given here, and those that others gave."""
+    ids, texts = {}, {}
+    for name, text in parameters.items():
+        if name == "user_id":
+            if text != identity.user_id:
+                raise Forbidden("The token is another user's.")
+        elif name in TEXTS:
+            if not is_client_id(text):
+                raise InvalidFrame(problems=[Problem(name, f"is not 1 to {ID_CHARACTERS_MAX} printable characters")])
+            texts[name] = text
+        else:
+            try:
+                ids[name] = msgspec.convert(text, UUID)
+            except msgspec.ValidationError:
+                raise InvalidFrame(problems=[Problem(name, "is not a UUID")]) from None
+    return ids, texts
+
+
+def _query(scope: Scope, kind: type[Body]) -> Any:
+    text = scope["query_string"]
+    try:
+        parameters = parse_qsl(text.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=100)
+    except ValueError:
+        raise InvalidFrame(problems=[Problem("query", "cannot be read")]) from None
+    return decode_query(parameters, kind)
+
+
+class _Bodies:
+    """All bodies that are being read and decoded: bounded in time, size and sum."""
+
+    def __init__(self) -> None:
+        self._read_bytes = 0
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
+
+    async def read(self, headers: Headers, receive: Receive, bytes_max: int) -> bytes:
+        """The whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length[:20]) > bytes_max:
+            raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    piece = message.get("body", b"")
+                    body += piece
+                    self._read_bytes += len(piece)
+                    if len(body) > bytes_max:
+                        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+                    if self._read_bytes > READ_BYTES_MAX:
+                        raise RateLimited("This node is being sent as much as it may.")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+        finally:
+            self._read_bytes -= len(body)
+
+    async def decode(self, data: bytes, operation: Operation) -> Any:
+        """What it is. Raises InvalidFrame."""
+        if len(data) <= AT_ONCE_BYTES_MAX:
+            return operation.decode(data, operation.bodies)
+        async with self._decoding:
+            return await asyncio.to_thread(operation.decode, data, operation.bodies)
+
+
+class Holding:
+    """The requests that wait or stream: as many at once as there may be."""
+
+    def __init__(self, held_max: int) -> None:
+        self._held_max = held_max
+        self._held = 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Hold one while it lasts. Raises RateLimited."""
+        if self._held >= self._held_max:
+            raise RateLimited("This node has as many requests that wait as it may.")
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    def streaming(self, stream: ASGIApp) -> ASGIApp:
+        """A response that is held from now on until it ends. Raises RateLimited."""
+        held = self()
+        held.__enter__()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            try:
+                await stream(scope, receive, send)
+            finally:
+                held.__exit__(None, None, None)
+
+        return app
+
+
+async def break_off(scope: Scope, disconnected: Coroutine[Any, Any, None]) -> None:
+    """End a response that has begun as if the network had failed: its client must not take it for whole. The listener
+    lends the means; another server closes the connection when it finds the response unfinished."""
+    close: Callable[[], None] | None = scope.get(BREAK_OFF)
+    if close is None:
+        disconnected.close()
+        return
+    close()
+    await disconnected
+
+
+def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:
+    """Nothing is done here with this method."""
+    listed = ", ".join(dict.fromkeys([*allowed, *(["HEAD"] if "GET" in allowed else [])]))
+    error = InvalidFrame(f"{method} is not allowed here; allowed: {listed}")
+    return refusal(error, {"Allow": listed}, 405)
+
+
+async def refuse_route(request: Request, error: Exception) -> Response:
+    """Starlette's own refusals, in our shape: no such route, or not with this method."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return method_not_allowed(request.method, dict.fromkeys(filter(None, allowed.split(", "))))
+    return refusal(NotFound("There is no such route."), status=error.status_code)

@@ -1,0 +1,76 @@
+"""The sockets of a node: who may connect, and all connections, of whatever kind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from starlette.types import Receive, Scope, Send
+
+from server import metrics
+from server.engine.node import Node
+from server.errors import CloseCode
+from server.settings import Settings
+from server.transport.connection import Connection
+
+
+class Sockets:
+    """All open connections of a node."""
+
+    def __init__(self, settings: Settings, node: Node) -> None:
+        self.settings = settings
+        self.node = node
+        self.connections: set[Connection] = set()
+
+    async def go_away(self, deadline: float, over_seconds: float) -> None:
+        """Tell everybody to connect elsewhere, then close their connections, spread over a moment."""
+        leaving = list(self.connections)
+        for connection in leaving:
+            connection.warn_of_drain(deadline)
+        pause = over_seconds / max(len(leaving), 1)
+        for connection in leaving:
+            await asyncio.sleep(pause)
+            connection.close_soon(CloseCode.RESTARTING, "restarting")
+
+    def refusal(self, scope: Scope) -> tuple[int, str] | None:
+        """Why a connection is not wanted: a close code and its reason."""
+        if not self._is_origin_allowed(scope):
+            return CloseCode.FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
+        if self.node.is_draining:
+            return CloseCode.RESTARTING, "restarting"
+        if len(self.connections) >= self.settings.connections_max:
+            return CloseCode.OVERLOADED, "this node has as many connections as it may"
+        return None
+
+    def _is_origin_allowed(self, scope: Scope) -> bool:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"origin", b"host")}
+        origin = headers.get(b"origin")
+        if origin is None:  # not a browser
+            return True
+        try:
+            own = urlsplit(origin).netloc.lower()
+        except ValueError:
+            return False
+        is_own = own != "" and own == headers.get(b"host", "").lower()
+        return is_own or origin.lower() in self.settings.allowed_origins
+
+
+class WebSocketEndpoint:
+    """The ASGI application behind one path; `connect` makes its connections, of (scope, receive, send, refusal)."""
+
+    def __init__(self, sockets: Sockets, connect: Callable[..., Connection]) -> None:
+        self._sockets = sockets
+        self._connect = connect
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection to its end."""
+        connections = self._sockets.connections
+        connection = self._connect(scope, receive, send, refusal=self._sockets.refusal(scope))
+        connections.add(connection)
+        metrics.connections.inc()
+        try:
+            await connection.run()
+        finally:
+            connections.discard(connection)
+            metrics.connections.dec()
