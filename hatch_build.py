@@ -128,7 +128,7 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
 
 def is_up_to_date(root: Path) -> bool:
     """Whether server/page has the page of web/, or there is no web/."""
-    web, page = root / "web", root / "server" / "page"
+    web, page = root / "web", root / "anynode" / "server" / "page"
     if not (web / "package.json").is_file():
         return True
     try:
@@ -146,7 +146,7 @@ def build_page(
 ) -> str | None:
     """Bring server/page up to date with web/. Returns None, or the text of NOT_BUILT; then a page that was there
     already still is. A build that finds another one at work waits for it."""
-    web, page = root / "web", root / "server" / "page"
+    web, page = root / "web", root / "anynode" / "server" / "page"
     if not (web / "package.json").is_file():
         return None
     with _locked(web):

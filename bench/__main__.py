@@ -19,6 +19,8 @@ from typing import Final
 import click
 import uvloop
 
+from anynode.server.dev.embedded_postgres import embedded_postgres
+from anynode.server.errors import ConfigurationError
 from bench.faces import DEFAULT as DEFAULT_FACES
 from bench.faces import FACES
 from bench.faces import QUICK as QUICK_FACES
@@ -29,8 +31,6 @@ from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
 from bench.servers import SIDES, Bench, Side
-from server.dev.embedded_postgres import embedded_postgres
-from server.errors import ConfigurationError
 
 REASON_SHOWN_MAX: Final = 500  # characters of why a measurement failed,
 LOG_SHOWN_MAX: Final = 2000  # and of what its server said first

@@ -11,8 +11,8 @@ from functools import cache
 from itertools import cycle
 from typing import Final
 
-from server.agents.agent import TextDelta, Turn
-from server.settings import Settings, read_settings
+from anynode.server.agents.agent import TextDelta, Turn
+from anynode.server.settings import Settings, read_settings
 
 MARKDOWN: Final = "bench.agents:written"
 SECTION: Final = """## What a section of an answer looks like

@@ -11,9 +11,9 @@ from contextlib import aclosing
 from typing import Final, NamedTuple
 from uuid import UUID
 
+from anynode.server.client.client import Client, GivenUp, Refused
 from bench.load import Connection, LoadError, connect
 from bench.seen import ENDINGS, Frame, Seen
-from server.client.client import Client, GivenUp, Refused
 
 PATIENCE_SECONDS: Final = 30.0
 

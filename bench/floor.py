@@ -27,8 +27,8 @@ from starlette.applications import Starlette
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from anynode.server.settings import Settings, read_settings
 from bench.agents import paced
-from server.settings import Settings, read_settings
 
 SCHEMA = """
 CREATE TABLE messages (

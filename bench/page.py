@@ -18,12 +18,12 @@ from typing import Any, Final
 import click
 from playwright.async_api import Browser, Page, ViewportSize, async_playwright
 
+from anynode.server.api.page import DIRECTORY
+from anynode.server.dev.embedded_postgres import embedded_postgres
 from bench.__main__ import Progress
 from bench.agents import MARKDOWN
 from bench.load import LoadError
 from bench.servers import Bench, Server
-from server.api.page import DIRECTORY
-from server.dev.embedded_postgres import embedded_postgres
 from tests.browser import FLAGS
 
 HISTORY: Final = 1000

@@ -19,12 +19,12 @@ from uuid import UUID
 import asyncpg
 import psutil
 
+from anynode.models.ids import uuid7
+from anynode.models.migrate import migrate
+from anynode.server.auth import make_token
+from anynode.server.dev.embedded_postgres import EmbeddedPostgres
 from bench import floor
 from bench.load import LoadError
-from models.ids import uuid7
-from models.migrate import migrate
-from server.auth import make_token
-from server.dev.embedded_postgres import EmbeddedPostgres
 
 Side: TypeAlias = Literal["product", "floor"]
 SIDES: Final[tuple[Side, Side]] = ("product", "floor")
@@ -36,7 +36,7 @@ STOP_SECONDS: Final = 8.0
 CONTENT: Final = "a message of a hundred characters, which is about what people and models say to each other in chats"
 
 COMMANDS: Final[Mapping[Side, Sequence[str]]] = {
-    "product": ("-m", "server.cli", "serve", "--stop-with-input", "--quiet"),
+    "product": ("-m", "anynode.server.cli", "serve", "--stop-with-input", "--quiet"),
     "floor": ("-m", "bench.floor"),
 }
 SEEDS: Final[Mapping[Side, Sequence[str]]] = {

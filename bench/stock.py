@@ -16,10 +16,10 @@ from typing import Any, Final
 import asyncpg
 import click
 
+from anynode.server.dev.embedded_postgres import embedded_postgres
 from bench.__main__ import Progress
 from bench.load import LoadError
 from bench.servers import USER, Bench, Server
-from server.dev.embedded_postgres import embedded_postgres
 from tests.npm import RegistryUnreachable, Script, ScriptError, install
 from tests.stock.agents import AGENT
 from tests.stock.balancer import Balancer, running_balancer

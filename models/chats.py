@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from uuid import UUID
 
-from models.database import Database
-from models.ids import as_uuid
+from anynode.models.database import Database
+from anynode.models.ids import as_uuid
 
 
 @dataclass(frozen=True, slots=True)

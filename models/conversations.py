@@ -12,9 +12,9 @@ from uuid import UUID
 import asyncpg
 from msgspec import Struct
 
-from models.database import Database
-from models.ids import as_uuid
-from models.rules import COMPLETED
+from anynode.models.database import Database
+from anynode.models.ids import as_uuid
+from anynode.models.rules import COMPLETED
 
 DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
 

@@ -11,7 +11,7 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
-from models.database import Database
+from anynode.models.database import Database
 
 DELTA = "turn.delta"
 

@@ -11,8 +11,8 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from models.database import Database
-from models.rules import Tail
+from anynode.models.database import Database
+from anynode.models.rules import Tail
 
 PAGE_BYTES_MAX: Final = 2_097_152  # of content; a page is encoded at once
 MOVED_TIMES_MAX: Final = 20  # how often others may be faster before an append gives up

@@ -13,12 +13,14 @@ from tortoise.migrations.loader import MigrationLoader
 from tortoise.migrations.schema_editor import AsyncpgSchemaEditor
 from tortoise.transactions import in_transaction
 
-from models.database import Unavailable, normalise_url
+from anynode.models.database import Unavailable, normalise_url
 
 APP = "models"
 _LOCK = 0x616E796E6F6465  # "anynode"
 _OPTIONS: dict[str, Any] = {"timeout": 10, "statement_cache_size": 0}  # see `database._Source`
-_APPS: dict[str, dict[str, Any]] = {APP: {"models": ["models.tables"], "migrations": "models.migrations"}}
+_APPS: dict[str, dict[str, Any]] = {
+    APP: {"models": ["anynode.models.tables"], "migrations": "anynode.models.migrations"}
+}
 
 
 class SchemaBehind(Unavailable):
@@ -68,7 +70,7 @@ async def missing_migrations(url: str) -> list[str]:
         rows = await connection.fetch("SELECT name FROM tortoise_migrations WHERE app = $1", APP) if exists else []
     finally:
         await connection.close(timeout=5)
-    loader = MigrationLoader({APP: {"migrations": "models.migrations"}}, recorder=None)  # type: ignore[arg-type]
+    loader = MigrationLoader({APP: {"migrations": "anynode.models.migrations"}}, recorder=None)  # type: ignore[arg-type]
     loader.load_disk()
     return sorted({key.name for key in loader.disk_migrations} - {row["name"] for row in rows})
 

@@ -12,7 +12,7 @@ _NAME = re.compile(r"^-- name: (\w+)$", re.MULTILINE)
 @cache
 def statements() -> dict[str, str]:
     """Every statement of `queries.sql`, by name, without comments."""
-    parts = _NAME.split(files("models").joinpath("queries.sql").read_text())
+    parts = _NAME.split(files("anynode.models").joinpath("queries.sql").read_text())
     return {name: _strip(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 

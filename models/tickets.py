@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.database import Database
+from anynode.models.database import Database
 
 
 async def add_ticket(

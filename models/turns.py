@@ -8,7 +8,7 @@ from uuid import UUID
 
 import asyncpg
 
-from models.database import Database
+from anynode.models.database import Database
 
 
 @dataclass(frozen=True, slots=True)

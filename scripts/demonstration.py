@@ -37,7 +37,7 @@ def running_dev() -> Iterator[str]:
     """The URL of the page that `anynode dev --nodes 3` prints."""
     with tempfile.TemporaryDirectory(prefix="anynode-demonstration-") as directory:
         environment = {**os.environ, "PORT": str(free_port()), "ECHO_TOKENS_PER_SECOND": "30", "LEASE_SECONDS": "2"}
-        command = [sys.executable, "-m", "server.cli", "dev", "--nodes", "3", "--data-dir", directory]
+        command = [sys.executable, "-m", "anynode.server.cli", "dev", "--nodes", "3", "--data-dir", directory]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603 (a list, no shell)
         try:
             yield _url_in(process)

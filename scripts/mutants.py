@@ -662,9 +662,9 @@ def copy_to(directory: Path) -> Path:
     listing = ["git", "-c", f"safe.directory={TOP}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(listing, cwd=TOP, check=True, capture_output=True, text=True)  # noqa: S603
     for name in filter(None, listed.stdout.split("\0")):
-        if (TOP / name).is_file():
+        if (TOP / name).is_file() or (TOP / name).is_symlink():  # the two links of anynode/
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(TOP / name, directory / name)
+            shutil.copy2(TOP / name, directory / name, follow_symlinks=False)
     return directory
 
 
@@ -773,7 +773,9 @@ def try_all(mutations: Sequence[Mutation], scratch: Path) -> int:
 
     tests = {test for mutation in mutations for test in mutation.tests}
     tests -= {test for test in tests if "::" in test and test.split("::")[0] in tests}
-    red, output = run(shutil.copytree(original, scratch / "unchanged"), sorted(tests), SECONDS_MAX_UNCHANGED)
+    red, output = run(
+        shutil.copytree(original, scratch / "unchanged", symlinks=True), sorted(tests), SECONDS_MAX_UNCHANGED
+    )
     if red != "":
         print(output, "the tests are not green to begin with", sep="\n")
         return 1
@@ -783,7 +785,7 @@ def try_all(mutations: Sequence[Mutation], scratch: Path) -> int:
     width = max(len(mutation.name) for mutation in mutations)
     for mutation in mutations:
         began_at = time.monotonic()
-        top = shutil.copytree(original, scratch / "broken")
+        top = shutil.copytree(original, scratch / "broken", symlinks=True)
         red = try_out(mutation, top)
         shutil.rmtree(top)
         survived += not red

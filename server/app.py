@@ -15,26 +15,26 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import WebSocketRoute
 
-from models.database import Database, Unavailable
-from models.migrate import check_schema
-from server.agents.load import open_agent
-from server.api.ai_sdk.connection import AiSdkConnection
-from server.api.ai_sdk.handlers import AiSdk
-from server.api.anynode_v1 import NativeConnection
-from server.api.health import health_routes
-from server.api.openai.handlers import Responses
-from server.api.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
-from server.api.page import page_routes
-from server.api.rest import Rest
-from server.api.tickets import Tickets
-from server.auth import Authenticator
-from server.dev.orders import Orders, order_routes
-from server.engine.node import Node
-from server.reference.page import reference_routes
-from server.settings import Settings
-from server.startup import configured, explained
-from server.transport.http import Holding, refuse_route, routes_of
-from server.transport.websocket import Sockets, WebSocketEndpoint
+from anynode.models.database import Database, Unavailable
+from anynode.models.migrate import check_schema
+from anynode.server.agents.load import open_agent
+from anynode.server.api.ai_sdk.connection import AiSdkConnection
+from anynode.server.api.ai_sdk.handlers import AiSdk
+from anynode.server.api.anynode_v1 import NativeConnection
+from anynode.server.api.health import health_routes
+from anynode.server.api.openai.handlers import Responses
+from anynode.server.api.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
+from anynode.server.api.page import page_routes
+from anynode.server.api.rest import Rest
+from anynode.server.api.tickets import Tickets
+from anynode.server.auth import Authenticator
+from anynode.server.dev.orders import Orders, order_routes
+from anynode.server.engine.node import Node
+from anynode.server.reference.page import reference_routes
+from anynode.server.settings import Settings
+from anynode.server.startup import configured, explained
+from anynode.server.transport.http import Holding, refuse_route, routes_of
+from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
 

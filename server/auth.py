@@ -19,8 +19,8 @@ import aiohttp
 import jwt
 from jwt.algorithms import HMACAlgorithm
 
-from server.errors import ConfigurationError, Unauthorized
-from server.settings import Settings
+from anynode.server.errors import ConfigurationError, Unauthorized
+from anynode.server.settings import Settings
 
 if TYPE_CHECKING:
     from jwt.types import Options

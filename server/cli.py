@@ -14,16 +14,16 @@ from typing import Any, Final
 import click
 import platformdirs
 
-from models.migrate import migrate
-from server.agents.load import check_agent, check_tools
-from server.auth import make_token
-from server.client.terminal import chat
-from server.dev.orders import Orders
-from server.dev.run import DEV_USER, dev_secret, run_dev
-from server.errors import ConfigurationError
-from server.serve import listen
-from server.settings import Settings, check_for_production, read_settings
-from server.startup import on_database
+from anynode.models.migrate import migrate
+from anynode.server.agents.load import check_agent, check_tools
+from anynode.server.auth import make_token
+from anynode.server.client.terminal import chat
+from anynode.server.dev.orders import Orders
+from anynode.server.dev.run import DEV_USER, dev_secret, run_dev
+from anynode.server.errors import ConfigurationError
+from anynode.server.serve import listen
+from anynode.server.settings import Settings, check_for_production, read_settings
+from anynode.server.startup import on_database
 
 _DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 

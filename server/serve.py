@@ -17,13 +17,13 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request
 
-from server.api.ai_sdk.wire import REQUEST_BYTES_MAX
-from server.api.operations import AI_SDK_PATH
-from server.app import Anynode, open_anynode
-from server.dev.orders import Orders
-from server.errors import CloseCode
-from server.settings import Settings
-from server.transport.http import BREAK_OFF
+from anynode.server.api.ai_sdk.wire import REQUEST_BYTES_MAX
+from anynode.server.api.operations import AI_SDK_PATH
+from anynode.server.app import Anynode, open_anynode
+from anynode.server.dev.orders import Orders
+from anynode.server.errors import CloseCode
+from anynode.server.settings import Settings
+from anynode.server.transport.http import BREAK_OFF
 
 logger = logging.getLogger("anynode")
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from models.text import is_storable
-from server.errors import ConfigurationError
+from anynode.models.text import is_storable
+from anynode.server.errors import ConfigurationError
 
 CALLS_AT_ONCE_MAX = 64  # of tools, in one step of a turn
 NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # as the label of a host

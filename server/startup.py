@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import asyncpg
 
-from models.database import BadDatabaseUrl, normalise_url
-from models.migrate import SchemaBehind
-from server.errors import ConfigurationError
+from anynode.models.database import BadDatabaseUrl, normalise_url
+from anynode.models.migrate import SchemaBehind
+from anynode.server.errors import ConfigurationError
 
 Result = TypeVar("Result")
 

@@ -14,9 +14,9 @@ from pydantic_ai import RunContext
 from pydantic_ai.messages import ModelMessage
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 
-from server.agents.agent import Turn
-from server.agents.pydantic_ai import from_pydantic_ai
-from server.agents.run_agent import from_run_agent
+from anynode.server.agents.agent import Turn
+from anynode.server.agents.pydantic_ai import from_pydantic_ai
+from anynode.server.agents.run_agent import from_run_agent
 from tests.scripted_agents import DIRECTORY, POLL_SECONDS
 
 RUN_AGENT: Final = "tests.adapted_agents:function"

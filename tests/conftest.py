@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from models.migrate import migrate
-from server.dev.embedded_postgres import embedded_postgres
+from anynode.models.migrate import migrate
+from anynode.server.dev.embedded_postgres import embedded_postgres
 from tests.harness import NodeProcess, running_node, sql, with_database
 
 TEMPLATE = f"anynode_template_{os.getpid()}"

@@ -10,7 +10,7 @@ from typing import Any, Final
 import asyncpg
 from websockets.exceptions import WebSocketException
 
-from models.rules import NEXT_ROLES
+from anynode.models.rules import NEXT_ROLES
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
 
 PATIENCE_SECONDS: Final = 60.0

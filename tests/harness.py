@@ -22,7 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from websockets.asyncio.client import ClientConnection, connect
 
-from server.auth import make_token
+from anynode.server.auth import make_token
 
 SECRET = secrets.token_urlsafe(48)
 TERMINAL = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
@@ -144,7 +144,7 @@ def running_node(
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve"],
+            [sys.executable, "-m", "anynode.server.cli", "serve"],
             env={**inherited, **settings, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import asyncpg
 import pytest
 
-from server.dev.unprivileged import as_owner, give_to_nobody
+from anynode.server.dev.unprivileged import as_owner, give_to_nobody
 from tests.harness import free_port, sql
 
 PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])

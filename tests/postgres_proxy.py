@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
-from models.queries import statements
+from anynode.models.queries import statements
 
 CHUNK_BYTES: Final = 65_536
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, Turn
+from anynode.server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, Turn
 from tests.scripted_agents import script, script_of
 
 AGENT: Final = "tests.recalling_agents:recall"

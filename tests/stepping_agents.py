@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
-from server.agents.agent import AgentEvent, HistoryMessage, StepEnd, TextDelta, Turn
+from anynode.server.agents.agent import AgentEvent, HistoryMessage, StepEnd, TextDelta, Turn
 from tests.scripted_agents import _directory as directory
 from tests.scripted_agents import script, script_of
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from server.agents.agent import AgentEvent, TextDelta, ToolCall, ToolResult, Turn, resumes_calls
-from server.agents.tools import ToolContext
+from anynode.server.agents.agent import AgentEvent, TextDelta, ToolCall, ToolResult, Turn, resumes_calls
+from anynode.server.agents.tools import ToolContext
 from tests.scripted_agents import DIRECTORY, POLL_SECONDS
 
 TOOLS: Final = "tests.waiting_tools:tools"

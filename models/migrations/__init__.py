@@ -1,1 +1,1 @@
-"""The schema's history, one module a change, applied in order by ``models.migrate``."""
+"""The schema's history, one module a change, applied in order by ``anynode.models.migrate``."""

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from functools import lru_cache
 from itertools import chain
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     Agent,
     AgentError,
     AgentEvent,
@@ -21,9 +21,9 @@ from server.agents.agent import (
     continues,
     resumes_calls,
 )
-from server.agents.tool_calls import ToolRunner
-from server.agents.tools import Tool, make_tool
-from server.settings import ScriptedSteps, Settings
+from anynode.server.agents.tool_calls import ToolRunner
+from anynode.server.agents.tools import Tool, make_tool
+from anynode.server.settings import ScriptedSteps, Settings
 
 _WORD = re.compile(r"\S+\s*|\s+")  # every character is in exactly one match, so that the words join to the text
 

@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from server.errors import ConfigurationError
+from anynode.server.errors import ConfigurationError
 
 
 def import_named(setting: str, name: str, *, forms: str = "`package.module:attribute`") -> Any:

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
-from server.agents.agent import Agent
-from server.agents.echo import make_echo
-from server.agents.import_by_name import import_named
-from server.agents.openai import open_openai
-from server.agents.tools import load_tools
-from server.errors import ConfigurationError
-from server.settings import Settings
+from anynode.server.agents.agent import Agent
+from anynode.server.agents.echo import make_echo
+from anynode.server.agents.import_by_name import import_named
+from anynode.server.agents.openai import open_openai
+from anynode.server.agents.tools import load_tools
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings
 
 BUILT_IN = ("echo", "openai")
 

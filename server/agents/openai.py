@@ -19,8 +19,8 @@ import aiohttp
 import msgspec
 from yarl import URL
 
-from models.text import clean
-from server.agents.agent import (
+from anynode.models.text import clean
+from anynode.server.agents.agent import (
     Agent,
     AgentError,
     AgentEvent,
@@ -34,12 +34,12 @@ from server.agents.agent import (
     continues,
     resumes_calls,
 )
-from server.agents.openai_calls import Calls
-from server.agents.openai_stream import ProviderError, StepDecoder, quote
-from server.agents.tool_calls import NO_ERRORS, ToolRunner, messages_of
-from server.agents.tools import Tool
-from server.errors import ConfigurationError
-from server.settings import Settings
+from anynode.server.agents.openai_calls import Calls
+from anynode.server.agents.openai_stream import ProviderError, StepDecoder, quote
+from anynode.server.agents.tool_calls import NO_ERRORS, ToolRunner, messages_of
+from anynode.server.agents.tools import Tool
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings
 
 CONNECT_TIMEOUT_SECONDS = 10
 ERROR_BYTES_MAX = 65_536

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import msgspec
 
-from models.text import clean, is_storable
-from server.agents.agent import AgentError, ToolCall
-from server.protocol.encoding import encode
-from server.settings import CALLS_AT_ONCE_MAX
+from anynode.models.text import clean, is_storable
+from anynode.server.agents.agent import AgentError, ToolCall
+from anynode.server.protocol.encoding import encode
+from anynode.server.settings import CALLS_AT_ONCE_MAX
 
 ID_CHARACTERS_MAX: Final = 256
 _NOT_OF_A_NAME: Final = re.compile(r"[^a-zA-Z0-9_-]")

@@ -6,8 +6,8 @@ import json
 
 import msgspec
 
-from server.agents.agent import AgentError
-from server.agents.openai_calls import CallDelta, Calls
+from anynode.server.agents.agent import AgentError
+from anynode.server.agents.openai_calls import CallDelta, Calls
 
 LINE_BYTES_MAX = 1_048_576
 QUOTE_CHARACTERS_MAX = 300

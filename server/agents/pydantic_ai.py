@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar, cast
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     Agent,
     AgentError,
     AgentEvent,
@@ -23,8 +23,8 @@ from server.agents.agent import (
     Usage,
     resumes_calls,
 )
-from server.errors import ConfigurationError
-from server.protocol.encoding import encode
+from anynode.server.errors import ConfigurationError
+from anynode.server.protocol.encoding import encode
 
 try:
     from pydantic_ai import exceptions

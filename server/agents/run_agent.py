@@ -12,8 +12,17 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
-from server.protocol.encoding import encode
+from anynode.server.agents.agent import (
+    Agent,
+    AgentError,
+    AgentEvent,
+    HistoryMessage,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    Turn,
+)
+from anynode.server.protocol.encoding import encode
 
 Messages: TypeAlias = list[dict[str, Any]]
 Outcome: TypeAlias = tuple[str, Sequence[Any] | None]

@@ -16,11 +16,11 @@ from typing import Any, Final
 
 import msgspec
 
-from models.text import clean
-from server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
-from server.agents.tools import Tool, ToolContext
-from server.protocol.encoding import encode
-from server.settings import Settings
+from anynode.models.text import clean
+from anynode.server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
+from anynode.server.agents.tools import Tool, ToolContext
+from anynode.server.protocol.encoding import encode
+from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.tools")
 

@@ -12,8 +12,8 @@ from uuid import UUID
 
 import msgspec
 
-from server.agents.import_by_name import import_named
-from server.errors import ConfigurationError
+from anynode.server.agents.import_by_name import import_named
+from anynode.server.errors import ConfigurationError
 
 TOOLS_MAX: Final = 128  # what the chat completions API takes
 _NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")

@@ -8,11 +8,11 @@ from contextlib import aclosing
 from typing import Any, Final, assert_never
 from uuid import UUID
 
-from models.conversations import Admission, Snapshot
-from models.database import Unavailable
-from server.errors import ClientError, CloseCode, DatabaseUnavailable, RateLimited, Unauthorized
-from server.protocol.encoding import encode, error_frame, event_frames, snapshot_frame
-from server.protocol.frames import (
+from anynode.models.conversations import Admission, Snapshot
+from anynode.models.database import Unavailable
+from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, RateLimited, Unauthorized
+from anynode.server.protocol.encoding import encode, error_frame, event_frames, snapshot_frame
+from anynode.server.protocol.frames import (
     SUBPROTOCOL,
     Auth,
     AuthExpiring,
@@ -29,7 +29,7 @@ from server.protocol.frames import (
     decode_frame,
     request_id_of,
 )
-from server.transport.connection import FOLLOWS_MAX, Closed, Connection
+from anynode.server.transport.connection import FOLLOWS_MAX, Closed, Connection
 
 logger = logging.getLogger("anynode.websocket")
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from msgspec import UNSET
 
-from models.messages import Page
-from models.rules import standing
-from server.protocol.bodies import Export, ExportedMessage
-from server.protocol.encoding import tool_calls_of
+from anynode.models.messages import Page
+from anynode.models.rules import standing
+from anynode.server.protocol.bodies import Export, ExportedMessage
+from anynode.server.protocol.encoding import tool_calls_of
 
 
 def exported(page: Page) -> Export:

@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from models.database import Database
-from server import metrics
-from server.engine.node import Node
+from anynode.models.database import Database
+from anynode.server import metrics
+from anynode.server.engine.node import Node
 
 
 def health_routes(node: Node, database: Database) -> list[Route]:

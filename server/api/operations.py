@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
-from server.api.ai_sdk.handlers import AiSdk
-from server.api.ai_sdk.wire import REQUEST_BYTES_MAX, ChatRequest, decode_request
-from server.api.openai.bodies import CreateResponse, Model, Models, ResponseObject, ResponseQuery
-from server.api.openai.bodies import decode_request as decode_response_request
-from server.api.openai.handlers import Responses
-from server.api.rest import Rest
-from server.errors import (
+from anynode.server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
+from anynode.server.api.ai_sdk.handlers import AiSdk
+from anynode.server.api.ai_sdk.wire import REQUEST_BYTES_MAX, ChatRequest, decode_request
+from anynode.server.api.openai.bodies import CreateResponse, Model, Models, ResponseObject, ResponseQuery
+from anynode.server.api.openai.bodies import decode_request as decode_response_request
+from anynode.server.api.openai.handlers import Responses
+from anynode.server.api.rest import Rest
+from anynode.server.errors import (
     AgentFailed,
     ConversationBusy,
     Draining,
@@ -22,7 +22,7 @@ from server.errors import (
     RateLimited,
     RoleOrder,
 )
-from server.protocol.bodies import (
+from anynode.server.protocol.bodies import (
     Answer,
     AnyPostedMessage,
     Appended,
@@ -45,8 +45,8 @@ from server.protocol.bodies import (
     StartedTurn,
     StoredTurn,
 )
-from server.protocol.frames import Message
-from server.transport.http import Operation
+from anynode.server.protocol.frames import Message
+from anynode.server.transport.http import Operation
 
 APPENDED_BYTES_MAX: Final = 4_194_304  # of a body that appends messages: a whole history moves in at once
 

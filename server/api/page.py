@@ -11,10 +11,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from server.errors import NotFound
-from server.transport.http import refusal
+from anynode.server.errors import NotFound
+from anynode.server.transport.http import refusal
 
-DIRECTORY: Final = Path(str(files("server").joinpath("page")))
+DIRECTORY: Final = Path(str(files("anynode.server").joinpath("page")))
 _MISSING: Final = "The chat page has not been built. Build it with: uv sync --reinstall-package anynode"
 _SAFE: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _PAGE: Final = {

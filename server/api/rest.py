@@ -14,20 +14,20 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.conversations import (
+from anynode.models.conversations import (
     Admission,
     create_conversation,
     list_conversations,
     read_conversation,
     update_conversation,
 )
-from models.database import Database, Unavailable
-from models.ids import uuid7
-from models.messages import read_messages
-from models.text import is_storable
-from server.api.export import exported
-from server.engine.node import Node
-from server.errors import (
+from anynode.models.database import Database, Unavailable
+from anynode.models.ids import uuid7
+from anynode.models.messages import read_messages
+from anynode.models.text import is_storable
+from anynode.server.api.export import exported
+from anynode.server.engine.node import Node
+from anynode.server.errors import (
     ClientError,
     DatabaseUnavailable,
     InvalidFrame,
@@ -35,7 +35,7 @@ from server.errors import (
     NotFound,
     Problem,
 )
-from server.protocol.bodies import (
+from anynode.server.protocol.bodies import (
     Appended,
     Body,
     Cancel,
@@ -56,12 +56,12 @@ from server.protocol.bodies import (
     Regenerate,
     StartedTurn,
 )
-from server.protocol.encoding import message_of
-from server.protocol.frames import SEQ_MAX, MessageSend, TurnRegenerate
-from server.settings import Settings
-from server.transport.http import Call, Holding, refusal, reply
-from server.transport.sse import EventStream
-from server.transport.turn_end import answer_of, stored_turn
+from anynode.server.protocol.encoding import message_of
+from anynode.server.protocol.frames import SEQ_MAX, MessageSend, TurnRegenerate
+from anynode.server.settings import Settings
+from anynode.server.transport.http import Call, Holding, refusal, reply
+from anynode.server.transport.sse import EventStream
+from anynode.server.transport.turn_end import answer_of, stored_turn
 
 METADATA_BYTES_MAX: Final = 16_384
 METADATA_DEPTH_MAX: Final = 100

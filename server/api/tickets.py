@@ -10,10 +10,10 @@ import hashlib
 import secrets
 from typing import Final
 
-from models.database import Database
-from models.tickets import add_ticket, redeem_ticket
-from server.auth import Identity
-from server.errors import RateLimited, Unauthorized
+from anynode.models.database import Database
+from anynode.models.tickets import add_ticket, redeem_ticket
+from anynode.server.auth import Identity
+from anynode.server.errors import RateLimited, Unauthorized
 
 TICKET_SECONDS: Final = 30.0
 TICKETS_MAX: Final = 100  # of one user at once

@@ -15,8 +15,8 @@ from typing import Any, Final
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
-from server.errors import CloseCode
-from server.protocol.frames import SUBPROTOCOL
+from anynode.server.errors import CloseCode
+from anynode.server.protocol.frames import SUBPROTOCOL
 
 TERMINAL: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 BACKOFF_SECONDS: Final = (0.05, 2.0)  # the first and the longest wait between attempts

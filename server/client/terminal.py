@@ -11,7 +11,7 @@ from contextlib import aclosing, suppress
 
 import click
 
-from server.client.client import Client, Frame, GivenUp, Refused
+from anynode.server.client.client import Client, Frame, GivenUp, Refused
 
 try:
     import readline as readline  # gives input() its line editing

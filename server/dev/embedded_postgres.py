@@ -24,8 +24,8 @@ from types import MappingProxyType
 from typing import IO
 from urllib.parse import quote
 
-from server.dev.unprivileged import as_owner, give_to_nobody
-from server.errors import ConfigurationError
+from anynode.server.dev.unprivileged import as_owner, give_to_nobody
+from anynode.server.errors import ConfigurationError
 
 POLL_SECONDS = 0.02
 LOCK_SECONDS = 90.0  # longer than any start or stop but the most unlucky

@@ -16,9 +16,9 @@ from typing import BinaryIO, Final
 
 import click
 
-from server.dev.load_balancer import Front
-from server.dev.orders import Action, read_order
-from server.errors import ConfigurationError
+from anynode.server.dev.load_balancer import Front
+from anynode.server.dev.orders import Action, read_order
+from anynode.server.errors import ConfigurationError
 
 READY_SECONDS: Final = 30.0
 READY_POLL_SECONDS: Final = 0.05
@@ -123,7 +123,7 @@ class DevNodes:
         names, orders = ",".join(each.name for each in self.nodes), self._orders_in.fileno()
         node.is_ordered_to_end = False
         node.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.cli", "serve", "--stop-with-input", "--quiet"),
+            *(sys.executable, "-m", "anynode.server.cli", "serve", "--stop-with-input", "--quiet"),
             *("--orders", str(orders), "--neighbours", names),
             env={**self._environment, "PORT": str(node.port), "NODE_NAME": node.name},
             stdin=self._lifeline,

@@ -18,11 +18,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from server.auth import Authenticator, bearer_of
-from server.errors import BodyTimeout, ClientError, InvalidFrame, MessageTooLarge, NotFound, Unauthorized
-from server.protocol.bodies import Body
-from server.protocol.decoding import decode_body
-from server.transport.http import refusal, reply
+from anynode.server.auth import Authenticator, bearer_of
+from anynode.server.errors import BodyTimeout, ClientError, InvalidFrame, MessageTooLarge, NotFound, Unauthorized
+from anynode.server.protocol.bodies import Body
+from anynode.server.protocol.decoding import decode_body
+from anynode.server.transport.http import refusal, reply
 
 logger = logging.getLogger("anynode.dev_orders")
 

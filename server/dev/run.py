@@ -16,17 +16,17 @@ from typing import Final
 
 import click
 
-from models.migrate import migrate
-from server.agents.load import check_agent, check_tools
-from server.api.operations import AI_SDK_PATH
-from server.api.page import missing
-from server.auth import make_token
-from server.dev.embedded_postgres import embedded_postgres
-from server.dev.load_balancer import Front
-from server.dev.nodes import DevNode, DevNodes, reachable
-from server.errors import ConfigurationError
-from server.settings import Settings, read_settings
-from server.startup import on_database
+from anynode.models.migrate import migrate
+from anynode.server.agents.load import check_agent, check_tools
+from anynode.server.api.operations import AI_SDK_PATH
+from anynode.server.api.page import missing
+from anynode.server.auth import make_token
+from anynode.server.dev.embedded_postgres import embedded_postgres
+from anynode.server.dev.load_balancer import Front
+from anynode.server.dev.nodes import DevNode, DevNodes, reachable
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings, read_settings
+from anynode.server.startup import on_database
 
 DEV_USER: Final = "dev"
 TOKEN_SECONDS: Final = 7 * 86_400

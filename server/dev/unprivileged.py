@@ -7,7 +7,7 @@ import pwd
 import shutil
 from pathlib import Path
 
-from server.errors import ConfigurationError
+from anynode.server.errors import ConfigurationError
 
 
 def as_owner(directory: Path) -> list[str]:

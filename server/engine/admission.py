@@ -8,15 +8,15 @@ from typing import Final
 
 import msgspec
 
-from models.conversations import Admission, Question, StoredMessage
-from models.ids import uuid7
-from models.messages import AppendedMessage
-from models.rules import OutOfOrder, Tail, refused_user, visible
-from server.agents.agent import HistoryMessage
-from server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
-from server.protocol.bodies import AnyPostedMessage, AssistantMessage, TextPart, ToolMessage
-from server.protocol.encoding import encode, tool_calls_of
-from server.protocol.frames import NOT_BLANK, Message, MessageSend, TurnRegenerate
+from anynode.models.conversations import Admission, Question, StoredMessage
+from anynode.models.ids import uuid7
+from anynode.models.messages import AppendedMessage
+from anynode.models.rules import OutOfOrder, Tail, refused_user, visible
+from anynode.server.agents.agent import HistoryMessage
+from anynode.server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
+from anynode.server.protocol.bodies import AnyPostedMessage, AssistantMessage, TextPart, ToolMessage
+from anynode.server.protocol.encoding import encode, tool_calls_of
+from anynode.server.protocol.frames import NOT_BLANK, Message, MessageSend, TurnRegenerate
 
 TITLE_LENGTH: Final = 80
 

@@ -14,11 +14,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Final, TypeAlias
 from uuid import UUID
 
-from models.conversations import Snapshot, read_snapshot
-from models.database import Database, Unavailable
-from models.events import Event, Reading, read_events, read_running
-from models.rules import TERMINAL_EVENTS
-from server.errors import NotFound
+from anynode.models.conversations import Snapshot, read_snapshot
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event, Reading, read_events, read_running
+from anynode.models.rules import TERMINAL_EVENTS
+from anynode.server.errors import NotFound
 
 logger = logging.getLogger("anynode.follow")
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 from uuid import UUID
 
-from models.database import Database, Unavailable
-from models.events import DELTA, Ending, Entry, Event, delta_payload, ended_under, flush
-from server import metrics
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import DELTA, Ending, Entry, Event, delta_payload, ended_under, flush
+from anynode.server import metrics
 
 logger = logging.getLogger("anynode.journal")
 

@@ -8,18 +8,18 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from models.conversations import read_history
-from models.database import Database, Unavailable
-from models.events import Event
-from models.turns import TakenTurn, release_leases, renew_leases, take_over
-from server import metrics
-from server.agents.agent import Agent, Turn, can_resume_calls
-from server.engine.admission import history_of
-from server.engine.running_turns import RunningTurns
-from server.engine.steps import history_of_steps, standing_events, steps_in
-from server.engine.turn import RunningTurn
-from server.protocol.encoding import encode
-from server.settings import Settings
+from anynode.models.conversations import read_history
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event
+from anynode.models.turns import TakenTurn, release_leases, renew_leases, take_over
+from anynode.server import metrics
+from anynode.server.agents.agent import Agent, Turn, can_resume_calls
+from anynode.server.engine.admission import history_of
+from anynode.server.engine.running_turns import RunningTurns
+from anynode.server.engine.steps import history_of_steps, standing_events, steps_in
+from anynode.server.engine.turn import RunningTurn
+from anynode.server.protocol.encoding import encode
+from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
 

@@ -12,23 +12,23 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
-from models.conversations import Admission, admit, delete_conversation, regenerate
-from models.database import Database, Unavailable
-from models.events import Event
-from models.ids import uuid7
-from models.messages import append_messages
-from models.tickets import delete_expired_tickets
-from models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
-from server.agents.agent import Agent, Turn
-from server.engine.admission import appended_of, history_of, question_of, raise_refusal
-from server.engine.follow import Follows
-from server.engine.leases import Lease, Leases
-from server.engine.running_turns import RunningTurns
-from server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
-from server.protocol.bodies import AnyPostedMessage
-from server.protocol.encoding import encode
-from server.protocol.frames import Message, MessageSend, TurnRegenerate
-from server.settings import Settings
+from anynode.models.conversations import Admission, admit, delete_conversation, regenerate
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event
+from anynode.models.ids import uuid7
+from anynode.models.messages import append_messages
+from anynode.models.tickets import delete_expired_tickets
+from anynode.models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
+from anynode.server.agents.agent import Agent, Turn
+from anynode.server.engine.admission import appended_of, history_of, question_of, raise_refusal
+from anynode.server.engine.follow import Follows
+from anynode.server.engine.leases import Lease, Leases
+from anynode.server.engine.running_turns import RunningTurns
+from anynode.server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
+from anynode.server.protocol.bodies import AnyPostedMessage
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import Message, MessageSend, TurnRegenerate
+from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
 

@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from typing import Any, Final
 from uuid import UUID
 
-from models.database import Database
-from models.events import Event
-from server import metrics
-from server.agents.agent import Agent, Turn
-from server.engine.follow import Follows, Log
-from server.engine.journal import Journal
-from server.engine.turn import RunningTurn
-from server.settings import Settings
+from anynode.models.database import Database
+from anynode.models.events import Event
+from anynode.server import metrics
+from anynode.server.agents.agent import Agent, Turn
+from anynode.server.engine.follow import Follows, Log
+from anynode.server.engine.journal import Journal
+from anynode.server.engine.turn import RunningTurn
+from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from server.agents.agent import Agent, HistoryMessage, ToolCall, ToolResult, can_continue, can_resume_calls
-from server.agents.tool_calls import messages_of
+from anynode.server.agents.agent import Agent, HistoryMessage, ToolCall, ToolResult, can_continue, can_resume_calls
+from anynode.server.agents.tool_calls import messages_of
 
 
 class _Text(msgspec.Struct):

@@ -17,19 +17,29 @@ from typing import Final, TypeVar, assert_never
 
 import msgspec
 
-from models.events import Ending, NewMessage
-from models.ids import made_at, uuid7
-from models.rules import CANCELLED, COMPLETED, FAILED, TERMINAL_EVENTS
-from models.text import TextCleaner, clean
-from server import metrics
-from server.agents.agent import Agent, AgentError, AgentEvent, StepEnd, TextDelta, ToolCall, ToolResult, Turn, Usage
-from server.agents.tool_calls import tool_calls_json
-from server.engine.journal import TurnJournal
-from server.engine.steps import Step
-from server.errors import AgentFailed
-from server.protocol.encoding import encode
-from server.protocol.frames import ErrorDetail, Message
-from server.protocol.frames import Usage as TurnUsage
+from anynode.models.events import Ending, NewMessage
+from anynode.models.ids import made_at, uuid7
+from anynode.models.rules import CANCELLED, COMPLETED, FAILED, TERMINAL_EVENTS
+from anynode.models.text import TextCleaner, clean
+from anynode.server import metrics
+from anynode.server.agents.agent import (
+    Agent,
+    AgentError,
+    AgentEvent,
+    StepEnd,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    Turn,
+    Usage,
+)
+from anynode.server.agents.tool_calls import tool_calls_json
+from anynode.server.engine.journal import TurnJournal
+from anynode.server.engine.steps import Step
+from anynode.server.errors import AgentFailed
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import ErrorDetail, Message
+from anynode.server.protocol.frames import Usage as TurnUsage
 
 logger = logging.getLogger("anynode.turn")
 

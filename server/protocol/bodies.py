@@ -8,7 +8,7 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from server.protocol.frames import NOT_BLANK, CallOfTool, ClientId, Cursor, ErrorDetail, Message, Time, Usage
+from anynode.server.protocol.frames import NOT_BLANK, CallOfTool, ClientId, Cursor, ErrorDetail, Message, Time, Usage
 
 MESSAGES_AT_ONCE_MAX: Final = 2000  # more than an export has
 TOOL_CALLS_MAX: Final = 128

@@ -12,9 +12,9 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import FieldInfo, fields
 
-from server.errors import InvalidFrame, Problem
-from server.protocol.bodies import Body, Content, TextPart
-from server.protocol.frames import NOT_BLANK, strict_json
+from anynode.server.errors import InvalidFrame, Problem
+from anynode.server.protocol.bodies import Body, Content, TextPart
+from anynode.server.protocol.frames import NOT_BLANK, strict_json
 
 PROBLEMS_MAX: Final = 20  # of one request; the first say enough
 ITEMS_MAX: Final = 1000  # of a list that are looked at

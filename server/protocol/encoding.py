@@ -10,10 +10,10 @@ import asyncpg
 import msgspec
 from msgspec import UNSET
 
-from models.conversations import Snapshot
-from models.events import DELTA, Event, delta_text
-from server.errors import ClientError
-from server.protocol.frames import ConversationSnapshot, Error, Message, RunningTurn, Usage
+from anynode.models.conversations import Snapshot
+from anynode.models.events import DELTA, Event, delta_text
+from anynode.server.errors import ClientError
+from anynode.server.protocol.frames import ConversationSnapshot, Error, Message, RunningTurn, Usage
 
 _encoder = msgspec.json.Encoder()
 _USAGE = msgspec.json.Decoder(Usage)

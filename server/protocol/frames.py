@@ -13,8 +13,8 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from models.text import is_storable
-from server.errors import InvalidFrame
+from anynode.models.text import is_storable
+from anynode.server.errors import InvalidFrame
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1

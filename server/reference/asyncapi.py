@@ -8,8 +8,8 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from server.protocol.frames import SUBPROTOCOL, AnyClientFrame, AnyServerFrame
-from server.reference.examples import FRAMES
+from anynode.server.protocol.frames import SUBPROTOCOL, AnyClientFrame, AnyServerFrame
+from anynode.server.reference.examples import FRAMES
 
 _SCHEMA: Final = "#/components/schemas/{name}"
 _DESCRIPTION: Final = """Streaming chat over a WebSocket: frames are JSON text, in both directions. PROTOCOL.md of the \

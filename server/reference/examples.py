@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from server.api.ai_sdk import bodies as ai_sdk
-from server.api.ai_sdk.wire import ChatRequest
-from server.api.openai import bodies as responses
-from server.protocol import bodies
-from server.protocol.frames import Message
+from anynode.server.api.ai_sdk import bodies as ai_sdk
+from anynode.server.api.ai_sdk.wire import ChatRequest
+from anynode.server.api.openai import bodies as responses
+from anynode.server.protocol import bodies
+from anynode.server.protocol.frames import Message
 
 _CONVERSATION: Final = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11"
 _TURN: Final = "0199aa10-5f3e-7d02-8c44-91d2c3b4a5f6"

@@ -10,8 +10,8 @@ from typing import Any, Final, get_args
 import msgspec
 from msgspec.structs import fields
 
-from server.api.operations import AI_SDK_PATH, OPERATIONS
-from server.errors import (
+from anynode.server.api.operations import AI_SDK_PATH, OPERATIONS
+from anynode.server.errors import (
     HTTP_ERRORS,
     BodyTimeout,
     ClientError,
@@ -21,10 +21,10 @@ from server.errors import (
     MessageTooLarge,
     Unauthorized,
 )
-from server.protocol.bodies import NoQuery, Refusal
-from server.protocol.frames import ID_CHARACTERS_MAX
-from server.reference.examples import BODIES
-from server.transport.http import RETRY_SECONDS, Operation
+from anynode.server.protocol.bodies import NoQuery, Refusal
+from anynode.server.protocol.frames import ID_CHARACTERS_MAX
+from anynode.server.reference.examples import BODIES
+from anynode.server.transport.http import RETRY_SECONDS, Operation
 
 _REFERENCE: Final = "#/components/schemas/{name}"
 _ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)

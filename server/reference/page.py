@@ -13,8 +13,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from server.reference.asyncapi import asyncapi
-from server.reference.openapi import openapi
+from anynode.server.reference.asyncapi import asyncapi
+from anynode.server.reference.openapi import openapi
 
 _PAGE_HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; base-uri 'none'; form-action 'none'; "

@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Final
 
 from starlette.types import Receive, Scope, Send
 
-from server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
-from server.engine.node import Node
-from server.errors import ClientError, CloseCode, RateLimited, Unauthorized
-from server.settings import Settings
+from anynode.server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
+from anynode.server.engine.node import Node
+from anynode.server.errors import ClientError, CloseCode, RateLimited, Unauthorized
+from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.websocket")
 

@@ -22,9 +22,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.database import Unavailable
-from server.auth import Authenticator, Identity, bearer_of
-from server.errors import (
+from anynode.models.database import Unavailable
+from anynode.server.auth import Authenticator, Identity, bearer_of
+from anynode.server.errors import (
     BodyTimeout,
     ClientError,
     DatabaseUnavailable,
@@ -37,10 +37,10 @@ from server.errors import (
     RateLimited,
     Unauthorized,
 )
-from server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
-from server.protocol.decoding import decode_body, decode_query
-from server.protocol.frames import ID_CHARACTERS_MAX, is_client_id
-from server.transport.cut_short import CutShort, until
+from anynode.server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
+from anynode.server.protocol.decoding import decode_body, decode_query
+from anynode.server.protocol.frames import ID_CHARACTERS_MAX, is_client_id
+from anynode.server.transport.cut_short import CutShort, until
 
 logger = logging.getLogger("anynode.http")
 

@@ -13,16 +13,16 @@ from uuid import UUID
 
 from starlette.types import Receive, Scope, Send
 
-from models.conversations import Snapshot
-from models.database import Unavailable
-from server.auth import Identity
-from server.engine.follow import Step
-from server.engine.node import Node
-from server.errors import ClientError, DatabaseUnavailable, InternalError
-from server.protocol.encoding import encode, error_frame, numbered_frames, snapshot_frame
-from server.protocol.frames import Heartbeat
-from server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
-from server.transport.http import break_off
+from anynode.models.conversations import Snapshot
+from anynode.models.database import Unavailable
+from anynode.server.auth import Identity
+from anynode.server.engine.follow import Step
+from anynode.server.engine.node import Node
+from anynode.server.errors import ClientError, DatabaseUnavailable, InternalError
+from anynode.server.protocol.encoding import encode, error_frame, numbered_frames, snapshot_frame
+from anynode.server.protocol.frames import Heartbeat
+from anynode.server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
+from anynode.server.transport.http import break_off
 
 logger = logging.getLogger("anynode.sse")
 

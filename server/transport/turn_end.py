@@ -10,17 +10,17 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from models.conversations import Admission
-from models.database import Database
-from models.rules import FAILED
-from models.turns import read_turn
-from server.engine.node import Node
-from server.errors import AgentFailed, ConversationBusy, Draining, NotFound
-from server.protocol.bodies import Answer, StoredTurn
-from server.protocol.encoding import message_of, usage_of
-from server.protocol.frames import ErrorDetail, Message
-from server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
-from server.transport.turn_events import JournalGone, events_of_turn
+from anynode.models.conversations import Admission
+from anynode.models.database import Database
+from anynode.models.rules import FAILED
+from anynode.models.turns import read_turn
+from anynode.server.engine.node import Node
+from anynode.server.errors import AgentFailed, ConversationBusy, Draining, NotFound
+from anynode.server.protocol.bodies import Answer, StoredTurn
+from anynode.server.protocol.encoding import message_of, usage_of
+from anynode.server.protocol.frames import ErrorDetail, Message
+from anynode.server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
+from anynode.server.transport.turn_events import JournalGone, events_of_turn
 
 _ERROR = msgspec.json.Decoder(ErrorDetail)
 

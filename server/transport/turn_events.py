@@ -9,14 +9,14 @@ from uuid import UUID
 
 import msgspec
 
-from models.conversations import Snapshot
-from models.database import Database, Unavailable
-from models.events import DELTA, Event, delta_payload, read_events
-from models.rules import FAILED, RUNNING, TERMINAL_EVENTS
-from server.engine.follow import EVENTS_READ_MAX, Follows
-from server.errors import NotFound
-from server.protocol.bodies import StoredTurn
-from server.protocol.encoding import encode
+from anynode.models.conversations import Snapshot
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import DELTA, Event, delta_payload, read_events
+from anynode.models.rules import FAILED, RUNNING, TERMINAL_EVENTS
+from anynode.server.engine.follow import EVENTS_READ_MAX, Follows
+from anynode.server.errors import NotFound
+from anynode.server.protocol.bodies import StoredTurn
+from anynode.server.protocol.encoding import encode
 
 logger = logging.getLogger("anynode.follow")
 

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope, Send
 
-from server import metrics
-from server.engine.node import Node
-from server.errors import CloseCode
-from server.settings import Settings
-from server.transport.connection import Connection
+from anynode.server import metrics
+from anynode.server.engine.node import Node
+from anynode.server.errors import CloseCode
+from anynode.server.settings import Settings
+from anynode.server.transport.connection import Connection
 
 
 class Sockets:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from models.queries import statements
+from anynode.models.queries import statements
 
 # What a node asks for itself, of turns that it has or that nobody has, and never because a client said so.
 OF_THE_NODE = {

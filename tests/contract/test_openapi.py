@@ -7,11 +7,11 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from server.api.operations import OPERATIONS
-from server.errors import HTTP_ERRORS
-from server.reference.examples import BODIES
-from server.reference.openapi import openapi
-from server.reference.page import page
+from anynode.server.api.operations import OPERATIONS
+from anynode.server.errors import HTTP_ERRORS
+from anynode.server.reference.examples import BODIES
+from anynode.server.reference.openapi import openapi
+from anynode.server.reference.page import page
 
 DOCUMENT = openapi()
 OPERATIONS_SHOWN = [

@@ -11,19 +11,19 @@ import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
 
-from models import messages
-from server import errors
-from server import serve as listener
-from server.api import operations, rest, tickets
-from server.api.ai_sdk import wire as ai_sdk
-from server.api.ai_sdk.connection import STOP_SECONDS
-from server.api.ai_sdk.wire import AnyFrame
-from server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
-from server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
-from server.protocol import bodies
-from server.protocol.bodies import AnyPostedMessage
-from server.protocol.encoding import encode
-from server.protocol.frames import (
+from anynode.models import messages
+from anynode.server import errors
+from anynode.server import serve as listener
+from anynode.server.api import operations, rest, tickets
+from anynode.server.api.ai_sdk import wire as ai_sdk
+from anynode.server.api.ai_sdk.connection import STOP_SECONDS
+from anynode.server.api.ai_sdk.wire import AnyFrame
+from anynode.server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
+from anynode.server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
+from anynode.server.protocol import bodies
+from anynode.server.protocol.bodies import AnyPostedMessage
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import (
     JOURNAL_FRAMES,
     SUBPROTOCOL,
     AnyClientFrame,
@@ -33,9 +33,9 @@ from server.protocol.frames import (
     Usage,
     decode_frame,
 )
-from server.reference.examples import FRAMES
-from server.settings import Settings
-from server.transport import connection, http
+from anynode.server.reference.examples import FRAMES
+from anynode.server.settings import Settings
+from anynode.server.transport import connection, http
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)

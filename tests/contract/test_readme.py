@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from server.settings import Settings
+from anynode.server.settings import Settings
 
 TOP = Path(__file__).parents[2]
 README = (TOP / "README.md").read_text()

@@ -10,9 +10,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from models.database import Database, Unavailable
-from models.ids import uuid7
-from models.migrate import SchemaBehind
+from anynode.models.database import Database, Unavailable
+from anynode.models.ids import uuid7
+from anynode.models.migrate import SchemaBehind
 from tests.harness import free_port, with_database
 from tests.pgbouncer import PgBouncer, running_pgbouncer
 

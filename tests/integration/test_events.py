@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from models.database import Database
-from models.events import Reading, read_events, read_running
+from anynode.models.database import Database
+from anynode.models.events import Reading, read_events, read_running
 from tests.harness import sql
 
 MINE = uuid.UUID(int=1)

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from server.dev.load_balancer import CONNECT_SECONDS, Front
+from anynode.server.dev.load_balancer import CONNECT_SECONDS, Front
 from tests.harness import free_port
 
 PATIENCE_SECONDS: Final = 5.0

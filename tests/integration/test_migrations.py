@@ -15,9 +15,9 @@ import asyncpg
 import pytest
 from tortoise.models import Model
 
-from models import tables
-from models.migrate import _LOCK as LOCK
-from models.migrate import migrate, missing_migrations
+from anynode.models import tables
+from anynode.models.migrate import _LOCK as LOCK
+from anynode.models.migrate import migrate, missing_migrations
 from tests.harness import sql, with_database
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,7 +53,7 @@ def empty_database_url(postgres_url: str) -> Iterator[str]:
 def start_migrate(url: str) -> subprocess.Popen[str]:
     """`anynode migrate` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "migrate"],
+        [sys.executable, "-m", "anynode.server.cli", "migrate"],
         cwd=ROOT,
         env={"PATH": os.environ["PATH"], "DATABASE_URL": url},
         stdin=subprocess.DEVNULL,

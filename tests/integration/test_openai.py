@@ -13,11 +13,11 @@ from uuid import UUID
 
 import pytest
 
-from server.agents import openai, openai_stream
-from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage
-from server.agents.openai import open_openai
-from server.errors import ConfigurationError
-from server.settings import Settings
+from anynode.server.agents import openai, openai_stream
+from anynode.server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, Turn, Usage
+from anynode.server.agents.openai import open_openai
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings
 from tests.provider import DONE, Provider, Reply, answer, delta, event, serve_provider, usage
 
 KEY = "key-for-tests-0123456789"

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import pytest
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     Agent,
     AgentError,
     AgentEvent,
@@ -24,10 +24,10 @@ from server.agents.agent import (
     can_continue,
     can_resume_calls,
 )
-from server.agents.openai import open_openai
-from server.agents.tool_calls import tool_calls_json
-from server.agents.tools import ToolContext, make_tool
-from server.settings import Settings
+from anynode.server.agents.openai import open_openai
+from anynode.server.agents.tool_calls import tool_calls_json
+from anynode.server.agents.tools import ToolContext, make_tool
+from anynode.server.settings import Settings
 from tests.provider import DONE, Provider, Reply, answer, call_of, calling, delta, serve_provider, usage
 
 QUESTION = HistoryMessage("user", "Where?")

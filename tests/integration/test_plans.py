@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from models.queries import query, statements
+from anynode.models.queries import query, statements
 from tests.conftest import fresh_database
 
 TABLES = ("conversations", "messages", "turns", "events", "tickets")

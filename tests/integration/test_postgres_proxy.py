@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 import asyncpg
 import pytest
 
-from models.database import UNAVAILABLE
-from models.queries import query
+from anynode.models.database import UNAVAILABLE
+from anynode.models.queries import query
 from tests.harness import sql
 from tests.postgres_proxy import PostgresProxy, postgres_proxy
 from tests.scripted_agents import eventually

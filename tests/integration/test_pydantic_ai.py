@@ -20,7 +20,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaThinkingPart, DeltaToolC
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     Agent,
     AgentError,
     AgentEvent,
@@ -33,11 +33,11 @@ from server.agents.agent import (
     can_continue,
     can_resume_calls,
 )
-from server.agents.load import check_agent
-from server.agents.pydantic_ai import from_pydantic_ai
-from server.agents.tool_calls import tool_calls_json
-from server.engine.steps import Step
-from server.errors import ConfigurationError
+from anynode.server.agents.load import check_agent
+from anynode.server.agents.pydantic_ai import from_pydantic_ai
+from anynode.server.agents.tool_calls import tool_calls_json
+from anynode.server.engine.steps import Step
+from anynode.server.errors import ConfigurationError
 
 KEY = "key-for-tests-0123456789"
 QUESTION = HistoryMessage("user", "Hi")
@@ -458,9 +458,9 @@ def test_the_agent_can_be_named_in_AGENT() -> None:
 
 
 def test_without_pydantic_ai_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "server.agents.pydantic_ai")
+    monkeypatch.delitem(sys.modules, "anynode.server.agents.pydantic_ai")
     monkeypatch.setitem(sys.modules, "pydantic_ai", None)
     with pytest.raises(ConfigurationError) as refusal:
-        importlib.import_module("server.agents.pydantic_ai")
+        importlib.import_module("anynode.server.agents.pydantic_ai")
     assert 'pip install --upgrade "anynode[pydantic-ai]"' in str(refusal.value)
     assert "\n" not in str(refusal.value)

@@ -11,12 +11,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from models.conversations import read_history
-from models.database import Database
-from models.events import Ending, Entry, Event, NewMessage, delta_payload, ended_under, flush
-from models.ids import uuid7
-from models.queries import query
-from models.turns import News, release_leases, renew_leases, take_over, watch
+from anynode.models.conversations import read_history
+from anynode.models.database import Database
+from anynode.models.events import Ending, Entry, Event, NewMessage, delta_payload, ended_under, flush
+from anynode.models.ids import uuid7
+from anynode.models.queries import query
+from anynode.models.turns import News, release_leases, renew_leases, take_over, watch
 from tests.harness import sql
 from tests.scripted_agents import eventually
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Final
 
-from server.agents.agent import AgentEvent, HistoryMessage, Turn
+from anynode.server.agents.agent import AgentEvent, HistoryMessage, Turn
 from tests.recalling_agents import recall
 
 AGENT: Final = "tests.stock.agents:answer"

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import asyncpg
 import pytest
 
-from models.queries import query
+from anynode.models.queries import query
 from tests.conftest import StartNode
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
 

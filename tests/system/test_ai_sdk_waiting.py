@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.transport.connection import FOLLOWS_MAX, FRAMES_BURST, FRAMES_PER_SECOND
+from anynode.server.transport.connection import FOLLOWS_MAX, FRAMES_BURST, FRAMES_PER_SECOND
 from tests.ai_sdk import (
     ChatSocket,
     answered,

@@ -12,8 +12,8 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
-from server.reference.asyncapi import asyncapi
-from server.reference.examples import FRAMES
+from anynode.server.reference.asyncapi import asyncapi
+from anynode.server.reference.examples import FRAMES
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, token_for
 from tests.scripted_agents import Strings, script_of
 

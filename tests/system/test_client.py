@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-import server.client.client
+from anynode.server.client import client as module
 from tests.harness import NodeProcess, socket_to, token_for
 from tests.scripted_agents import eventually
 
@@ -14,12 +14,12 @@ from tests.scripted_agents import eventually
 async def test_a_client_leaves_although_its_inbox_is_full(
     shared_node: NodeProcess, user: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.client, "INBOX_FRAMES", 1)
+    monkeypatch.setattr(module, "INBOX_FRAMES", 1)
     async with socket_to(shared_node, user) as socket:
         conversation_id = (await socket.answer("hello"))[0]["conversation_id"]
     tasks = asyncio.all_tasks()
     async with asyncio.timeout(30):
-        async with server.client.client.Client([shared_node.ws], token_for(user)) as client:
+        async with module.Client([shared_node.ws], token_for(user)) as client:
             frames = client.follow(conversation_id, after=0)
             assert (await anext(frames))["type"] == "message.created"
 

@@ -28,7 +28,7 @@ import pytest
 from tests.harness import SECRET, NodeProcess, free_port, running_node, sql, with_database
 
 REPOSITORY = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "server.cli"]
+COMMAND = [sys.executable, "-m", "anynode.server.cli"]
 INHERITED = ("PATH", "HOME", "LANG")
 
 

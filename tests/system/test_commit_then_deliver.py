@@ -17,7 +17,7 @@ import asyncpg
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
 from tests.conftest import TEMPLATE, make_template
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
 from tests.scripted_agents import Strings, eventually, script_of

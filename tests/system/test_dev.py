@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from websockets.asyncio.client import connect
 
-from server.client.client import Client
+from anynode.server.client.client import Client
 from tests.harness import NodeProcess, Socket, token_for
 from tests.system.test_command_line import Dev, anynode, running_dev, successive_free_ports, wait_until
 

@@ -22,15 +22,15 @@ import asyncpg
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from server.dev import embedded_postgres as module
-from server.dev.embedded_postgres import embedded_postgres
-from server.errors import ConfigurationError
+from anynode.server.dev import embedded_postgres as module
+from anynode.server.dev.embedded_postgres import embedded_postgres
+from anynode.server.errors import ConfigurationError
 
 REPOSITORY = Path(__file__).parents[2]
 HOLDER = """
 import sys
 from pathlib import Path
-from server.dev.embedded_postgres import embedded_postgres
+from anynode.server.dev.embedded_postgres import embedded_postgres
 with embedded_postgres(Path(sys.argv[1])) as server:
     print(server.pid, flush=True)
     sys.stdin.read()
@@ -38,7 +38,7 @@ with embedded_postgres(Path(sys.argv[1])) as server:
 # Imports everything while it still may read the interpreter's own files, then gives up root.
 UNPRIVILEGED = """
 import asyncio, os, pathlib, subprocess, sys, threading
-from server.dev.embedded_postgres import embedded_postgres
+from anynode.server.dev.embedded_postgres import embedded_postgres
 uid, gid = int(sys.argv[2]), int(sys.argv[3])
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(gid); os.setuid(uid)

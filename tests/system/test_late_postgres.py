@@ -13,8 +13,8 @@ from pathlib import Path
 import asyncpg
 import pytest
 
-from models.migrate import migrate
-from server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from anynode.models.migrate import migrate
+from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
 from tests.harness import TERMINAL, NodeProcess, running_node, socket_to, sql, text_of, with_database
 from tests.scripted_agents import eventually
 

@@ -21,8 +21,8 @@ import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from server.client.client import Client
-from server.settings import Settings
+from anynode.server.client.client import Client
+from anynode.server.settings import Settings
 from tests.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
 from tests.scripted_agents import eventually
 

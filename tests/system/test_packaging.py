@@ -25,6 +25,7 @@ from hatch_build import Node, build_page, find_node
 from tests.harness import free_port
 
 TOP = Path(__file__).parents[2]
+PAGE_PATH = "anynode/server/page/"
 AGAIN = "uv sync --reinstall-package anynode"
 # What uv says where it does not come through to its index.
 UNREACHABLE = re.compile("error sending request|dns error|tcp connect|failed to fetch|timed out", re.IGNORECASE)
@@ -56,7 +57,7 @@ def node() -> Node:
 def root(tmp_path: Path) -> Path:
     """A tree with a web/ that is built in no time, and needs no packages."""
     root = tmp_path / "root"
-    (root / "server").mkdir(parents=True)
+    (root / "anynode" / "server").mkdir(parents=True)
     (root / "web").mkdir()
     package = {"name": "page", "version": "1.0.0", "type": "module", "scripts": {"build": "node build.mjs"}}
     (root / "web" / "package.json").write_text(json.dumps(package))
@@ -96,7 +97,7 @@ def files_of(directory: Path) -> set[str]:
 
 def page_of(root: Path) -> Path:
     """Where the page is built."""
-    return root / "server" / "page"
+    return root / "anynode" / "server" / "page"
 
 
 def builds_of(root: Path) -> int:
@@ -253,10 +254,10 @@ def package_around(root: Path) -> Path:
     """All that the package is made of, with this stand-in for its web/."""
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(TOP / name, root)
+    (root / "anynode" / "server").rmdir()
+    shutil.copytree(TOP / "anynode", root / "anynode", symlinks=True, dirs_exist_ok=True)
     for name in ("server", "models"):
-        shutil.copytree(
-            TOP / name, root / name, ignore=shutil.ignore_patterns("page", "__pycache__"), dirs_exist_ok=True
-        )
+        shutil.copytree(TOP / name, root / name, ignore=shutil.ignore_patterns("page", "__pycache__"))
     return root
 
 
@@ -295,7 +296,8 @@ def page_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert not [name for name in names if "node_modules" in name or name.startswith("web/")]
-    return {name.removeprefix("server/page/") for name in names if name.startswith("server/page/")}
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"anynode"}
+    return {name.removeprefix(PAGE_PATH) for name in names if name.startswith(PAGE_PATH)}
 
 
 def test_a_wheel_has_the_page_and_one_of_an_sdist_builds_nothing(root: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from models.migrate import missing_migrations
+from anynode.models.migrate import missing_migrations
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of, with_database
 from tests.pgbouncer import PgBouncer, running_pgbouncer
 from tests.scripted_agents import eventually
@@ -79,7 +79,7 @@ def test_migrations_at_once_share_a_single_connection(narrow_pgbouncer: PgBounce
     url = narrow_pgbouncer.url(empty_database_url)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "migrate"],
+            [sys.executable, "-m", "anynode.server.cli", "migrate"],
             cwd=ROOT,
             env={"PATH": os.environ["PATH"], "DATABASE_URL": url},
             stdin=subprocess.DEVNULL,

@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 import pytest
 
-from server.api.operations import OPERATIONS, REST
-from server.protocol.bodies import MESSAGES_AT_ONCE_MAX
+from anynode.server.api.operations import OPERATIONS, REST
+from anynode.server.protocol.bodies import MESSAGES_AT_ONCE_MAX
 from tests.conftest import StartNode
 from tests.harness import NodeProcess, socket_to, sql, token_for
 from tests.rest import MISSING, Reply, Rest, rest_to

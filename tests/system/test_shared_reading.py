@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 from websockets.asyncio.client import connect
 
-from models.queries import statements
+from anynode.models.queries import statements
 from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of, token_for
 from tests.postgres_proxy import PostgresProxy, postgres_proxy
 from tests.scripted_agents import Strings, eventually, script_of

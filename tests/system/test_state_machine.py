@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from models.queries import query
+from anynode.models.queries import query
 from tests.device import Device, Request, Transcript
 from tests.exactness import assert_shown
 from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, token_for

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.engine.node import BEGUN_MAX
+from anynode.server.engine.node import BEGUN_MAX
 from tests.conftest import StartNode
 from tests.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
 from tests.postgres_proxy import PostgresProxy, postgres_proxy

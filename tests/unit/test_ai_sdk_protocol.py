@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.api.ai_sdk.wire import (
+from anynode.server.api.ai_sdk.wire import (
     REQUEST_BYTES_MAX,
     AbortFrame,
     ChatRequest,
@@ -31,8 +31,8 @@ from server.api.ai_sdk.wire import (
     start_frame,
     token_in,
 )
-from server.errors import InvalidFrame
-from server.protocol import frames as protocol
+from anynode.server.errors import InvalidFrame
+from anynode.server.protocol import frames as protocol
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 request_id_of = partial(protocol.request_id_of, name="requestId")

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-from server.auth import (
+from anynode.server.auth import (
     TOKEN_CHARACTERS_MAX,
     Authenticator,
     Identity,
@@ -27,8 +27,8 @@ from server.auth import (
     signing_keys,
     token_of_subprotocols,
 )
-from server.errors import ConfigurationError, Unauthorized
-from server.settings import Settings
+from anynode.server.errors import ConfigurationError, Unauthorized
+from anynode.server.settings import Settings
 
 SECRET = secrets.token_urlsafe(32)
 MISSING = object()

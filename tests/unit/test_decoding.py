@@ -14,9 +14,9 @@ from uuid import UUID
 import pytest
 from msgspec import UNSET
 
-from server.api.operations import OPERATIONS
-from server.errors import InvalidFrame
-from server.protocol.bodies import (
+from anynode.server.api.operations import OPERATIONS
+from anynode.server.errors import InvalidFrame
+from anynode.server.protocol.bodies import (
     MESSAGES_AT_ONCE_MAX,
     AnyPostedMessage,
     AssistantMessage,
@@ -38,7 +38,7 @@ from server.protocol.bodies import (
     ToolMessage,
     UserMessage,
 )
-from server.protocol.decoding import PROBLEMS_MAX, decode_body, decode_query
+from anynode.server.protocol.decoding import PROBLEMS_MAX, decode_body, decode_query
 
 ID = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11"
 APPENDED: Final[Sequence[Any]] = (NewMessages, AnyPostedMessage)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     AgentError,
     AgentEvent,
     HistoryMessage,
@@ -24,9 +24,9 @@ from server.agents.agent import (
     can_continue,
     can_resume_calls,
 )
-from server.agents.echo import make_echo
-from server.agents.tools import make_tool
-from server.settings import ScriptedCall, Settings
+from anynode.server.agents.echo import make_echo
+from anynode.server.agents.tools import make_tool
+from anynode.server.settings import ScriptedCall, Settings
 
 
 def ask(*contents: str) -> Turn:

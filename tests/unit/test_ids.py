@@ -7,7 +7,7 @@ from uuid import RFC_4122, UUID
 
 import pytest
 
-from models.ids import uuid7
+from anynode.models.ids import uuid7
 
 
 def milliseconds_of(id: UUID) -> int:

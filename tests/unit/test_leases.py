@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from server.engine.leases import Lease
+from anynode.server.engine.leases import Lease
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The monotonic clock, for the test to set."""
     now = [100.0]
-    monkeypatch.setattr("server.engine.leases.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("anynode.server.engine.leases.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 

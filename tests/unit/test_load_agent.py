@@ -8,15 +8,15 @@ from uuid import UUID
 
 import pytest
 
-from server.agents.agent import HistoryMessage, TextDelta, Turn
-from server.agents.load import check_agent, open_agent
-from server.errors import ConfigurationError
-from server.settings import Settings
+from anynode.server.agents.agent import HistoryMessage, TextDelta, Turn
+from anynode.server.agents.load import check_agent, open_agent
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings
 
 MODULE = """
 from functools import partial
 
-from server.agents.agent import TextDelta
+from anynode.server.agents.agent import TextDelta
 
 
 async def answer(turn):

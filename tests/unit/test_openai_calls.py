@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from server.agents.agent import AgentError, ToolCall
-from server.agents.openai_calls import CallDelta, Calls
-from server.agents.openai_stream import StepDecoder
-from server.settings import CALLS_AT_ONCE_MAX
+from anynode.server.agents.agent import AgentError, ToolCall
+from anynode.server.agents.openai_calls import CallDelta, Calls
+from anynode.server.agents.openai_stream import StepDecoder
+from anynode.server.settings import CALLS_AT_ONCE_MAX
 from tests.provider import DONE, delta, event
 
 MADE_ID = re.compile(r"call_[0-9a-f]{24}")

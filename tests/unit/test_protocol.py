@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.events import Event, delta_payload
-from server.errors import CLIENT_ERRORS, InvalidFrame, NotFound
-from server.protocol.encoding import encode, error_frame, event_frames
-from server.protocol.frames import (
+from anynode.models.events import Event, delta_payload
+from anynode.server.errors import CLIENT_ERRORS, InvalidFrame, NotFound
+from anynode.server.protocol.encoding import encode, error_frame, event_frames
+from anynode.server.protocol.frames import (
     JOURNAL_FRAMES,
     SEQ_MAX,
     AnyClientFrame,

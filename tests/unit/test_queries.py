@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import models
-from models.queries import query, statements
+import anynode.models
+from anynode.models.queries import query, statements
 
-SOURCES = Path(str(files(models)))
+SOURCES = Path(str(files(anynode.models)))
 
 
 def test_every_statement_is_used_and_every_used_one_is_there() -> None:

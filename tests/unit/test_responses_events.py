@@ -17,12 +17,12 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from models.events import Event
-from server.api.openai.fold import Fold, canonical, stored_events, stored_response
-from server.api.openai.wire import ErrorEvent, StreamEvent
-from server.protocol.bodies import StoredTurn
-from server.protocol.encoding import encode
-from server.protocol.frames import ErrorDetail, Message, Usage
+from anynode.models.events import Event
+from anynode.server.api.openai.fold import Fold, canonical, stored_events, stored_response
+from anynode.server.api.openai.wire import ErrorEvent, StreamEvent
+from anynode.server.protocol.bodies import StoredTurn
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import ErrorDetail, Message, Usage
 
 TURN = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11")
 CONVERSATION = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c12")

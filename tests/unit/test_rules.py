@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.rules import (
+from anynode.models.rules import (
     CANCELLED,
     COMPLETED,
     FAILED,

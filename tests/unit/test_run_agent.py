@@ -11,9 +11,18 @@ from uuid import UUID
 import pytest
 from pydantic import BaseModel
 
-from server.agents.agent import Agent, AgentError, AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
-from server.agents.load import check_agent
-from server.agents.run_agent import from_run_agent
+from anynode.server.agents.agent import (
+    Agent,
+    AgentError,
+    AgentEvent,
+    HistoryMessage,
+    TextDelta,
+    ToolCall,
+    ToolResult,
+    Turn,
+)
+from anynode.server.agents.load import check_agent
+from anynode.server.agents.run_agent import from_run_agent
 
 QUESTION = HistoryMessage("user", "Hi")
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import ConfigurationError
-from server.settings import SECRET_BYTES_MIN, ScriptedCall, Settings, check_for_production, read_settings
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import SECRET_BYTES_MIN, ScriptedCall, Settings, check_for_production, read_settings
 
 NAMES = [setting.name.upper() for setting in fields(Settings)]
 GOOD = {"JWT_SECRET": "x" * SECRET_BYTES_MIN, "DATABASE_URL": "postgresql://localhost/anynode"}

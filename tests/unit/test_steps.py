@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.agents.agent import (
+from anynode.server.agents.agent import (
     Agent,
     AgentEvent,
     HistoryMessage,
@@ -21,9 +21,9 @@ from server.agents.agent import (
     continues,
     resumes_calls,
 )
-from server.agents.tool_calls import tool_calls_json
-from server.engine.steps import Step, history_of_steps, standing_events, steps_in
-from server.protocol.encoding import encode
+from anynode.server.agents.tool_calls import tool_calls_json
+from anynode.server.engine.steps import Step, history_of_steps, standing_events, steps_in
+from anynode.server.protocol.encoding import encode
 
 Journal = list[tuple[str, str]]
 

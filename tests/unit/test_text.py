@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from models.text import REPLACEMENT, TextCleaner, clean, is_storable
+from anynode.models.text import REPLACEMENT, TextCleaner, clean, is_storable
 
 # Characters of trouble, often enough to meet each other.
 NASTY = st.text(st.sampled_from("\0\ud83d\ude00aé")) | st.text(

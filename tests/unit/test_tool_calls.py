@@ -12,11 +12,11 @@ from uuid import UUID
 
 import pytest
 
-from server.agents import tool_calls
-from server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
-from server.agents.tool_calls import ERROR_CHARACTERS_MAX, THREADS_MAX, ToolRunner
-from server.agents.tools import ToolContext, make_tool
-from server.settings import Settings
+from anynode.server.agents import tool_calls
+from anynode.server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, ToolResult, Turn
+from anynode.server.agents.tool_calls import ERROR_CHARACTERS_MAX, THREADS_MAX, ToolRunner
+from anynode.server.agents.tools import ToolContext, make_tool
+from anynode.server.settings import Settings
 
 TURN = Turn(UUID(int=1), UUID(int=2), "ada", [HistoryMessage("user", "Hi")], attempt=3)
 PATIENCE_SECONDS = 10

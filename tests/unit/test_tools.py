@@ -12,10 +12,10 @@ from uuid import UUID
 import msgspec
 import pytest
 
-from server.agents.load import check_tools, open_agent
-from server.agents.tools import TOOLS_MAX, ToolContext, load_tools, make_tool
-from server.errors import ConfigurationError
-from server.settings import Settings
+from anynode.server.agents.load import check_tools, open_agent
+from anynode.server.agents.tools import TOOLS_MAX, ToolContext, load_tools, make_tool
+from anynode.server.errors import ConfigurationError
+from anynode.server.settings import Settings
 
 CONTEXT = ToolContext("call_1", "search", UUID(int=1), UUID(int=2), "ada", 1)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.steps import steps_in
+from anynode.server.engine.steps import steps_in
 
 CALL = ("turn.tool_call", {"tool_call_id": "1", "tool_name": "tool", "arguments": {}})
 RESULT = ("turn.tool_result", {"tool_call_id": "1", "tool_name": "tool", "content": "found", "is_error": False})

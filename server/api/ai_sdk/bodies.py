@@ -8,7 +8,7 @@ from uuid import UUID
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.protocol.bodies import Body
+from anynode.server.protocol.bodies import Body
 
 
 class ChatMessagesQuery(Body, frozen=True):

@@ -11,12 +11,12 @@ from typing import Any, Final
 from urllib.parse import parse_qs
 from uuid import UUID
 
-from models.database import Database, Unavailable
-from models.events import Event
-from server.api.ai_sdk.fold import Chunks
-from server.api.ai_sdk.newer import end_of_chat, something_newer
-from server.api.ai_sdk.questions import ask, chat_of
-from server.api.ai_sdk.wire import (
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event
+from anynode.server.api.ai_sdk.fold import Chunks
+from anynode.server.api.ai_sdk.newer import end_of_chat, something_newer
+from anynode.server.api.ai_sdk.questions import ask, chat_of
+from anynode.server.api.ai_sdk.wire import (
     SUBPROTOCOL,
     AbortFrame,
     ResumeFrame,
@@ -31,13 +31,13 @@ from server.api.ai_sdk.wire import (
     start_frame,
     token_in,
 )
-from server.api.tickets import Tickets
-from server.auth import Identity
-from server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
-from server.protocol.frames import request_id_of
-from server.transport.connection import FOLLOWS_MAX, Closed, Connection
-from server.transport.turn_end import stored_turn
-from server.transport.turn_events import JournalGone, events_of_stored, events_of_turn
+from anynode.server.api.tickets import Tickets
+from anynode.server.auth import Identity
+from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
+from anynode.server.protocol.frames import request_id_of
+from anynode.server.transport.connection import FOLLOWS_MAX, Closed, Connection
+from anynode.server.transport.turn_end import stored_turn
+from anynode.server.transport.turn_events import JournalGone, events_of_stored, events_of_turn
 
 logger = logging.getLogger("anynode.websocket")
 

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 import msgspec
 
-from models.events import DELTA, Event
-from server.agents.agent import ToolCall, ToolResult
-from server.protocol.encoding import encode
-from server.protocol.frames import ErrorDetail, Usage
+from anynode.models.events import DELTA, Event
+from anynode.server.agents.agent import ToolCall, ToolResult
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import ErrorDetail, Usage
 
 START_STEP: Final = '{"type":"start-step"}'
 FINISH_STEP: Final = '{"type":"finish-step"}'

@@ -7,22 +7,22 @@ from uuid import UUID
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.database import Database
-from models.messages import read_messages
-from models.turns import read_usage
-from server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
-from server.api.ai_sdk.messages import shown_messages
-from server.api.ai_sdk.questions import ask, chat_of
-from server.api.ai_sdk.stream import ChunkStream
-from server.api.ai_sdk.wire import ChatRequest
-from server.api.tickets import Tickets
-from server.engine.node import Node
-from server.errors import NotFound
-from server.protocol.bodies import NoQuery
-from server.settings import Settings
-from server.transport.cut_short import CutShort, until
-from server.transport.http import Call, Holding, reply
-from server.transport.turn_end import end_of_turn
+from anynode.models.database import Database
+from anynode.models.messages import read_messages
+from anynode.models.turns import read_usage
+from anynode.server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
+from anynode.server.api.ai_sdk.messages import shown_messages
+from anynode.server.api.ai_sdk.questions import ask, chat_of
+from anynode.server.api.ai_sdk.stream import ChunkStream
+from anynode.server.api.ai_sdk.wire import ChatRequest
+from anynode.server.api.tickets import Tickets
+from anynode.server.engine.node import Node
+from anynode.server.errors import NotFound
+from anynode.server.protocol.bodies import NoQuery
+from anynode.server.settings import Settings
+from anynode.server.transport.cut_short import CutShort, until
+from anynode.server.transport.http import Call, Holding, reply
+from anynode.server.transport.turn_end import end_of_turn
 
 AnyCall: TypeAlias = Call[Any, Any]
 

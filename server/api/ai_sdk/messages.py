@@ -10,11 +10,11 @@ from uuid import UUID
 import asyncpg
 from msgspec import UNSET
 
-from models.messages import Page
-from models.rules import COMPLETED, FAILED
-from server.api.ai_sdk.bodies import ShownMessage
-from server.api.ai_sdk.fold import arguments_of, metadata_of
-from server.protocol.encoding import tool_calls_of, usage_of
+from anynode.models.messages import Page
+from anynode.models.rules import COMPLETED, FAILED
+from anynode.server.api.ai_sdk.bodies import ShownMessage
+from anynode.server.api.ai_sdk.fold import arguments_of, metadata_of
+from anynode.server.protocol.encoding import tool_calls_of, usage_of
 
 
 def shown_messages(page: Page, usages: Mapping[UUID, str]) -> tuple[list[ShownMessage], UUID | None]:

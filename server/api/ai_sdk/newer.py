@@ -6,10 +6,10 @@ import logging
 from contextlib import aclosing
 from uuid import UUID
 
-from models.chats import ChatEnd, find_chat_end
-from models.database import Database, Unavailable
-from server.engine.follow import Follows
-from server.errors import DatabaseUnavailable
+from anynode.models.chats import ChatEnd, find_chat_end
+from anynode.models.database import Database, Unavailable
+from anynode.server.engine.follow import Follows
+from anynode.server.errors import DatabaseUnavailable
 
 logger = logging.getLogger("anynode.follow")
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from models.chats import Chat, Sent, find_chat, find_sent
-from models.conversations import Admission
-from models.database import Database, Unavailable
-from models.ids import as_uuid
-from server.api.ai_sdk.wire import AnySend, UserMessage, question_in
-from server.engine.node import Node
-from server.errors import DatabaseUnavailable, RoleOrder
-from server.protocol.frames import MessageSend, TurnRegenerate
+from anynode.models.chats import Chat, Sent, find_chat, find_sent
+from anynode.models.conversations import Admission
+from anynode.models.database import Database, Unavailable
+from anynode.models.ids import as_uuid
+from anynode.server.api.ai_sdk.wire import AnySend, UserMessage, question_in
+from anynode.server.engine.node import Node
+from anynode.server.errors import DatabaseUnavailable, RoleOrder
+from anynode.server.protocol.frames import MessageSend, TurnRegenerate
 
 
 async def ask(

@@ -10,16 +10,16 @@ from uuid import UUID
 
 from starlette.types import Receive, Scope, Send
 
-from models.database import Database, Unavailable
-from models.events import Event
-from models.rules import TERMINAL_EVENTS
-from server.api.ai_sdk.fold import Chunks, whole
-from server.auth import Identity
-from server.engine.node import Node
-from server.errors import ClientError
-from server.transport.sse import COMMENT, or_silence, stream_turn, write
-from server.transport.turn_end import stored_turn
-from server.transport.turn_events import JournalGone, events_of_stored, events_of_turn, events_so_far
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event
+from anynode.models.rules import TERMINAL_EVENTS
+from anynode.server.api.ai_sdk.fold import Chunks, whole
+from anynode.server.auth import Identity
+from anynode.server.engine.node import Node
+from anynode.server.errors import ClientError
+from anynode.server.transport.sse import COMMENT, or_silence, stream_turn, write
+from anynode.server.transport.turn_end import stored_turn
+from anynode.server.transport.turn_events import JournalGone, events_of_stored, events_of_turn, events_so_far
 
 logger = logging.getLogger("anynode.sse")
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from models.text import is_storable
-from server.errors import InvalidFrame, Problem
-from server.protocol.encoding import encode
-from server.protocol.frames import ID_CHARACTERS_MAX, SEQ_MAX, ClientId, Cursor, is_client_id
+from anynode.models.text import is_storable
+from anynode.server.errors import InvalidFrame, Problem
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import ID_CHARACTERS_MAX, SEQ_MAX, ClientId, Cursor, is_client_id
 
 SUBPROTOCOL: Final = "anynode.ai-sdk"
 # Of a request: by default a client posts all messages of the chat with each question.

@@ -10,9 +10,9 @@ from uuid import UUID
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
-from server.errors import InvalidFrame, Problem
-from server.protocol.bodies import TEXT_PARTS_MAX, Body, Content
-from server.protocol.frames import NOT_BLANK, SEQ_MAX, strict_json
+from anynode.server.errors import InvalidFrame, Problem
+from anynode.server.protocol.bodies import TEXT_PARTS_MAX, Body, Content
+from anynode.server.protocol.frames import NOT_BLANK, SEQ_MAX, strict_json
 
 SERVER_LABEL: Final = "anynode"
 FROM_CONVERSATION: Final = "the history comes from the conversation: name it, and send the new question only"
@@ -21,7 +21,7 @@ _CONVERSATION: Final = re.compile(
     r"^(?:conv_([0-9a-f]{32})|([0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}))$"
 )
 
-# Only said in the schemas, as in `server.protocol.bodies`; `conversation_id` and `previous_turn_id` check them.
+# Only said in the schemas, as in `anynode.server.protocol.bodies`; `conversation_id` and `previous_turn_id` check them.
 ConversationId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": _CONVERSATION.pattern})]
 ResponseId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": _RESPONSE.pattern})]
 

@@ -17,11 +17,11 @@ from uuid import UUID
 import msgspec
 from msgspec import Struct
 
-from models.events import Event, delta_text
-from models.ids import made_at
-from models.rules import CANCELLED, COMPLETED, TERMINAL_EVENTS
-from server.agents.agent import ToolResult
-from server.api.openai.bodies import (
+from anynode.models.events import Event, delta_text
+from anynode.models.ids import made_at
+from anynode.models.rules import CANCELLED, COMPLETED, TERMINAL_EVENTS
+from anynode.server.agents.agent import ToolResult
+from anynode.server.api.openai.bodies import (
     CallError,
     CallErrorText,
     CallStatus,
@@ -37,7 +37,7 @@ from server.api.openai.bodies import (
     conversation_name,
     response_id_of,
 )
-from server.api.openai.wire import (
+from anynode.server.api.openai.wire import (
     CallArgumentsDone,
     CallCompleted,
     CallFailed,
@@ -57,9 +57,9 @@ from server.api.openai.wire import (
     ResponseEvent,
     StreamEvent,
 )
-from server.protocol.bodies import StoredTurn
-from server.protocol.frames import ErrorDetail, Usage
-from server.transport.turn_events import events_of_stored
+from anynode.server.protocol.bodies import StoredTurn
+from anynode.server.protocol.frames import ErrorDetail, Usage
+from anynode.server.transport.turn_events import events_of_stored
 
 WHOLE_NUMBER_MIN: Final = -(2**63)  # what JSON encoders write digit by digit
 WHOLE_NUMBER_MAX: Final = 2**64 - 1

@@ -12,15 +12,15 @@ from uuid import UUID
 from msgspec import UNSET
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from models.chats import find_sent
-from models.conversations import Admission
-from models.database import Database, Unavailable
-from models.events import Event
-from models.ids import uuid7
-from models.messages import read_messages
-from models.rules import RUNNING
-from models.turns import FoundTurn, find_turn
-from server.api.openai.bodies import (
+from anynode.models.chats import find_sent
+from anynode.models.conversations import Admission
+from anynode.models.database import Database, Unavailable
+from anynode.models.events import Event
+from anynode.models.ids import uuid7
+from anynode.models.messages import read_messages
+from anynode.models.rules import RUNNING
+from anynode.models.turns import FoundTurn, find_turn
+from anynode.server.api.openai.bodies import (
     CreateResponse,
     Model,
     Models,
@@ -29,10 +29,10 @@ from server.api.openai.bodies import (
     response_id_of,
     turn_of,
 )
-from server.api.openai.fold import Fold, stored_events, stored_response
-from server.api.openai.wire import ErrorEvent, StreamEvent
-from server.engine.node import Node
-from server.errors import (
+from anynode.server.api.openai.fold import Fold, stored_events, stored_response
+from anynode.server.api.openai.wire import ErrorEvent, StreamEvent
+from anynode.server.engine.node import Node
+from anynode.server.errors import (
     ClientError,
     ConversationBusy,
     DatabaseUnavailable,
@@ -43,15 +43,15 @@ from server.errors import (
     Problem,
     RoleOrder,
 )
-from server.protocol.bodies import NoQuery
-from server.protocol.encoding import encode
-from server.protocol.frames import ID_CHARACTERS_MAX, MessageSend, is_client_id
-from server.settings import Settings
-from server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
-from server.transport.http import Call, Holding, refusal, reply
-from server.transport.sse import COMMENT, or_silence, stream_turn, write
-from server.transport.turn_end import end_of_turn, stored_turn
-from server.transport.turn_events import JournalGone, events_of_turn
+from anynode.server.protocol.bodies import NoQuery
+from anynode.server.protocol.encoding import encode
+from anynode.server.protocol.frames import ID_CHARACTERS_MAX, MessageSend, is_client_id
+from anynode.server.settings import Settings
+from anynode.server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, until
+from anynode.server.transport.http import Call, Holding, refusal, reply
+from anynode.server.transport.sse import COMMENT, or_silence, stream_turn, write
+from anynode.server.transport.turn_end import end_of_turn, stored_turn
+from anynode.server.transport.turn_events import JournalGone, events_of_turn
 
 logger = logging.getLogger("anynode.responses")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from server.api.openai.bodies import OutputItem, OutputText, ResponseObject
+from anynode.server.api.openai.bodies import OutputItem, OutputText, ResponseObject
 
 
 class StreamEvent(Struct, frozen=True, kw_only=True, tag_field="type"):
