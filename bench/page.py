@@ -24,7 +24,7 @@ from bench.__main__ import Progress
 from bench.agents import MARKDOWN
 from bench.load import LoadError
 from bench.servers import Bench, Server
-from tests.browser import FLAGS
+from tests.kit.browser import FLAGS
 
 HISTORY: Final = 1000
 ROUNDS: Final = 7  # of opening the page

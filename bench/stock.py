@@ -20,11 +20,11 @@ from anynode.server.dev.embedded_postgres import embedded_postgres
 from bench.__main__ import Progress
 from bench.load import LoadError
 from bench.servers import USER, Bench, Server
-from tests.npm import RegistryUnreachable, Script, ScriptError, install
-from tests.stock.agents import AGENT
-from tests.stock.balancer import Balancer, running_balancer
-from tests.stock.tabs import SOURCES, Tab, View, open_tab, running_driver
-from tests.stock.world import CLIENTS, asked
+from tests.agents.stock import AGENT
+from tests.kit.npm import RegistryUnreachable, Script, ScriptError, install
+from tests.kit.stock.balancer import Balancer, running_balancer
+from tests.kit.stock.tabs import SOURCES, Tab, View, open_tab, running_driver
+from tests.kit.stock.world import CLIENTS, asked
 
 TOKENS: Final = 200
 TOKENS_PER_SECOND: Final = 100

@@ -1,5 +1,5 @@
 -- The statements of the serving path, by name. Each is one round trip; every write may be repeated with the
--- same arguments when its outcome is unknown. Plans are guarded by tests/integration/test_plans.py.
+-- same arguments when its outcome is unknown. Plans are guarded by tests/database/test_plans.py.
 
 -- name: admit
 -- Own it? repeated message_id? busy? role order? insert message, turn and their events; read the history.

@@ -21,8 +21,8 @@ from typing import Final
 
 from PIL import Image
 
-from tests.browser import Page, expect, open_tab, running_browser
-from tests.harness import free_port
+from tests.kit.browser import Page, expect, open_tab, running_browser
+from tests.kit.harness import free_port
 
 TO: Final = Path("docs/demonstration.webp")
 WIDTH, HEIGHT = 960, 600

@@ -66,7 +66,7 @@ RESPONSES: Final = "server/api/openai/handlers.py"
 FOURTH: Final = "models/migrations/0004_pending_calls.py"
 
 MESSAGES: Final = "system/test_rest_messages.py"
-OWNERS: Final = "integration/test_turns.py"
+OWNERS: Final = "database/test_turns.py"
 CRASHES: Final = "system/test_crashes.py"
 CUT_POINTS: Final = "system/test_cut_points.py"
 ANY_NODE: Final = "system/test_any_node.py"
@@ -150,7 +150,7 @@ MUTATIONS: Final = (
                 "return time.monotonic() + self._trusted_seconds if",
             )
         ],
-        ["unit/test_leases.py"],
+        ["unit/engine/test_leases.py"],
     ),
     Mutation(
         "a node that is told that a turn is not its own goes on with it",
@@ -316,7 +316,7 @@ MUTATIONS: Final = (
     Mutation(
         "a gap in what is read is not noticed",
         [Change(EVENTS, "is_broken = any(event.seq != seq for", "is_broken = any(event.seq < seq for")],
-        ["integration/test_events.py"],
+        ["database/test_events.py"],
     ),
     Mutation(
         "a log is joined by those that are behind it",
@@ -530,12 +530,12 @@ MUTATIONS: Final = (
     Mutation(
         "the AI SDK is not told what a takeover takes back",
         [Change(CHUNKS, "if len(standing) == step.said and not step.unanswered:", "if True:")],
-        ["unit/test_ai_sdk_chunks.py", "system/test_ai_sdk_socket.py"],
+        ["unit/api/ai_sdk/test_fold.py", "system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "a resume over HTTP shows what was taken back",
         [Change(CHUNKS, "                del shown[step_at:]\n", "")],
-        ["unit/test_ai_sdk_chunks.py", "system/test_ai_sdk_http.py"],
+        ["unit/api/ai_sdk/test_fold.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "a stream goes on over what it has shown and a takeover takes back",
@@ -621,7 +621,7 @@ MUTATIONS: Final = (
     Mutation(
         "what a tool call is called with depends on who stored it",
         [Change("server/api/openai/fold.py", '_plain(json.loads(text)), order="sorted"', "json.loads(text)")],
-        ["unit/test_responses_events.py"],
+        ["unit/api/openai/test_fold.py"],
     ),
 )
 

@@ -16,7 +16,7 @@ import pytest
 
 from anynode.models.migrate import migrate
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from tests.harness import NodeProcess, running_node, sql, with_database
+from tests.kit.harness import NodeProcess, running_node, sql, with_database
 
 TEMPLATE = f"anynode_template_{os.getpid()}"
 

@@ -31,7 +31,7 @@ def test_an_application_is_small(name: str) -> None:
     assert len((TOP / "examples" / name / "src" / "main.tsx").read_text().splitlines()) < LINES_MAX
 
 
-@pytest.mark.parametrize("lock", [*TOP.glob("examples/*/package-lock.json"), TOP / "tests/stock/package-lock.json"])
+@pytest.mark.parametrize("lock", [*TOP.glob("examples/*/package-lock.json"), TOP / "tests/kit/stock/package-lock.json"])
 def test_a_lock_says_nothing_of_where_packages_come_from(lock: Path) -> None:
     text = lock.read_text()
     assert '"integrity"' in text

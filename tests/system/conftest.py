@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import pytest
 import pytest_asyncio
 
-from tests.ai_sdk import new_id
-from tests.browser import Browser, running_browser
-from tests.harness import NodeProcess, running_node
-from tests.scripted_agents import Strings
+from tests.agents.scripted import Strings
+from tests.kit.ai_sdk import new_id
+from tests.kit.browser import Browser, running_browser
+from tests.kit.harness import NodeProcess, running_node
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import uuid
 
 import pytest
 
-from tests.adapted_agents import PYDANTIC_AI, RUN_AGENT
+from tests.agents.adapted import PYDANTIC_AI, RUN_AGENT
+from tests.agents.scripted import DIRECTORY, Strings, eventually
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, socket_to, sql, text_of
-from tests.scripted_agents import DIRECTORY, Strings, eventually
+from tests.kit.harness import TERMINAL, socket_to, sql, text_of
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 
 from anynode.models.queries import query
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
 
-TRANSCRIPT = "tests.agents:transcript"
+TRANSCRIPT = "tests.agents.transcript:transcript"
 
 
 @asynccontextmanager
@@ -350,7 +350,7 @@ async def test_a_tool_loop_that_is_cut_in_two_is_left_out(start_node: StartNode,
 async def test_a_turn_that_failed_without_a_word_is_left_out_with_its_question(
     start_node: StartNode, user: str
 ) -> None:
-    async with socket_to(start_node(AGENT="tests.agents:silent"), user) as socket:
+    async with socket_to(start_node(AGENT="tests.agents.transcript:silent"), user) as socket:
         one = await socket.answer("one")
         conversation_id = one[0]["conversation_id"]
         failed = await socket.answer("fail", conversation_id)

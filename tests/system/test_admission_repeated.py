@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 import asyncpg
 import pytest
 
-from tests.exactness import Client, assert_exact
-from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 QUESTION = script_of(("text", "begun in {attempt} "), ("text", "ended in {attempt}"))
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.provider import DONE, Provider, Reply, answer, delta, event, serve_provider
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.kit.provider import DONE, Provider, Reply, answer, delta, event, serve_provider
 
 StartNode = Callable[..., NodeProcess]
 

@@ -9,11 +9,11 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from tests.ai_sdk import NO_REQUEST, SUBPROTOCOL, ChatSocket, asking_once, chat_socket, chunks_of, news, shown
+from tests.agents.scripted import DIRECTORY, Strings
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.harness import NodeProcess, socket_to, token_for
-from tests.scripted_agents import DIRECTORY, Strings
-from tests.stepping_agents import AGENT
+from tests.kit.ai_sdk import NO_REQUEST, SUBPROTOCOL, ChatSocket, asking_once, chat_socket, chunks_of, news, shown
+from tests.kit.harness import NodeProcess, socket_to, token_for
 
 Nodes = Sequence[NodeProcess]
 BEATS = "?heartbeats=true"

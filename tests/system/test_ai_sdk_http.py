@@ -11,7 +11,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.ai_sdk import (
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
+from tests.conftest import StartNode
+from tests.kit.ai_sdk import (
     PATH,
     answered,
     asking,
@@ -28,11 +31,8 @@ from tests.ai_sdk import (
     statuses,
     stopped,
 )
-from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, sql, token_for
-from tests.rest import Rest, rest_to
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.harness import Frame, NodeProcess, sql, token_for
+from tests.kit.rest import Rest, rest_to
 
 Nodes = Sequence[NodeProcess]
 Action = Sequence[Any]

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from websockets.exceptions import ConnectionClosed
 
-from tests.ai_sdk import (
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
+from tests.conftest import StartNode
+from tests.kit.ai_sdk import (
     SUBPROTOCOL,
     Chunk,
     asking,
@@ -26,11 +29,8 @@ from tests.ai_sdk import (
     statuses,
     steps_of,
 )
-from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, socket_to, sql, token_for
-from tests.rest import MISSING, rest_to
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.harness import Frame, NodeProcess, socket_to, sql, token_for
+from tests.kit.rest import MISSING, rest_to
 
 Nodes = Sequence[NodeProcess]
 Action = Sequence[Any]

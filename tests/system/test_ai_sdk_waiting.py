@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from anynode.server.transport.connection import FOLLOWS_MAX, FRAMES_BURST, FRAMES_PER_SECOND
-from tests.ai_sdk import (
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
+from tests.conftest import StartNode
+from tests.kit.ai_sdk import (
     ChatSocket,
     answered,
     asking_once,
@@ -21,12 +24,9 @@ from tests.ai_sdk import (
     news,
     shown,
 )
-from tests.conftest import StartNode
-from tests.harness import NodeProcess, sql
-from tests.postgres_proxy import postgres_proxy
-from tests.rest import Rest, rest_to
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.harness import NodeProcess, sql
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.rest import Rest, rest_to
 
 Nodes = Sequence[NodeProcess]
 A = asking_once(("text", "a"))

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.exactness import assert_shown
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.postgres_proxy import postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.exactness import assert_shown
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.kit.postgres_proxy import postgres_proxy
 from tests.system.test_cut_points import (
     ANSWER,
     EVENTS,

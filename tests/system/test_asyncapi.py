@@ -14,8 +14,8 @@ import pytest
 
 from anynode.server.reference.asyncapi import asyncapi
 from anynode.server.reference.examples import FRAMES
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, token_for
-from tests.scripted_agents import Strings, script_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, token_for
 
 StartNode = Callable[..., NodeProcess]
 

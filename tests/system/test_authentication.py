@@ -18,7 +18,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from tests.conftest import StartNode
-from tests.harness import Frame, NodeProcess, Socket, socket_to, token_for
+from tests.kit.harness import Frame, NodeProcess, Socket, socket_to, token_for
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 

@@ -9,11 +9,11 @@ from contextlib import AsyncExitStack, ExitStack
 
 import pytest
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.provider import Reply, delta, serve_provider
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.kit.provider import Reply, delta, serve_provider
 from tests.system.test_agent_faults import openai_environment
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come
 from tests.system.test_regenerate import messages_of, question, sockets_to, turns_of

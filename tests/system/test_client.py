@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from anynode.server.client import client as module
-from tests.harness import NodeProcess, socket_to, token_for
-from tests.scripted_agents import eventually
+from tests.agents.scripted import eventually
+from tests.kit.harness import NodeProcess, socket_to, token_for
 
 
 async def test_a_client_leaves_although_its_inbox_is_full(

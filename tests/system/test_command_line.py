@@ -25,7 +25,7 @@ import jwt
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from tests.harness import SECRET, NodeProcess, free_port, running_node, sql, with_database
+from tests.kit.harness import SECRET, NodeProcess, free_port, running_node, sql, with_database
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "anynode.server.cli"]
@@ -73,8 +73,8 @@ REFUSALS: Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
     "a database URL without a name": ({"DATABASE_URL": "postgresql://u:pa55word@127.0.0.1"}, ("DATABASE_URL",)),
     "an unknown agent": ({"AGENT": "oracle"}, ("AGENT", "oracle")),
     "an agent in no module": ({"AGENT": "no_such_module:answer"}, ("AGENT", "no_such_module")),
-    "an agent that is not in its module": ({"AGENT": "tests.scripted_agents:nobody"}, ("AGENT", "nobody")),
-    "an agent that is none": ({"AGENT": "tests.scripted_agents:script_of"}, ("AGENT", "script_of")),
+    "an agent that is not in its module": ({"AGENT": "tests.agents.scripted:nobody"}, ("AGENT", "nobody")),
+    "an agent that is none": ({"AGENT": "tests.agents.scripted:script_of"}, ("AGENT", "script_of")),
     "a number that is none": ({"LEASE_SECONDS": "soon"}, ("LEASE_SECONDS", "soon")),
     "a number that is no finite one": ({"LEASE_SECONDS": "nan"}, ("LEASE_SECONDS", "nan")),
     "a number out of range": ({"PORT": "65536"}, ("PORT", "65536")),

@@ -18,9 +18,9 @@ import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import TEMPLATE, make_template
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
 
 StartNode = Callable[..., NodeProcess]
 

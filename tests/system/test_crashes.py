@@ -15,8 +15,8 @@ import asyncpg
 import pytest
 from websockets.asyncio.client import connect
 
-from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
 from tests.system.test_commit_then_deliver import (
     StoppablePostgres,
     assert_seqs_are_gapless,

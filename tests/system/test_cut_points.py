@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 
 # What the agent does, an event a line; a gate before each lets the test decide when it comes.
 ACTIONS: Sequence[Sequence[Any]] = (

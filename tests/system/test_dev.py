@@ -22,7 +22,7 @@ import pytest
 from websockets.asyncio.client import connect
 
 from anynode.server.client.client import Client
-from tests.harness import NodeProcess, Socket, token_for
+from tests.kit.harness import NodeProcess, Socket, token_for
 from tests.system.test_command_line import Dev, anynode, running_dev, successive_free_ports, wait_until
 
 WORDS: Final = 60

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.device import Device
-from tests.exactness import Client
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql
-from tests.postgres_proxy import postgres_proxy
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.device import Device
+from tests.kit.exactness import Client
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql
+from tests.kit.postgres_proxy import postgres_proxy
 from tests.system.test_any_node import assert_all_was_shown
 from tests.system.test_cancel import assert_cancelled, cancel
 from tests.system.test_interrupt import interrupt

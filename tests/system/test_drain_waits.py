@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_exact
-from tests.harness import NodeProcess, socket_to, sql
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import NodeProcess, socket_to, sql
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 SCRIPT = script_of(("text", "begun in {attempt} "), ("gate", "go"), ("text", "ended in {attempt}"))
 

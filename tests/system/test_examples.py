@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.browser import Browser, Locator, Page, expect, open_tab
-from tests.harness import NodeProcess, free_port, running_node, socket_to, sql, token_for
-from tests.npm import NODE, node_modules, project, run_node, run_npm
-from tests.scripted_agents import Strings, eventually, script_of
-from tests.stock.balancer import Balancer, running_balancer
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.browser import Browser, Locator, Page, expect, open_tab
+from tests.kit.harness import NodeProcess, free_port, running_node, socket_to, sql, token_for
+from tests.kit.npm import NODE, node_modules, project, run_node, run_npm
+from tests.kit.stock.balancer import Balancer, running_balancer
 
 TOP = Path(__file__).parents[2]
 EXAMPLES = TOP / "examples"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, script_of
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_exact
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql
-from tests.scripted_agents import Strings, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql
 
 
 @pytest.fixture

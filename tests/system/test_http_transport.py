@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.harness import NodeProcess, token_for
+from tests.kit.harness import NodeProcess, token_for
 
 # Bytes that come in one piece with the last allowed one are read before they are counted.
 ONE_READ = 262_144

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
 from tests.system.test_regenerate import messages_of, question, seen, sockets_to, turns_of
 

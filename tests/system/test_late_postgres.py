@@ -15,8 +15,8 @@ import pytest
 
 from anynode.models.migrate import migrate
 from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from tests.harness import TERMINAL, NodeProcess, running_node, socket_to, sql, text_of, with_database
-from tests.scripted_agents import eventually
+from tests.agents.scripted import eventually
+from tests.kit.harness import TERMINAL, NodeProcess, running_node, socket_to, sql, text_of, with_database
 
 SCRAM = "local all all scram-sha-256\n"
 

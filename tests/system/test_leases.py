@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.harness import NodeProcess, socket_to, sql
-from tests.postgres_proxy import postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import NodeProcess, socket_to, sql
+from tests.kit.postgres_proxy import postgres_proxy
 
 
 @pytest.fixture

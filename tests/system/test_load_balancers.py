@@ -23,8 +23,8 @@ from websockets.exceptions import ConnectionClosed
 
 from anynode.server.client.client import Client
 from anynode.server.settings import Settings
-from tests.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
-from tests.scripted_agents import eventually
+from tests.agents.scripted import eventually
+from tests.kit.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROGRAMS = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}

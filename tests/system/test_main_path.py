@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.harness import NodeProcess, socket_to, text_of
+from tests.kit.harness import NodeProcess, socket_to, text_of
 
 
 async def test_a_message_is_answered_and_the_history_counts(shared_node: NodeProcess, user: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness import NodeProcess, token_for
+from tests.kit.harness import NodeProcess, token_for
 
 ROOT = Path(__file__).parents[2]
 SECONDS_MAX = 40
@@ -54,7 +54,12 @@ def test_schemathesis_finds_nothing(
             *("--max-time", str(SECONDS_MAX)),
         ],
         cwd=tmp_path,
-        env={**os.environ, "SCHEMATHESIS_HOOKS": "tests.schemathesis_hooks", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"},
+        env={
+            **os.environ,
+            "SCHEMATHESIS_HOOKS": "tests.kit.schemathesis_hooks",
+            "PYTHONPATH": str(ROOT),
+            "NO_COLOR": "1",
+        },
         capture_output=True,
         text=True,
         timeout=3 * SECONDS_MAX,

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_exact
-from tests.harness import sql
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import sql
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 LONG_LEASE = {"LEASE_SECONDS": "300"}  # what happens within the test's time has not waited for one
 END_LEASES = "UPDATE turns SET lease_expires_at = clock_timestamp() - interval '1 second'"

@@ -22,7 +22,7 @@ import pytest
 
 import hatch_build
 from hatch_build import Node, build_page, find_node
-from tests.harness import free_port
+from tests.kit.harness import free_port
 
 TOP = Path(__file__).parents[2]
 PAGE_PATH = "anynode/server/page/"

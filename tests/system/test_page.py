@@ -11,10 +11,10 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from tests.browser import PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, until
-from tests.harness import NodeProcess, sql, token_for
-from tests.rest import Rest, rest_to
-from tests.scripted_agents import Strings, script_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.browser import PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, until
+from tests.kit.harness import NodeProcess, sql, token_for
+from tests.kit.rest import Rest, rest_to
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REFUSED = r"Failed to load resource: the server responded with a status of 401 \(Unauthorized\)"

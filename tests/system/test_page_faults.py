@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.browser import NO_CONNECTION, Browser, Chat, Tab, expect, open_context, open_tab, until
-from tests.harness import NodeProcess, running_node, sql, token_for
-from tests.scripted_agents import DIRECTORY, Strings, script_of
-from tests.stock.agents import AGENT
-from tests.stock.balancer import Balancer, running_balancer
+from tests.agents.scripted import DIRECTORY, Strings, script_of
+from tests.agents.stock import AGENT
+from tests.kit.browser import NO_CONNECTION, Browser, Chat, Tab, expect, open_context, open_tab, until
+from tests.kit.harness import NodeProcess, running_node, sql, token_for
+from tests.kit.stock.balancer import Balancer, running_balancer
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TOKENS = 60

@@ -6,10 +6,10 @@ from typing import Any, Final
 
 import pytest
 
-from tests.browser import Browser, Chat, Tab, expect, open_context, screenshot
-from tests.harness import NodeProcess, token_for
-from tests.rest import rest_to
-from tests.scripted_agents import Strings, script_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.browser import Browser, Chat, Tab, expect, open_context, screenshot
+from tests.kit.harness import NodeProcess, token_for
+from tests.kit.rest import rest_to
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 SIZES: Final[dict[str, dict[str, Any]]] = {

@@ -14,11 +14,11 @@ import pytest_asyncio
 from playwright.async_api import Dialog
 from playwright.async_api import Frame as BrowserFrame
 
-from tests.browser import Browser, BrowserContext, Chat, Page, Tab, expect, open_context, until
-from tests.harness import NodeProcess, running_node, sql, token_for
-from tests.payloads import CANARY, DEEP, HTML, LINKS, MARKDOWN, PAYLOADS, TEXT, Payload
-from tests.rest import Rest, rest_to
-from tests.scripted_agents import Strings, script_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.browser import Browser, BrowserContext, Chat, Page, Tab, expect, open_context, until
+from tests.kit.harness import NodeProcess, running_node, sql, token_for
+from tests.kit.payloads import CANARY, DEEP, HTML, LINKS, MARKDOWN, PAYLOADS, TEXT, Payload
+from tests.kit.rest import Rest, rest_to
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 TITLE_MAX: Final = 200

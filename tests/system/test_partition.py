@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.exactness import Client, assert_exact
-from tests.harness import NodeProcess, running_node, sql
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import NodeProcess, running_node, sql
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 StartNode = Callable[..., NodeProcess]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from anynode.models.migrate import missing_migrations
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of, with_database
-from tests.pgbouncer import PgBouncer, running_pgbouncer
-from tests.scripted_agents import eventually
+from tests.agents.scripted import eventually
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of, with_database
+from tests.kit.pgbouncer import PgBouncer, running_pgbouncer
 
 StartNode = Callable[..., NodeProcess]
 

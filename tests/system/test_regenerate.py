@@ -12,11 +12,11 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.exactness import roles_after
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.exactness import roles_after
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
 
 Nodes = Sequence[NodeProcess]

@@ -17,13 +17,13 @@ import pytest
 from openai import AsyncOpenAI, AsyncStream, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually, script_of
+from tests.agents.stepping import AGENT as STEPPING_AGENT
+from tests.agents.waiting_tools import TOOLS
 from tests.conftest import StartNode
-from tests.harness import NodeProcess, running_node, sql, token_for
-from tests.postgres_proxy import postgres_proxy
-from tests.rest import MISSING, Reply, Rest, rest_to
-from tests.scripted_agents import DIRECTORY, Strings, eventually, script_of
-from tests.stepping_agents import AGENT as STEPPING_AGENT
-from tests.waiting_tools import TOOLS
+from tests.kit.harness import NodeProcess, running_node, sql, token_for
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.rest import MISSING, Reply, Rest, rest_to
 
 Nodes = Sequence[NodeProcess]
 Stream = AsyncStream[ResponseStreamEvent]
@@ -883,7 +883,7 @@ async def test_requests_that_wait_are_bounded(start_node: StartNode, strings: St
     [
         ({}, "echo"),
         ({"AGENT": "openai", "OPENAI_BASE_URL": "http://127.0.0.1:9/v1", "MODEL": "maker/model-1"}, "maker/model-1"),
-        ({"AGENT": "tests.scripted_agents:script"}, "script"),
+        ({"AGENT": "tests.agents.scripted:script"}, "script"),
     ],
 )
 async def test_the_model_is_what_answers(start_node: StartNode, user: str, settings: dict[str, str], id: str) -> None:

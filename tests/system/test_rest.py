@@ -15,8 +15,8 @@ import pytest
 from anynode.server.api.operations import OPERATIONS, REST
 from anynode.server.protocol.bodies import MESSAGES_AT_ONCE_MAX
 from tests.conftest import StartNode
-from tests.harness import NodeProcess, socket_to, sql, token_for
-from tests.rest import MISSING, Reply, Rest, rest_to
+from tests.kit.harness import NodeProcess, socket_to, sql, token_for
+from tests.kit.rest import MISSING, Reply, Rest, rest_to
 
 UUID = uuid.UUID
 FIELDS = {"id", "client_id", "title", "system_prompt", "metadata", "seq", "created_at", "updated_at"}

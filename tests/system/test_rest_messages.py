@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, NodeProcess, running_node, socket_to, sql
-from tests.rest import MISSING, Event, Reply, Rest, frames_of, rest_to
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, NodeProcess, running_node, socket_to, sql
+from tests.kit.rest import MISSING, Event, Reply, Rest, frames_of, rest_to
 
 Nodes = Sequence[NodeProcess]
 Message = dict[str, Any]

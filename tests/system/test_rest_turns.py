@@ -12,11 +12,11 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, NodeProcess, running_node, socket_to, sql
-from tests.postgres_proxy import postgres_proxy
-from tests.rest import MISSING, Reply, Rest, rest_to
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, NodeProcess, running_node, socket_to, sql
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.rest import MISSING, Reply, Rest, rest_to
 
 Nodes = Sequence[NodeProcess]
 UUID = uuid.UUID

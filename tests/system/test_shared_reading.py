@@ -13,9 +13,9 @@ import pytest
 from websockets.asyncio.client import connect
 
 from anynode.models.queries import statements
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of, token_for
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of, token_for
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
 
 CROWD = 50

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_exact
-from tests.harness import sql
-from tests.postgres_proxy import postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import sql
+from tests.kit.postgres_proxy import postgres_proxy
 
 
 @pytest.fixture

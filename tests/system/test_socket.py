@@ -17,7 +17,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 
 from tests.conftest import StartNode
-from tests.harness import (
+from tests.kit.harness import (
     TERMINAL,
     Frame,
     NodeProcess,
@@ -53,7 +53,7 @@ def slow_node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def silent_node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     """A node whose agent never says a word."""
-    settings = {"AGENT": "tests.agents:waiting"}
+    settings = {"AGENT": "tests.agents.transcript:waiting"}
     with running_node(module_database_url, tmp_path_factory.mktemp("node"), settings) as node:
         yield node
 

@@ -11,11 +11,11 @@ from contextlib import AsyncExitStack, ExitStack
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
-from tests.postgres_proxy import postgres_proxy
-from tests.rest import MISSING, Event, Events, Rest, frames_of, rest_to
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.rest import MISSING, Event, Events, Rest, frames_of, rest_to
 from tests.system.test_cut_points import ANSWER, EVENTS, Gated, ended, merged
 
 Nodes = Sequence[NodeProcess]

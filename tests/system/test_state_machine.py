@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from anynode.models.queries import query
-from tests.device import Device, Request, Transcript
-from tests.exactness import assert_shown
-from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, token_for
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.agents.scripted import Strings, eventually, script_of
+from tests.kit.device import Device, Request, Transcript
+from tests.kit.exactness import assert_shown
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, token_for
 
 Answer = TypeVar("Answer")
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from tests.exactness import roles_after
-from tests.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.recalling_agents import AGENT, ids_of
-from tests.scripted_agents import Strings, script_of
+from tests.agents.recalling import AGENT, ids_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.exactness import roles_after
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 
 ANSWER_BYTES_MAX = 20_000
 HISTORY_MESSAGES_MAX = 8

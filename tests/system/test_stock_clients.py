@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.harness import running_node, sql, token_for
-from tests.npm import Script
-from tests.scripted_agents import Strings, eventually
-from tests.stock.balancer import Break, running_balancer
-from tests.stock.tabs import Tab, View, open_tab, running_driver
-from tests.stock.world import CLIENTS, TOKENS, WHOLE, World, asked, environment_of, paced, said_in
+from tests.agents.scripted import Strings, eventually
+from tests.kit.harness import running_node, sql, token_for
+from tests.kit.npm import Script
+from tests.kit.stock.balancer import Break, running_balancer
+from tests.kit.stock.tabs import Tab, View, open_tab, running_driver
+from tests.kit.stock.world import CLIENTS, TOKENS, WHOLE, World, asked, environment_of, paced, said_in
 
 # Where the connection of an answer breaks: at shares of its bytes, before the first of them too, and at its ends.
 CUTS: tuple[float | bytes, ...] = (0.0, 0.01, 0.2, 0.4, 0.6, 0.8, b'"type":"finish-step"', b'"type":"finish"')

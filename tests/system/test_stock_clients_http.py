@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests.harness import running_node, sql, token_for
-from tests.npm import Script
-from tests.scripted_agents import Strings
-from tests.stock.tabs import open_tab, running_driver
-from tests.stock.world import CLIENTS, HTTP_CLIENTS, WHOLE, World, asked, environment_of, paced, said_in
+from tests.agents.scripted import Strings
+from tests.kit.harness import running_node, sql, token_for
+from tests.kit.npm import Script
+from tests.kit.stock.tabs import open_tab, running_driver
+from tests.kit.stock.world import CLIENTS, HTTP_CLIENTS, WHOLE, World, asked, environment_of, paced, said_in
 
 BEGINNING = "a beginning"
 

@@ -12,13 +12,13 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.agents.scripted import DIRECTORY, Strings, eventually
+from tests.agents.stepping import AGENT
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_journal, assert_shown
-from tests.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
-from tests.postgres_proxy import postgres_proxy
-from tests.provider import Reply, answer, delta, serve_provider
-from tests.scripted_agents import DIRECTORY, Strings, eventually
-from tests.stepping_agents import AGENT
+from tests.kit.exactness import Client, assert_journal, assert_shown
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.provider import Reply, answer, delta, serve_provider
 from tests.system.test_agent_faults import openai_environment
 from tests.system.test_any_node import assert_all_was_shown
 from tests.system.test_cancel import cancel

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import asyncpg
 
-from tests.exactness import Client, assert_exact
-from tests.harness import NodeProcess
-from tests.scripted_agents import Strings, script_of
+from tests.agents.scripted import Strings, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import NodeProcess
 
 StartNode = Callable[..., NodeProcess]
 

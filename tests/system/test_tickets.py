@@ -10,11 +10,11 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.ai_sdk import PATH, chat_path, chat_socket, new_id, request_of, shown, ticket_of
+from tests.agents.scripted import eventually
 from tests.conftest import StartNode
-from tests.harness import NodeProcess, running_node, socket_to, sql, token_for
-from tests.rest import rest_to
-from tests.scripted_agents import eventually
+from tests.kit.ai_sdk import PATH, chat_path, chat_socket, new_id, request_of, shown, ticket_of
+from tests.kit.harness import NodeProcess, running_node, socket_to, sql, token_for
+from tests.kit.rest import rest_to
 
 Nodes = Sequence[NodeProcess]
 

@@ -12,16 +12,16 @@ from typing import Any
 import asyncpg
 import pytest
 
+from tests.agents.scripted import DIRECTORY, eventually
+from tests.agents.waiting_tools import LET_GO, TOOLS, runs_of
 from tests.conftest import StartNode
-from tests.exactness import Client
-from tests.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
-from tests.postgres_proxy import postgres_proxy
-from tests.provider import Provider, answer, call_of, calling, serve_provider
-from tests.scripted_agents import DIRECTORY, eventually
+from tests.kit.exactness import Client
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
+from tests.kit.postgres_proxy import postgres_proxy
+from tests.kit.provider import Provider, answer, call_of, calling, serve_provider
 from tests.system.test_agent_faults import openai_environment
 from tests.system.test_command_line import GOOD, anynode, assert_refused_in_one_line
 from tests.system.test_takeover import assert_right, epoch_of
-from tests.waiting_tools import LET_GO, TOOLS, runs_of
 
 Steps = Sequence[Sequence[tuple[str, str]]]  # the calls (tool, word) of each step
 StartWith = Callable[..., NodeProcess]
@@ -350,7 +350,7 @@ async def test_a_cancel_that_comes_while_nobody_runs_the_calls_ends_the_turn_wit
 async def test_only_an_agent_that_resumes_calls_is_given_those_that_are_pending(
     start_node: StartNode, database_url: str, user: str, agent: str, pending: str
 ) -> None:
-    nodes = [start_node(AGENT=f"tests.waiting_tools:{agent}", LEASE_SECONDS="1") for _ in range(2)]
+    nodes = [start_node(AGENT=f"tests.agents.waiting_tools:{agent}", LEASE_SECONDS="1") for _ in range(2)]
     client = Client(user, QUESTION)
 
     async def is_in_the_middle() -> bool:
@@ -368,8 +368,8 @@ async def test_only_an_agent_that_resumes_calls_is_given_those_that_are_pending(
     ("settings", "words"),
     [
         ({"TOOLS": "no_such_module:tools"}, ("TOOLS", "no_such_module")),
-        ({"TOOLS": "tests.waiting_tools:runs_of"}, ("TOOLS", "must be a list of functions")),
-        ({"TOOLS": "tests.waiting_tools:tools", "TOOL_STEPS_MAX": "0"}, ("TOOL_STEPS_MAX",)),
+        ({"TOOLS": "tests.agents.waiting_tools:runs_of"}, ("TOOLS", "must be a list of functions")),
+        ({"TOOLS": "tests.agents.waiting_tools:tools", "TOOL_STEPS_MAX": "0"}, ("TOOL_STEPS_MAX",)),
         ({"ECHO_TOOL_CALLS": "[{}]"}, ("ECHO_TOOL_CALLS", "must be a JSON list of steps")),
     ],
 )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.exactness import Client, assert_exact
-from tests.harness import TERMINAL, socket_to, sql, text_of
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.exactness import Client, assert_exact
+from tests.kit.harness import TERMINAL, socket_to, sql, text_of
 
 LONG_LEASE = {"LEASE_SECONDS": "300"}  # what happens within the test's time has not waited for one
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from tests.agents.scripted import eventually
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, socket_to
-from tests.postgres_proxy import postgres_proxy
-from tests.scripted_agents import eventually
+from tests.kit.harness import TERMINAL, socket_to
+from tests.kit.postgres_proxy import postgres_proxy
 
 
 async def test_a_turn_elsewhere_that_is_heard_of_during_a_reading_is_read_next(

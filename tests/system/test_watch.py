@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from anynode.server.engine.node import BEGUN_MAX
+from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
-from tests.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
-from tests.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.scripted_agents import Strings, eventually, script_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
+from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""Agents and tools that tests name in AGENT and TOOLS."""
