@@ -6,8 +6,8 @@ from typing import Any
 
 from msgspec import UNSET
 
-from anynode.models.messages import Page
 from anynode.models.rules import standing
+from anynode.server.engine.conversations import Page
 from anynode.server.protocol.bodies import Export, ExportedMessage
 from anynode.server.protocol.encoding import tool_calls_of
 

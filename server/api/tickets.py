@@ -13,6 +13,7 @@ from typing import Final
 from anynode.models.database import Database
 from anynode.models.tickets import add_ticket, redeem_ticket
 from anynode.server.auth import Identity
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import RateLimited, Unauthorized
 
 TICKET_SECONDS: Final = 30.0
@@ -26,23 +27,26 @@ class Tickets:
         self._database = database
 
     async def issue(self, identity: Identity) -> tuple[str, float]:
-        """A new ticket, and when it expires (Unix seconds). Raises RateLimited or Unavailable."""
+        """Return a new ticket, and when it expires (Unix seconds). Raises RateLimited or DatabaseUnavailable."""
         ticket = secrets.token_urlsafe(32)
-        expires_at = await add_ticket(
-            self._database,
-            _hash(ticket),
-            identity.user_id,
-            token_expires_at=identity.expires_at,
-            lasts_seconds=TICKET_SECONDS,
-            tickets_max=TICKETS_MAX,
-        )
+        with unavailable_as_client_error():
+            expires_at = await add_ticket(
+                self._database,
+                _hash(ticket),
+                identity.user_id,
+                token_expires_at=identity.expires_at,
+                lasts_seconds=TICKET_SECONDS,
+                tickets_max=TICKETS_MAX,
+            )
         if expires_at is None:
-            raise RateLimited(f"There are {TICKETS_MAX} tickets of yours that nobody has come with.")
+            raise RateLimited(f"You have {TICKETS_MAX} unused tickets; use one, or wait {TICKET_SECONDS:g} seconds.")
         return ticket, expires_at
 
     async def redeem(self, ticket: str) -> Identity:
-        """Whom it was issued to, and until when that one's token is good. Raises Unauthorized or Unavailable."""
-        redeemed = await redeem_ticket(self._database, _hash(ticket))
+        """Use a ticket up. Returns the user that it was issued to, and until when the user's token is valid. Raises
+        Unauthorized or DatabaseUnavailable."""
+        with unavailable_as_client_error():
+            redeemed = await redeem_ticket(self._database, _hash(ticket))
         if redeemed is None:
             raise Unauthorized("the ticket is unknown, expired or used")
         return Identity(*redeemed)

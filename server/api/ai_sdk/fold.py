@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import msgspec
 
 from anynode.models.events import DELTA, Event
-from anynode.server.agents.agent import ToolCall, ToolResult
+from anynode.models.rules import CANCELLED, COMPLETED
+from anynode.server.agents.agent import ToolResult
+from anynode.server.engine.turn_events import (
+    TurnCalled,
+    TurnDelta,
+    TurnEnded,
+    TurnRestarted,
+    TurnStarted,
+    decode_event,
+)
 from anynode.server.protocol.encoding import encode
-from anynode.server.protocol.frames import ErrorDetail, Usage
+from anynode.server.protocol.frames import Usage
 
 START_STEP: Final = '{"type":"start-step"}'
 FINISH_STEP: Final = '{"type":"finish-step"}'
@@ -23,21 +32,6 @@ RESET_STEP: Final = '{"type":"reset-step"}'
 ABORT: Final = '{"type":"abort"}'
 NOT_FINISHED: Final = "The turn ended before the tool had answered."
 _DELTA_HEAD: Final = '{"type":"text-delta",'
-
-
-class _Said(msgspec.Struct):
-    text: str
-
-
-class _Ending(msgspec.Struct):
-    usage: Usage | None = None
-    error: ErrorDetail | None = None
-
-
-_SAID = msgspec.json.Decoder(_Said)
-_CALL = msgspec.json.Decoder(ToolCall)
-_RESULT = msgspec.json.Decoder(ToolResult)
-_ENDING = msgspec.json.Decoder(_Ending)
 
 
 @dataclass(slots=True)
@@ -71,24 +65,27 @@ class Chunks:
 
     def take(self, event: Event) -> list[str]:
         """The chunks that the turn's next event makes, each as JSON."""
-        match event.type:
-            case "turn.delta":
-                return self._text(event)
-            case "turn.started":
+        match decode_event(event.type, event.payload):
+            case TurnDelta(text):
+                return self._text(event, len(text))
+            case TurnStarted():
                 return [f'{{"type":"start","messageId":"{self._turn_id}"}}', START_STEP]
-            case "turn.tool_call":
-                return self._call(_CALL.decode(event.payload))
-            case "turn.tool_result":
-                return self._result(_RESULT.decode(event.payload))
-            case "turn.restarted":
-                return self._restart(_SAID.decode(event.payload).text)
-            case "turn.completed" | "turn.cancelled" | "turn.failed":
-                return self._end(event)
-        return []
+            case TurnCalled() as call:
+                return self._call(call)
+            case ToolResult() as result:
+                return self._result(result)
+            case TurnRestarted(text):
+                return self._restart(text)
+            case TurnEnded() as ending:
+                return self._end(ending)
+            case None:
+                return []
+            case unknown:
+                assert_never(unknown)
 
-    def _text(self, event: Event) -> list[str]:
+    def _text(self, event: Event, length: int) -> list[str]:
         chunks = self._next_step()
-        self._step.said += len(_SAID.decode(event.payload).text)
+        self._step.said += length
         if not self._is_text_open:
             chunks.append(self._open_text())
         # The payload is {"text": …}, and JSON already.
@@ -96,14 +93,14 @@ class Chunks:
         chunks.append(f'{_DELTA_HEAD}"id":"{self._texts}","delta":{text}')
         return chunks
 
-    def _call(self, call: ToolCall) -> list[str]:
+    def _call(self, call: TurnCalled) -> list[str]:
         chunks = [*self._next_step(), *self._close_text()]
         shown = encode(
             {
                 "type": "tool-input-available",
                 "toolCallId": call.tool_call_id,
                 "toolName": call.tool_name,
-                "input": harmless(call.arguments),
+                "input": harmless(call.decoded_arguments()),
                 "dynamic": True,
                 "providerExecuted": True,
             }
@@ -134,14 +131,13 @@ class Chunks:
                 chunks += self._close_text()
         return [*chunks, *(chunk for shown in self._step.calls.values() for chunk in shown)]
 
-    def _end(self, event: Event) -> list[str]:
-        ending = _ENDING.decode(event.payload)
+    def _end(self, ending: TurnEnded) -> list[str]:
         chunks = self._close_text()
         chunks += [_output(id, NOT_FINISHED, is_error=True) for id in self._step.unanswered]
-        if event.type == "turn.completed":
+        if ending.status == COMPLETED:
             finish = {"type": "finish", "finishReason": "stop", "messageMetadata": metadata_of(ending.usage)}
             return [*chunks, FINISH_STEP, encode(finish)]
-        if event.type == "turn.cancelled":
+        if ending.status == CANCELLED:
             return [*chunks, ABORT]
         assert ending.error is not None
         return [*chunks, encode({"type": "error", "errorText": ending.error.message})]

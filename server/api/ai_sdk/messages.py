@@ -10,10 +10,10 @@ from uuid import UUID
 import asyncpg
 from msgspec import UNSET
 
-from anynode.models.messages import Page
 from anynode.models.rules import COMPLETED, FAILED
 from anynode.server.api.ai_sdk.bodies import ShownMessage
 from anynode.server.api.ai_sdk.fold import arguments_of, metadata_of
+from anynode.server.engine.conversations import Page
 from anynode.server.protocol.encoding import tool_calls_of, usage_of
 
 

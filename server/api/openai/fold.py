@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, assert_never
 from uuid import UUID
 
 import msgspec
-from msgspec import Struct
 
-from anynode.models.events import Event, delta_text
+from anynode.models.events import Event
 from anynode.models.ids import made_at
-from anynode.models.rules import CANCELLED, COMPLETED, TERMINAL_EVENTS
+from anynode.models.rules import CANCELLED, COMPLETED
 from anynode.server.agents.agent import ToolResult
 from anynode.server.api.openai.bodies import (
     CallError,
@@ -57,39 +55,20 @@ from anynode.server.api.openai.wire import (
     ResponseEvent,
     StreamEvent,
 )
+from anynode.server.engine.turn_events import (
+    TurnCalled,
+    TurnDelta,
+    TurnEnded,
+    TurnRestarted,
+    TurnStarted,
+    decode_event,
+    events_of_stored,
+)
 from anynode.server.protocol.bodies import StoredTurn
-from anynode.server.protocol.frames import ErrorDetail, Usage
-from anynode.server.transport.turn_events import events_of_stored
+from anynode.server.protocol.frames import Usage
 
 WHOLE_NUMBER_MIN: Final = -(2**63)  # what JSON encoders write digit by digit
 WHOLE_NUMBER_MAX: Final = 2**64 - 1
-_STATUSES: Final = {type: status for status, type in TERMINAL_EVENTS.items()}
-
-
-class _Text(Struct):
-    text: str
-
-
-class _Call(Struct):
-    tool_call_id: str
-    tool_name: str
-    arguments: msgspec.Raw
-
-
-class _Said(Struct):
-    created_at: datetime
-
-
-class _End(Struct):
-    message: _Said
-    usage: Usage | None = None
-    error: ErrorDetail | None = None
-
-
-_TEXT: Final = msgspec.json.Decoder(_Text)
-_CALL: Final = msgspec.json.Decoder(_Call)
-_RESULT: Final = msgspec.json.Decoder(ToolResult)
-_END: Final = msgspec.json.Decoder(_End)
 
 
 @dataclass(slots=True)
@@ -152,19 +131,23 @@ class Fold:
     def add(self, event: Event) -> Sequence[StreamEvent]:
         """What the next event of the turn adds to the stream."""
         self._events = []
-        match event.type:
-            case "turn.started":
+        match decode_event(event.type, event.payload):
+            case TurnDelta(text):
+                self._say(text)
+            case TurnStarted():
                 self._start()
-            case "turn.delta":
-                self._say(delta_text(event))
-            case "turn.tool_call":
-                self._call(_CALL.decode(event.payload))
-            case "turn.tool_result":
-                self._answer(_RESULT.decode(event.payload))
-            case "turn.restarted":
-                self._restart(_TEXT.decode(event.payload).text)
-            case type if type in _STATUSES:
-                self._end(_STATUSES[type], _END.decode(event.payload))
+            case TurnCalled() as call:
+                self._call(call)
+            case ToolResult() as result:
+                self._answer(result)
+            case TurnRestarted(text):
+                self._restart(text)
+            case TurnEnded() as end:
+                self._end(end)
+            case None:
+                pass
+            case unknown:
+                assert_never(unknown)
         return self._events
 
     def response(self) -> ResponseObject:
@@ -184,7 +167,7 @@ class Fold:
         shown.texts.append(text)
         self._add_of(shown, OutputTextDelta, delta=text)
 
-    def _call(self, call: _Call) -> None:
+    def _call(self, call: TurnCalled) -> None:
         self._close_text()
         id, arguments = f"mcp_{self._turn_id.hex}_{self._shown}", canonical(call.arguments)
         shown = ShownCall(id, self._shown, call.tool_call_id, call.tool_name, arguments)
@@ -223,15 +206,15 @@ class Fold:
         if rest:
             self._say(rest)
 
-    def _end(self, status: str, end: _End) -> None:
-        self._close_text("completed" if status == COMPLETED else "incomplete")
+    def _end(self, end: TurnEnded) -> None:
+        self._close_text("completed" if end.status == COMPLETED else "incomplete")
         for shown in [shown for shown in self._standing if isinstance(shown, ShownCall) and shown.result is None]:
             self._standing.remove(shown)
             self._take_back(shown)
         at = int(end.message.created_at.timestamp())
-        if status == COMPLETED:
+        if end.status == COMPLETED:
             self._add(Completed, response=self._response("completed", end, completed_at=at))
-        elif status == CANCELLED:
+        elif end.status == CANCELLED:
             self._add(Incomplete, response=self._response("cancelled", end))
         else:
             self._add(Failed, response=self._response("failed", end))
@@ -268,7 +251,7 @@ class Fold:
         self.sequence_number += 1
 
     def _response(
-        self, status: ResponseStatus, end: _End | None = None, *, completed_at: int | None = None
+        self, status: ResponseStatus, end: TurnEnded | None = None, *, completed_at: int | None = None
     ) -> ResponseObject:
         usage = None if end is None else end.usage
         error = None if end is None else end.error
