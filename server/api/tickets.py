@@ -1,7 +1,7 @@
-"""Tickets for clients that can set nothing but a URL: each lets one connection in, once and soon, on any node.
+"""Tickets for clients that can set nothing but a URL: each admits one connection, within 30 seconds, on any node.
 
-A long-lived token has no place in a URL, which proxies and servers write to their logs. A ticket there is worth nothing
-by the time that anybody reads it.
+Proxies and servers write URLs to their logs, so a long-lived token does not belong into one. A ticket is used up by
+the time that anybody reads the log.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TICKETS_MAX: Final = 100  # of one user at once
 
 
 class Tickets:
-    """All tickets; the database knows them by their hashes."""
+    """Issues and redeems tickets; the database holds their hashes."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

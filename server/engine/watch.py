@@ -28,7 +28,7 @@ DELETIONS_KNOWN_SECONDS: Final = 60.0  # a node that was cut off for longer look
 
 
 class Horizon:
-    """From where on the next watch asks. Given the time; no I/O."""
+    """The horizon from which the next watch asks. Given the time; no I/O."""
 
     def __init__(self) -> None:
         self._horizon: int | None = None

@@ -71,7 +71,7 @@ def expiry_check_in(now: float, expires_at: float) -> tuple[float, bool]:
 
 
 class Closed(Exception):
-    """The connection is over; `code` is ours to send, None when the peer has gone."""
+    """The connection is over. `code` is the close code to send, None where the peer has gone."""
 
     def __init__(self, code: int | None = None, reason: str = "") -> None:
         super().__init__(reason)
@@ -80,7 +80,7 @@ class Closed(Exception):
 
 
 class Connection:
-    """One client's connection; with a `refusal` (close code and reason) only to be told of it."""
+    """One client's connection. Where there is a `refusal` (close code and reason), the client is only told of it."""
 
     __slots__ = (
         "_allowance",
@@ -140,11 +140,11 @@ class Connection:
     # What each API does in its own way.
 
     def _token_in(self, text: str) -> str:
-        """The token in a frame of a client that has not authenticated yet. Raises ClientError."""
+        """Return the token in the first frame of a client. Raises ClientError."""
         raise NotImplementedError
 
     async def _welcome(self) -> None:
-        """The client has authenticated."""
+        """Begin to serve a client that has authenticated."""
 
     async def _obey(self, text: str) -> None:
         """Do what a frame asks for. Raises ClientError."""
@@ -155,10 +155,10 @@ class Connection:
         raise NotImplementedError
 
     def _warn_of_expiry(self, expires_at: float) -> None:
-        """The token runs out soon."""
+        """Tell the client that its token expires soon."""
 
     def warn_of_drain(self, deadline: float) -> None:
-        """The node goes down."""
+        """Tell the client that the node goes down."""
 
     async def run(self) -> None:
         """Serve the connection from its handshake to its end."""

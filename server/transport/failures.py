@@ -16,7 +16,7 @@ async def show_to_end(
 
     | what goes wrong | what happens |
     |---|---|
-    | the client has gone (OSError, Closed) | nothing: whoever reads from the client learns of it |
+    | the client has gone (OSError, Closed) | nothing: the reader of the connection learns of it |
     | a ClientError | `last_words` tells the client |
     | anything else | it is logged as the failure of `what`, and `last_words` tells of an InternalError |
     """

@@ -72,7 +72,7 @@ register_url_convertor("anything", _Anything())
 
 
 class ClientGone(Exception):
-    """The client has closed its connection; nobody hears an answer."""
+    """The client has closed its connection, so there is nobody to answer."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The connections of the AI SDK's `WebSocketChatTransport`: turns that are shown by request."""
+"""The WebSocket connections of the AI SDK's `WebSocketChatTransport`, which shows a turn for each request."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _Answer: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class AiSdkConnection(Connection):
-    """One client's connection, in the frames of the transport."""
+    """One client's connection in the frames of the AI SDK's transport."""
 
     __slots__ = ("_requests", "_stop_timer", "_stops", "_tickets", "_token", "_unheard")
 
@@ -110,7 +110,7 @@ class AiSdkConnection(Connection):
             await self._handle(unheard)
 
     def _parameter(self, name: str) -> str | None:
-        """The last one of this name in the URL."""
+        """Return the last parameter of this name in the URL."""
         values = parse_qs(self._scope["query_string"].decode("latin-1")).get(name)
         return values[-1] if values else None
 

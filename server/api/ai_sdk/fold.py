@@ -1,7 +1,7 @@
 """The AI SDK's UI message chunks, made of a turn's events. Pure.
 
-One event after the other makes the same chunks wherever and whenever it is read, so their numbers are the same on every
-node and at every replay. `whole` makes what stands of a turn so far, in as few as show it.
+The same events make the same chunks on every node and at every replay, so the chunks have the same numbers. `whole`
+shows what stands of a turn so far in as few chunks as possible.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _DELTA_HEAD: Final = '{"type":"text-delta",'
 
 @dataclass(slots=True)
 class _Step:
-    """What is shown of one model request: how many characters, and its calls, by their ids, as the chunks of their
-    inputs and outputs."""
+    """The part of the stream that shows one model request: how many characters of text, and the chunks of each call's
+    input and output, by the call's id."""
 
     said: int = 0
     calls: dict[str, list[str]] = field(default_factory=dict)
@@ -52,8 +52,11 @@ class _Step:
 
 
 class Chunks:
-    """The chunks of one turn. `takes_back` says that something that was shown does not stand any more: what follows is
-    right only for who knows `reset-step`."""
+    """The chunks of one turn.
+
+    `takes_back` says that something that was shown no longer stands. What follows is then right only for a client that
+    knows `reset-step`.
+    """
 
     def __init__(self, turn_id: str) -> None:
         self.takes_back = False
@@ -64,7 +67,7 @@ class Chunks:
         self._step = _Step()
 
     def take(self, event: Event) -> list[str]:
-        """The chunks that the turn's next event makes, each as JSON."""
+        """Return the chunks that the turn's next event makes, each as JSON."""
         match decode_event(event.type, event.payload):
             case TurnDelta(text):
                 return self._text(event, len(text))
@@ -115,7 +118,7 @@ class Chunks:
         return [*chunks, shown]
 
     def _restart(self, text: str) -> list[str]:
-        """Of the step that was cut stand a beginning of its text, and the calls that were answered."""
+        """Reset the step that was cut: a beginning of its text and the calls that were answered still stand."""
         step = self._step
         standing = text[self._said_before :]
         if len(standing) == step.said and not step.unanswered:
@@ -143,7 +146,7 @@ class Chunks:
         return [*chunks, encode({"type": "error", "errorText": ending.error.message})]
 
     def _next_step(self) -> list[str]:
-        """What comes next belongs to another step, if this one is answered."""
+        """Begin the next step if all calls of this one are answered."""
         if not self._step.is_answered:
             return []
         chunks = [*self._close_text(), FINISH_STEP, START_STEP]
@@ -164,7 +167,7 @@ class Chunks:
 
 
 def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
-    """What stands of a turn after its first `events`, without what was taken back; `chunks` goes on from there."""
+    """Return the chunks that show what stands of a turn after its first `events`; `chunks` goes on from there."""
     shown: list[str] = []
     step_at = 0  # where the current step's parts begin
     deltas: list[str] = []  # JSON strings of one text, to be one
@@ -195,7 +198,7 @@ def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
 
 
 def arguments_of(call: Mapping[str, Any]) -> Any:
-    """The arguments of a call as it is stored: a JSON object, as text."""
+    """Return the arguments of a stored call, which holds them as the text of a JSON object."""
     try:
         return msgspec.json.decode(call["function"]["arguments"])
     except msgspec.DecodeError:  # what a client has appended may be anything
@@ -203,8 +206,11 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 
 def harmless(value: Any) -> Any:
-    """A value of JSON without the keys for which the AI SDK refuses to read all of it: they could change the prototypes
-    of JavaScript's objects. What is nested too deeply to be looked at is null."""
+    """Return a JSON value without the keys that make the AI SDK refuse all of it.
+
+    Such keys could change the prototypes of JavaScript's objects. A value that is nested too deeply to be checked
+    becomes null.
+    """
     try:
         return _harmless(value)
     except RecursionError:
@@ -221,7 +227,7 @@ def _harmless(value: Any) -> Any:
 
 
 def metadata_of(usage: Usage | None) -> dict[str, Any]:
-    """What is told of an answer beside what it says, in the AI SDK's words."""
+    """Return the metadata of an answer, such as its tokens, under the AI SDK's names."""
     if usage is None:
         return {}
     known = {"inputTokens": usage.input_tokens, "outputTokens": usage.output_tokens}

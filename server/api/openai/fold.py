@@ -1,8 +1,8 @@
-"""A turn's journal as the events of the Responses API: a fold, the same at every reading of the journal. Pure.
+"""The events of the Responses API, made of a turn's events. Pure.
 
-One event of the journal makes the same stream events, with the same sequence numbers, on every node and at every
-replay. So nothing goes in but the event and those before it: no clock, no request, and no text of a JSON object, which
-Postgres gives back with its keys in another order.
+The same events make the same stream events on every node and at every replay, with the same sequence numbers. So a
+stream event depends on nothing but the journal: no clock, no request, and not the text of a JSON object, as Postgres
+returns its keys in another order.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ WHOLE_NUMBER_MAX: Final = 2**64 - 1
 
 @dataclass(slots=True)
 class ShownText:
-    """A message that is shown; `texts` are its deltas."""
+    """A message of the output; `texts` are its deltas."""
 
     id: str
     output_index: int
@@ -82,17 +82,17 @@ class ShownText:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """All text of the message."""
         return "".join(self.texts)
 
     def item(self) -> OutputMessage:
-        """As it is now."""
+        """Return the message as an item of the output."""
         return OutputMessage(self.id, self.status, [OutputText(self.text)] if self.texts else [])
 
 
 @dataclass(slots=True)
 class ShownCall:
-    """A call that is shown."""
+    """A call in the output."""
 
     id: str
     output_index: int
@@ -103,7 +103,7 @@ class ShownCall:
     status: CallStatus = "in_progress"
 
     def item(self, *, is_new: bool = False) -> OutputCall:
-        """As it is now; a new one's arguments come behind it."""
+        """Return the call as an item of the output; the arguments of a new one come in later events."""
         arguments = "" if is_new else self.arguments
         if self.result is None:
             return OutputCall(self.id, self.status, self.name, arguments)
@@ -116,7 +116,10 @@ Shown: TypeAlias = ShownText | ShownCall
 
 
 class Fold:
-    """The stream of one turn, from the turn's first event on; `model` is what is known to answer before it says so."""
+    """The stream of one turn, from the turn's first event on.
+
+    `model` is the name that is shown until the turn's usage says which model answered.
+    """
 
     def __init__(self, turn_id: UUID, conversation_id: UUID, model: str) -> None:
         self._turn_id = turn_id
@@ -129,7 +132,7 @@ class Fold:
         self.sequence_number = 0  # of the next stream event
 
     def add(self, event: Event) -> Sequence[StreamEvent]:
-        """What the next event of the turn adds to the stream."""
+        """Return the events that the turn's next event adds to the stream."""
         self._events = []
         match decode_event(event.type, event.payload):
             case TurnDelta(text):
@@ -151,7 +154,7 @@ class Fold:
         return self._events
 
     def response(self) -> ResponseObject:
-        """The response while the turn runs."""
+        """Return the response while the turn runs."""
         return self._response("in_progress")
 
     def _start(self) -> None:
@@ -186,7 +189,7 @@ class Fold:
                 return
 
     def _restart(self, text: str) -> None:
-        """Another node goes on from `text`. What was shown beyond it is taken back, and calls that have no answer."""
+        """Take back what was shown beyond `text`, from which another node goes on, and calls that have no answer."""
         standing: list[Shown] = []
         taken_back: list[Shown] = []
         rest, is_cut = text, False
@@ -275,8 +278,10 @@ def _usage(usage: Usage | None) -> ResponseUsage | None:
 
 
 def canonical(arguments: msgspec.Raw | str) -> str:
-    """A JSON object as the same text, whether it comes from the agent or out of Postgres, which sorts keys its own way
-    and writes 1e3 as 1000."""
+    """Return a JSON object as the same text, whether it comes from an agent or from Postgres.
+
+    Postgres sorts keys in its own way, and writes 1e3 as 1000.
+    """
     text = arguments if isinstance(arguments, str) else bytes(arguments).decode()
     try:
         return msgspec.json.encode(_plain(json.loads(text)), order="sorted").decode()
@@ -300,13 +305,13 @@ def _plain(value: Any) -> Any:
 
 
 def stored_response(stored: StoredTurn, model: str) -> ResponseObject:
-    """The response that a stored turn is."""
+    """Return a stored turn as a response."""
     last = stored_events(stored, model)[-1]
     assert isinstance(last, ResponseEvent)
     return last.response
 
 
 def stored_events(stored: StoredTurn, model: str) -> list[StreamEvent]:
-    """The stream of a turn as it is stored: each message in one delta, and no tool known to have failed."""
+    """Return the stream of a stored turn, with one delta for each message."""
     fold = Fold(stored.turn_id, stored.conversation_id, model)
     return [shown for event in events_of_stored(stored) for shown in fold.add(event)]
