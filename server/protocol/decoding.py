@@ -26,14 +26,20 @@ _IDS: Final = ("id", "message_id", "tool_call_id")
 def decode_body(data: bytes, kinds: Sequence[type[Body]]) -> Any:
     """The body that `data` is, nothing being an empty object: of the first kind that has any of its fields, else of the
     last. Raises InvalidFrame."""
+    value = json_object(data)
+    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
+    return _converted(value, kind, "", is_text=False)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body, an empty one where nothing came. Raises InvalidFrame."""
     try:
         value = strict_json(data.decode() if data else "{}", "the body")
     except UnicodeDecodeError:
         raise InvalidFrame("the body is not UTF-8") from None
     if not isinstance(value, dict):
         raise InvalidFrame("the body is not a JSON object")
-    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
-    return _converted(value, kind, "", is_text=False)
+    return value
 
 
 def decode_query(parameters: Sequence[tuple[str, str]], kind: type[Body]) -> Any:
