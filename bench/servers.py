@@ -36,7 +36,7 @@ STOP_SECONDS: Final = 8.0
 CONTENT: Final = "a message of a hundred characters, which is about what people and models say to each other in chats"
 
 COMMANDS: Final[Mapping[Side, Sequence[str]]] = {
-    "product": ("-m", "anynode.server.cli", "serve", "--stop-with-input", "--quiet"),
+    "product": ("-m", "bench.product"),
     "floor": ("-m", "bench.floor"),
 }
 SEEDS: Final[Mapping[Side, Sequence[str]]] = {

@@ -1,0 +1,11 @@
+"""A node as `anynode serve` runs it, which also stops when its standard input ends: none outlives the bench."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from anynode.server.serve import run_node
+
+if __name__ == "__main__":
+    run_node(os.environ, log_level=logging.WARNING, stop_with_input=True)
