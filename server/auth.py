@@ -51,7 +51,7 @@ _OPTIONS: Options = {
     "verify_iat": False,
     "verify_sub": False,
 }
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("anynode.auth")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ class _Jwks:
                         raise ValueError(f"more than {JWKS_BYTES_MAX} bytes")
             self._keys, self._fetched_at = signing_keys(bytes(body)), self._monotonic()
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            _log.warning("the signing keys were not fetched: %s: %s", type(error).__name__, error)
+            logger.warning("the signing keys were not fetched: %s: %s", type(error).__name__, error)
         finally:
             self._fetching = None
 
