@@ -64,11 +64,11 @@ ERROR_CODE: Final = re.compile(r"[A-Za-z_]{1,40}")  # no key is without digits
 def from_pydantic_ai(
     agent: AbstractAgent[AnyDeps, Any], *, deps: AnyDeps | Callable[[Turn], AnyDeps] | None = None
 ) -> Agent:
-    """The agent that answers with a run of `agent`; `deps` are its dependencies, or a function that makes them of the
-    turn.
+    """Make an agent that answers each turn with a run of a Pydantic AI `agent`.
 
-    Output that is not text is told as JSON. After a takeover, calls that were made are run with the ids that they have.
-    Files that tools return do not outlive the run: messages hold text.
+    `deps` are its dependencies, or a function that makes them of the turn. Output that is not text is sent as JSON.
+    After a takeover, calls that have no result yet are run with the same ids. Files that tools return are lost with the
+    run, as messages hold only text.
     """
 
     @resumes_calls
