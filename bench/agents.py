@@ -11,7 +11,7 @@ from functools import cache
 from itertools import cycle
 from typing import Final
 
-from anynode.server.agents.agent import TextDelta, Turn
+from anynode import TextDelta, Turn
 from anynode.server.settings import Settings, read_settings
 
 MARKDOWN: Final = "bench.agents:written"
