@@ -1,4 +1,4 @@
-"""Who a token speaks for: HS256 with a shared secret, or RS256 and ES256 with the keys of a JWKS address.
+"""Verifies tokens: HS256 with a shared secret, or RS256 and ES256 with the keys of a JWKS address.
 
 Invariant: a key is only ever used with the one algorithm that belongs to it, whatever a token's header asks for.
 """
@@ -56,14 +56,14 @@ logger = logging.getLogger("anynode.auth")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user, and until when the token says so (Unix seconds)."""
+    """The user that a token names, and when the token expires (Unix seconds)."""
 
     user_id: str
     expires_at: float
 
 
 class Authenticator:
-    """Verifies tokens as the settings say; ConfigurationError when they hold no usable secret and no JWKS address."""
+    """Verifies tokens. Raises ConfigurationError where the settings hold no usable secret and no JWKS address."""
 
     def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
@@ -73,7 +73,7 @@ class Authenticator:
             raise ConfigurationError("no token can be verified: set JWT_SECRET or JWT_JWKS_URL")
 
     async def authenticate(self, token: str) -> Identity:
-        """The identity that `token` proves; raises Unauthorized, and nothing else, for any string."""
+        """Return the identity that the token proves. Raises only Unauthorized, for any string."""
         if len(token) > TOKEN_CHARACTERS_MAX:
             raise Unauthorized(f"the token is longer than {TOKEN_CHARACTERS_MAX} characters")
         try:
@@ -109,14 +109,14 @@ class Authenticator:
 
 
 def make_token(secret: str, *, user_id: str, audience: str, issuer: str, ttl_seconds: float) -> str:
-    """An HS256 token for `user_id`, valid from now on."""
+    """Return an HS256 token for the user, valid from now on."""
     now = time.time()
     claims = {"sub": user_id, "aud": audience, "iss": issuer, "iat": int(now), "exp": round(now + ttl_seconds, 3)}
     return jwt.encode(claims, secret, algorithm="HS256")
 
 
 def bearer_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The token of `Authorization: Bearer …` in ASGI headers."""
+    """Return the token of `Authorization: Bearer …` in ASGI headers, or None."""
     for name, value in headers:
         scheme, _, token = value.strip().partition(b" ")
         if name.lower() == b"authorization" and scheme.lower() == b"bearer" and token.strip():
@@ -125,7 +125,7 @@ def bearer_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def token_of_subprotocols(offered: Sequence[str]) -> str | None:
-    """The JWT of an offered `bearer.JWT`: a page's WebSocket cannot set headers."""
+    """Return the JWT of an offered subprotocol `bearer.JWT`, or None. A page's WebSocket cannot set headers."""
     return next((name[7:] for name in offered if name.startswith("bearer.") and len(name) > 7), None)
 
 
@@ -151,7 +151,7 @@ def _secret_key(secret: str) -> jwt.PyJWK:
 
 
 def signing_keys(body: bytes) -> list[jwt.PyJWK]:
-    """The keys of a JWKS that verify RS256 or ES256; all others are left out. Raises ValueError when none remains."""
+    """Return the keys of a JWKS that verify RS256 or ES256. Raises ValueError when there are none."""
     try:
         document = json.loads(body)
         keys = [key for entry in document["keys"] if (key := _signing_key(entry)) is not None]
@@ -175,7 +175,7 @@ def _signing_key(entry: Any) -> jwt.PyJWK | None:
 
 
 class _Jwks:
-    """The keys of one address. All callers share one fetch; when it fails, the older keys go on serving."""
+    """The keys of one address. All callers share one fetch; when it fails, the older keys stay in use."""
 
     def __init__(self, url: str, monotonic: Callable[[], float]) -> None:
         self._url, self._monotonic = url, monotonic

@@ -73,17 +73,17 @@ def _message(message: HistoryMessage) -> dict[str, Any]:
 
 
 async def _stream(pieces: AsyncGenerator[object, None]) -> AsyncIterator[AgentEvent]:
-    said = ""
+    text = ""
     ids: set[str] = set()
     async for piece in pieces:
         if not isinstance(piece, str):
             response, calls = _outcome(piece)
             for event in _told(calls, ids):
                 yield event
-            if response and not response.startswith(said):
+            if response and not response.startswith(text):
                 raise AgentError("the response that run_agent yields must begin with the text that it has yielded")
-            piece = response[len(said) :]
-        said += piece
+            piece = response[len(text) :]
+        text += piece
         yield TextDelta(piece)
 
 
