@@ -31,7 +31,7 @@ from anynode.server.auth import Authenticator
 from anynode.server.engine.node import Node
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
-from anynode.server.startup import configured, explained
+from anynode.server.startup import explain_database_errors, require_url
 from anynode.server.transport.http import Slots, refuse_route, routes_of
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
@@ -113,13 +113,13 @@ class Anynode:
 async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes) -> AsyncIterator[Anynode]:
     """Open a node with its database and agent. Postgres need not be there yet. `extra_routes` makes routes that are
     served before the node's own. Raises ConfigurationError."""
-    with explained():
-        url = configured(settings.database_url)
+    with explain_database_errors():
+        url = require_url(settings.database_url)
         database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
     authenticator = Authenticator(settings)
     try:
         try:
-            with explained():
+            with explain_database_errors():
                 await database.contact()
         except Unavailable as error:
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
@@ -141,7 +141,7 @@ async def _run(node: Node, database: Database) -> None:
     pause, longest = CONTACT_PAUSE_SECONDS
     while True:
         try:
-            with explained():
+            with explain_database_errors():
                 await database.contact()
             break
         except Unavailable:

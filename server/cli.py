@@ -50,7 +50,7 @@ data_directory = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("anynode"), prog_name="anynode")
 def cli() -> None:
-    """Anynode: a WebSocket chat server for streaming AI answers. Any node can pick up a reconnect."""
+    """Anynode: a WebSocket chat server for streaming AI answers. Any node can resume a dropped connection."""
 
 
 @cli.command()

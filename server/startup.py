@@ -30,11 +30,11 @@ def one_line_errors() -> Iterator[None]:
 
 def on_database(url: str | None, work: Callable[[str], Coroutine[Any, Any, Result]]) -> Result:
     """Return what `work(url)` returns, run to its end. Raises ConfigurationError."""
-    with explained():
-        return asyncio.run(work(normalise_url(configured(url))))
+    with explain_database_errors():
+        return asyncio.run(work(normalise_url(require_url(url))))
 
 
-def configured(url: str | None) -> str:
+def require_url(url: str | None) -> str:
     """Return the URL. Raises ConfigurationError where none is set."""
     if url is None:
         raise ConfigurationError("DATABASE_URL is not set: set it to postgresql://user:password@host:port/database")
@@ -42,7 +42,7 @@ def configured(url: str | None) -> str:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_database_errors() -> Iterator[None]:
     """Turn an error of the database into a ConfigurationError that says what to change."""
     try:
         yield

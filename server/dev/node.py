@@ -1,7 +1,8 @@
 """One node of `anynode dev`: what `anynode serve` runs, and the routes by which the page gives orders.
 
 `anynode dev` starts it as `python -P -m anynode.server.dev.node`. With `-P` Python does not put the current folder on
-its path, so that no file of the user's runs in place of a module of ours.
+its path, so that no file of the user's runs in place of a module of ours. The variable PYTHONSAFEPATH would do it too,
+but programs that an agent or a tool starts would inherit it.
 """
 
 from __future__ import annotations
