@@ -175,11 +175,11 @@ class DevNodes:
         match action:
             case "kill":
                 node.signal(signal.SIGKILL)
-                said = f"was killed from the page; it starts again in {AGAIN_SECONDS} seconds"
+                notice = f"was killed from the page; it starts again in {AGAIN_SECONDS} seconds"
             case "drain":
                 node.signal(signal.SIGTERM)
-                said = f"drains, as the page has asked; it starts again {AGAIN_SECONDS} seconds after its end"
-        click.secho(f"  node {node.name} {said}", fg="yellow")
+                notice = f"drains, as the page has asked; it starts again {AGAIN_SECONDS} seconds after its end"
+        click.secho(f"  node {node.name} {notice}", fg="yellow")
 
     async def _stop(self) -> None:
         for node in self.nodes:
