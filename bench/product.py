@@ -6,6 +6,8 @@ import logging
 import os
 
 from anynode.server.serve import run_node
+from anynode.server.startup import one_line_errors
 
 if __name__ == "__main__":
-    run_node(os.environ, log_level=logging.WARNING, stop_with_input=True)
+    with one_line_errors():
+        run_node(os.environ, log_level=logging.WARNING, stop_with_input=True)
