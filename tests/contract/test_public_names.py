@@ -48,7 +48,7 @@ def imported(code: str) -> set[str]:
 
 
 def own(modules: set[str]) -> set[str]:
-    """Those of the modules that are ours, under whichever name."""
+    """Return the modules that are ours, under either of their names."""
     return {
         module for module in modules if module.partition(".")[0] in ("anynode", "server", "models", "bench", "tests")
     }

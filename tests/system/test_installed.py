@@ -97,7 +97,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, programs: Path) -> Pa
 
 
 def environment(database_url: str, **settings: str) -> dict[str, str]:
-    """These settings, an agent and its tools, and what any process needs."""
+    """Return settings with an agent and its tools, and the variables that any process needs."""
     inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     named = {"AGENT": "agents:answer", "TOOLS": "tools:tools"}
     return {**inherited, "HOST": "127.0.0.1", "DATABASE_URL": database_url, "JWT_SECRET": SECRET, **named, **settings}
