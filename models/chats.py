@@ -7,24 +7,27 @@ from uuid import UUID
 
 from anynode.models.database import Database
 from anynode.models.ids import as_uuid
+from anynode.models.turns import TurnRef
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """The conversation behind a chat's id, and the turn that runs in it or has answered last, if there is one.
-    `first_seq` is that of the turn's first event, None when its events have been deleted."""
+    """The conversation behind a chat's id, and the turn that runs in it or has answered last, if there is one."""
 
     conversation_id: UUID
-    turn_id: UUID | None
-    status: str | None
-    first_seq: int | None
+    turn: TurnRef | None
 
 
 async def find_chat(database: Database, user_id: str, chat_id: str) -> Chat | None:
     """The user's conversation with this id, be it the client's own or the one that it has here. None: there is none.
     Raises Unavailable."""
     rows = await database.fetch("find_chat", user_id, chat_id, as_uuid(chat_id))
-    return Chat(**rows[0]) if rows else None
+    if not rows:
+        return None
+    row = rows[0]
+    turn_id = row["turn_id"]
+    turn = None if turn_id is None else TurnRef(user_id, row["conversation_id"], turn_id, row["first_seq"])
+    return Chat(row["conversation_id"], turn)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,16 @@ from anynode.models.database import Database
 
 
 @dataclass(frozen=True, slots=True)
+class TurnRef:
+    """Where a turn of a user is. `first_seq` is the seq of its first event, None when its events have been deleted."""
+
+    user_id: str
+    conversation_id: UUID
+    turn_id: UUID
+    first_seq: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class TakenTurn:
     """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so. What stands of the turn
     is the `text` that it shows, and in `journal` the events (type, JSON payload) that said it, tools included."""
@@ -131,20 +141,10 @@ async def read_turn(
     return await database.fetch("read_turn", user_id, conversation_id, turn_id) or None
 
 
-@dataclass(frozen=True, slots=True)
-class FoundTurn:
-    """Where a turn is; `first_seq` is that of its first event, None when its events have been deleted."""
-
-    conversation_id: UUID
-    turn_id: UUID
-    status: str
-    first_seq: int | None
-
-
-async def find_turn(database: Database, user_id: str, turn_id: UUID) -> FoundTurn | None:
-    """A turn by its id alone. None: no such turn, or not this user's. Raises Unavailable."""
+async def find_turn(database: Database, user_id: str, turn_id: UUID) -> TurnRef | None:
+    """Return a turn by its id alone, None where there is no such turn of this user. Raises Unavailable."""
     rows = await database.fetch("find_turn", user_id, turn_id)
-    return FoundTurn(**rows[0]) if rows else None
+    return TurnRef(user_id, rows[0]["conversation_id"], turn_id, rows[0]["first_seq"]) if rows else None
 
 
 async def read_usage(database: Database, turn_ids: Collection[UUID]) -> dict[UUID, str]:

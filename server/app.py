@@ -20,7 +20,7 @@ from anynode.models.migrate import check_schema
 from anynode.server.agents.load import open_agent
 from anynode.server.api.ai_sdk.connection import AiSdkConnection
 from anynode.server.api.ai_sdk.handlers import AiSdk
-from anynode.server.api.anynode_v1 import NativeConnection
+from anynode.server.api.anynode_v1 import AnynodeConnection
 from anynode.server.api.health import health_routes
 from anynode.server.api.openai.handlers import Responses
 from anynode.server.api.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
@@ -33,7 +33,7 @@ from anynode.server.engine.node import Node
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import configured, explained
-from anynode.server.transport.http import Holding, refuse_route, routes_of
+from anynode.server.transport.http import Slots, refuse_route, routes_of
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
@@ -67,19 +67,19 @@ class Anynode:
     def app(self) -> Starlette:
         """The ASGI application."""
         settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
-        tickets, holding = Tickets(database), Holding(settings.connections_max)
-        native = partial(NativeConnection, settings, node, authenticator)
-        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, database=database, tickets=tickets)
+        tickets, slots = Tickets(database), Slots(settings.connections_max)
+        native = partial(AnynodeConnection, settings, node, authenticator)
+        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, tickets=tickets)
         faces = [
-            (REST, Rest(settings, node, database, holding)),
-            (AI_SDK, AiSdk(settings, node, database, holding, tickets)),
-            (RESPONSES, Responses(settings, node, database, holding)),
+            (REST, Rest(settings, node, slots)),
+            (AI_SDK, AiSdk(settings, node, slots, tickets)),
+            (RESPONSES, Responses(settings, node, slots)),
         ]
         app = Starlette(
             routes=[
                 WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, native)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
-                *health_routes(node, database),
+                *health_routes(node, database.is_reachable),
                 *routes_of(faces, authenticator, body_bytes_max=settings.frame_bytes_max),
                 *reference_routes(),
                 *(() if self.orders is None else order_routes(self.orders, authenticator)),

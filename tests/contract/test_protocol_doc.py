@@ -16,7 +16,7 @@ from anynode.server import errors
 from anynode.server import serve as listener
 from anynode.server.api import operations, rest, tickets
 from anynode.server.api.ai_sdk import wire as ai_sdk
-from anynode.server.api.ai_sdk.connection import STOP_SECONDS
+from anynode.server.api.ai_sdk.stops import STOP_SECONDS
 from anynode.server.api.ai_sdk.wire import AnyFrame
 from anynode.server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
 from anynode.server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
