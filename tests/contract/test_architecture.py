@@ -61,8 +61,14 @@ def test_every_path_that_is_named_exists(name: str) -> None:
     assert [path for path in sorted(here) if not (TOP / path).exists()] == []
 
 
-def test_every_name_of_an_invariant_stands_in_the_file_beside_it() -> None:
-    """Between two semicolons names belong to the files that stand there; a name of SQL may stand alone."""
+def definition(name: str) -> str:
+    """A pattern for the place where a name is made: a function, a class, a variable, an argument or a key."""
+    name = re.escape(name)
+    return rf"(?:\b(?:def|class) |\bself\.){name}\b|\b{name}\s*[:=]|[\"']{name}[\"']"
+
+
+def test_every_name_of_an_invariant_is_defined_in_the_file_beside_it() -> None:
+    """Names between two semicolons belong to the files that stand there; a name of SQL may stand alone."""
     sql = "".join(path.read_text() for path in (TOP / "models").rglob("*") if path.suffix in (".py", ".sql"))
     of_sql = {*statements(), *re.findall(r"(?:FUNCTION|INDEX|CONSTRAINT|TABLE)\s+(\w+)", sql)}
     checked = 0
@@ -70,11 +76,26 @@ def test_every_name_of_an_invariant_stands_in_the_file_beside_it() -> None:
         for place in re.split(r"[;:] ", places):
             named = re.findall(r"`([^`]+)`", place)
             files = [name for name in named if (TOP / name).is_file()]
-            text = "".join((TOP / name).read_text() for name in files) if files else sql
+            text = "".join((TOP / name).read_text() for name in files)
             for name in set(named) - set(files) - of_sql:
-                assert re.search(rf"\b{re.escape(name.rpartition('.')[2])}\b", text), f"{invariant} {name}"
+                for part in name.split("."):
+                    found = re.search(definition(part), text) if files else re.search(rf"\b{re.escape(part)}\b", sql)
+                    assert found, f"{invariant} {name}"
             checked += bool(named)
     assert checked > len(rows(INVARIANTS))
+
+
+@pytest.mark.parametrize("name", ["ARCHITECTURE.md", "docs/design.md"])
+def test_every_class_and_function_of_sql_that_is_named_exists(name: str) -> None:
+    text = (TOP / name).read_text()
+    source = "".join(path.read_text() for part in ("server", "models") for path in (TOP / part).rglob("*.py"))
+    sql = source + "".join(path.read_text() for path in (TOP / "models").rglob("*.sql"))
+    for qualified in re.findall(r"`((?:[A-Z][a-z]+)+(?:\.\w+)?)`", text):
+        class_name, _, method = qualified.partition(".")
+        assert re.search(rf"^class {class_name}\b", source, re.M), qualified
+        assert re.search(rf"def {method}\b", source), qualified
+    for function in re.findall(r"`(anynode_\w+)`", text):
+        assert re.search(rf"FUNCTION {function}\b", sql), function
 
 
 def test_every_module_of_models_can_be_found_from_the_map() -> None:
