@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -96,8 +95,3 @@ def test_every_class_and_function_of_sql_that_is_named_exists(name: str) -> None
         assert re.search(rf"def {method}\b", source), qualified
     for function in re.findall(r"`(anynode_\w+)`", text):
         assert re.search(rf"FUNCTION {function}\b", sql), function
-
-
-def test_every_module_of_models_can_be_found_from_the_map() -> None:
-    modules = {str(name) for name in listed() if name.parent == Path("models") and name.suffix == ".py"}
-    assert modules - {"models/__init__.py"} <= set(mapped())
