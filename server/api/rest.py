@@ -7,7 +7,7 @@ import random
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Final
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -46,7 +46,7 @@ from anynode.server.protocol.bodies import (
 from anynode.server.protocol.encoding import encode, error_frame, message_of, numbered_frames, snapshot_frame
 from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
-from anynode.server.transport.http import ApiRequest, Slots, no_content, refusal, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, refusal, reply
 from anynode.server.transport.sse import EventStream, sse_data
 from anynode.server.transport.turn_end import answer_of
 
@@ -59,7 +59,6 @@ MARK_DIGITS_MAX: Final = 16  # until the year 2286
 
 _HEARTBEAT: Final = sse_data(encode(Heartbeat()))
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-AnyRequest: TypeAlias = ApiRequest[Any, Any]
 
 
 class Rest:
@@ -97,7 +96,7 @@ class Rest:
         next_skip = skip + limit if is_more and place is None else None
         return reply(Conversations(listed, next_skip, _mark(listed[-1]) if is_more else None))
 
-    async def read(self, request: AnyRequest) -> ASGIApp:
+    async def read(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}`."""
         return reply(await self._node.conversations.read(request.user_id, request.conversation_id))
 
@@ -106,7 +105,7 @@ class Rest:
         changes = self._storable(request.body)
         return reply(await self._node.conversations.update(request.user_id, request.conversation_id, changes))
 
-    async def delete(self, request: AnyRequest) -> ASGIApp:
+    async def delete(self, request: AnyApiRequest) -> ASGIApp:
         """`DELETE /conversations/{conversation_id}`."""
         await self._node.delete(request.user_id, request.conversation_id)
         return no_content
@@ -130,7 +129,7 @@ class Rest:
             return reply(exported(page), headers=headers)
         return reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers)
 
-    async def append(self, request: AnyRequest) -> ASGIApp:
+    async def append(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /conversations/{conversation_id}/messages`."""
         is_bulk = isinstance(request.body, NewMessages)
         given = request.body.messages if is_bulk else [request.body]
@@ -167,7 +166,7 @@ class Rest:
         turn_id = await self._node.cancel(request.user_id, request.conversation_id, request.body.turn_id)
         return reply(CancelledTurn(request.conversation_id, turn_id))
 
-    async def turn(self, request: AnyRequest) -> ASGIApp:
+    async def turn(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}/turns/{turn_id}`."""
         turn = TurnRef(request.user_id, request.conversation_id, request.ids["turn_id"], None)
         return reply(await self._node.turns.stored(turn))
@@ -191,7 +190,7 @@ class Rest:
         )
         return self._slots.streaming(stream)
 
-    async def _frames(self, request: AnyRequest, after: int | None) -> AsyncGenerator[bytes, None]:
+    async def _frames(self, request: AnyApiRequest, after: int | None) -> AsyncGenerator[bytes, None]:
         """Yield the frames of the socket, each with its seq as `id`."""
         yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
         conversation_id = request.conversation_id
@@ -208,7 +207,7 @@ class Rest:
 
     async def _answer(
         self,
-        request: AnyRequest,
+        request: AnyApiRequest,
         admitted: Admitted,
         message_id: str | UnsetType = UNSET,
         *,

@@ -26,14 +26,20 @@ _IDS: Final = ("id", "message_id", "tool_call_id")
 def decode_body(data: bytes, kinds: Sequence[type[Body]]) -> Any:
     """Decode a JSON body; no bytes count as an empty object. The kind is the first of `kinds` that shares a field with
     it, else the last. Raises InvalidFrame."""
+    value = json_object(data)
+    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
+    return _converted(value, kind, "", is_text=False)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Decode a JSON body that is an object; no bytes count as an empty object. Raises InvalidFrame."""
     try:
         value = strict_json(data.decode() if data else "{}", "the body")
     except UnicodeDecodeError:
         raise InvalidFrame("the body is not UTF-8") from None
     if not isinstance(value, dict):
         raise InvalidFrame("the body is not a JSON object")
-    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
-    return _converted(value, kind, "", is_text=False)
+    return value
 
 
 def decode_query(parameters: Sequence[tuple[str, str]], kind: type[Body]) -> Any:

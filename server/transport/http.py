@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -112,6 +112,9 @@ class ApiRequest(Generic[AnyQuery, AnyBody]):
             return await run_unless(work, self.wait_disconnected())
         except CutShort:
             raise ClientGone from None
+
+
+AnyApiRequest: TypeAlias = ApiRequest[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +335,7 @@ class Slots:
         self._taken += 1
 
 
-async def break_off(scope: Scope, request: ApiRequest[Any, Any]) -> None:
+async def break_off(scope: Scope, request: AnyApiRequest) -> None:
     """End a response that has begun as if the network had failed: its client must not take it for whole.
 
     `serve` puts the means into the scope. Another ASGI server closes the connection by itself, as it finds the response

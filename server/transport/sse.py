@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
@@ -16,7 +16,7 @@ from anynode.server.engine.node import Node
 from anynode.server.errors import ClientError
 from anynode.server.transport.cut_short import LAST_WORDS_SECONDS, CutShort, run_unless
 from anynode.server.transport.failures import show_to_end
-from anynode.server.transport.http import ApiRequest, break_off
+from anynode.server.transport.http import AnyApiRequest, break_off
 
 logger = logging.getLogger("anynode.sse")
 
@@ -40,7 +40,7 @@ class EventStream:
     """
 
     node: Node
-    request: ApiRequest[Any, Any]
+    request: AnyApiRequest
     pieces: AsyncGenerator[bytes, None]
     last_words: Callable[[ClientError], bytes]
     heartbeat_seconds: float

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 from starlette.types import ASGIApp
 
 from anynode.server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
@@ -18,10 +16,8 @@ from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import NotFound
 from anynode.server.protocol.bodies import NoQuery
 from anynode.server.settings import Settings
-from anynode.server.transport.http import ApiRequest, Slots, no_content, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, reply
 from anynode.server.transport.turn_end import wait_stopped
-
-AnyRequest: TypeAlias = ApiRequest[Any, Any]
 
 
 class AiSdk:
@@ -39,14 +35,14 @@ class AiSdk:
             admitted = await ask(self._node, request.user_id, request.body)
         return self._stream(request, admitted.turn, is_new=admitted.is_new)
 
-    async def resume(self, request: AnyRequest) -> ASGIApp:
+    async def resume(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /api/chat/{chat_id}/stream`."""
         chat = await self._find_chat(request)
         if chat is None or chat.turn is None:
             return no_content
         return self._stream(request, chat.turn, is_new=False)
 
-    async def stop(self, request: AnyRequest) -> ASGIApp:
+    async def stop(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /api/chat/{chat_id}/stop`."""
         chat = await self._find_chat(request)
         if chat is None:
@@ -73,14 +69,14 @@ class AiSdk:
         messages, next_before = shown_messages(page, await self._node.conversations.usage(turn_ids))
         return reply(ChatMessages(messages, next_before))
 
-    async def ticket(self, request: AnyRequest) -> ASGIApp:
+    async def ticket(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /auth/ticket`."""
         return reply(Ticket(*await self._tickets.issue(request.identity)), 201)
 
-    async def _find_chat(self, request: AnyRequest) -> Chat | None:
+    async def _find_chat(self, request: AnyApiRequest) -> Chat | None:
         return await self._node.conversations.find_chat(request.user_id, request.texts["chat_id"])
 
-    def _stream(self, request: AnyRequest, turn: TurnRef, *, is_new: bool) -> ASGIApp:
+    def _stream(self, request: AnyApiRequest, turn: TurnRef, *, is_new: bool) -> ASGIApp:
         stream = chunk_stream(
             self._node, request, turn, is_new=is_new, heartbeat_seconds=self._settings.heartbeat_seconds
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from anynode.models.ids import as_uuid
-from anynode.server.api.ai_sdk.wire import AnySend, UserMessage, question_in
+from anynode.server.api.ai_sdk.wire import AnySend, AskedMessage, question_in
 from anynode.server.engine.admission import Admitted
 from anynode.server.engine.conversations import Sent
 from anynode.server.engine.node import Node
@@ -35,7 +35,7 @@ async def ask(node: Node, user_id: str, request: AnySend, *, wait_for: TurnRef |
     return admitted
 
 
-async def _sent(node: Node, user_id: str, question: UserMessage) -> Sent | None:
+async def _sent(node: Node, user_id: str, question: AskedMessage) -> Sent | None:
     """Return what was sent under the question's id. Raises RoleOrder where it was another text, as when one is
     edited."""
     sent = await node.conversations.find_sent(user_id, question.id)

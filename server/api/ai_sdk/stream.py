@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Final
 
 from anynode.server.api.ai_sdk.fold import Chunks, whole
 from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnInterrupted, TurnRef
 from anynode.server.errors import ClientError
-from anynode.server.transport.http import ApiRequest
+from anynode.server.transport.http import AnyApiRequest
 from anynode.server.transport.sse import EventStream, sse_data
 
 _HEADERS: Final = [(b"x-vercel-ai-ui-message-stream", b"v1")]
@@ -18,7 +18,7 @@ _DONE: Final = sse_data("[DONE]")
 
 
 def chunk_stream(
-    node: Node, request: ApiRequest[Any, Any], turn: TurnRef, *, is_new: bool, heartbeat_seconds: float
+    node: Node, request: AnyApiRequest, turn: TurnRef, *, is_new: bool, heartbeat_seconds: float
 ) -> EventStream:
     """Return the stream that shows a turn from its beginning.
 

@@ -101,7 +101,7 @@ class AbortFrame(Frame, frozen=True, tag="abort"):
 
 AnyFrame: TypeAlias = SendFrame | ResumeFrame | AbortFrame
 AnySend: TypeAlias = ChatRequest | SendFrame
-AnyRequest = TypeVar("AnyRequest")
+Decoded = TypeVar("Decoded")
 
 
 class Part(Struct, frozen=True):
@@ -111,7 +111,7 @@ class Part(Struct, frozen=True):
     text: str | UnsetType = UNSET
 
 
-class UserMessage(Struct, frozen=True):
+class AskedMessage(Struct, frozen=True):
     """The last of the posted messages, with the fields that are used here."""
 
     id: ClientId
@@ -125,7 +125,7 @@ class UserMessage(Struct, frozen=True):
 
 
 _FRAMES: Final = msgspec.json.Decoder(AnyFrame)
-_MESSAGES: Final = msgspec.json.Decoder(UserMessage)
+_MESSAGES: Final = msgspec.json.Decoder(AskedMessage)
 
 
 def decode_frame(text: str) -> AnyFrame:
@@ -145,10 +145,10 @@ def decode_request(data: bytes, kinds: Sequence[Any]) -> Any:
     return request
 
 
-def question_in(request: AnySend) -> UserMessage:
+def question_in(request: AnySend) -> AskedMessage:
     """Return the message that a request asks, or asks again. Raises InvalidFrame."""
     place = f"messages[{len(request.messages) - 1}]"
-    message: UserMessage = _decoded(bytes(request.messages[-1]), _MESSAGES, place)
+    message: AskedMessage = _decoded(bytes(request.messages[-1]), _MESSAGES, place)
     if message.role != "user":
         said = "is not the user's: only questions are taken, and tools run on the server"
         raise InvalidFrame(problems=[Problem(place, said)])
@@ -216,7 +216,7 @@ def _check_id(name: str, value: str) -> None:
         raise InvalidFrame(problems=[Problem(name, f"is not 1 to {ID_CHARACTERS_MAX} printable characters")])
 
 
-def _decoded(data: str | bytes, decoder: msgspec.json.Decoder[AnyRequest], noun: str) -> AnyRequest:
+def _decoded(data: str | bytes, decoder: msgspec.json.Decoder[Decoded], noun: str) -> Decoded:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:  # a ValidationError is a DecodeError

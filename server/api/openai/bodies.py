@@ -12,7 +12,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from anynode.server.errors import InvalidFrame, Problem
 from anynode.server.protocol.bodies import TEXT_PARTS_MAX, Body, Content
-from anynode.server.protocol.frames import NOT_BLANK, SEQ_MAX, strict_json
+from anynode.server.protocol.decoding import json_object
+from anynode.server.protocol.frames import NOT_BLANK, SEQ_MAX
 
 SERVER_LABEL: Final = "anynode"
 FROM_CONVERSATION: Final = "the history comes from the conversation: name it, and send the new question only"
@@ -113,12 +114,7 @@ class CreateResponse(Struct, frozen=True):
 
 def decode_request(data: bytes, kinds: Sequence[Any]) -> Any:
     """Return a request, as the last of the kinds. Raises InvalidFrame."""
-    try:
-        value = strict_json(data.decode() if data else "{}", "the body")
-    except UnicodeDecodeError:
-        raise InvalidFrame("the body is not UTF-8") from None
-    if not isinstance(value, dict):
-        raise InvalidFrame("the body is not a JSON object")
+    value = json_object(data)
     if problems := list(_refused(value)):
         raise InvalidFrame(problems=problems)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final, TypeAlias
+from typing import Final
 from uuid import UUID
 
 from msgspec import UNSET
@@ -26,13 +26,11 @@ from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame
 from anynode.server.protocol.bodies import NoQuery
 from anynode.server.protocol.frames import ID_CHARACTERS_MAX, MessageSend, is_client_id
 from anynode.server.settings import Settings
-from anynode.server.transport.http import ApiRequest, Slots, refusal, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, refusal, reply
 from anynode.server.transport.turn_end import wait_end, wait_stopped
 
 CANCEL_SECONDS: Final = 5.0  # how long a cancelled turn is waited for; its node may be dead
 NO_RESPONSE: Final = "There is no such response."
-
-AnyRequest: TypeAlias = ApiRequest[Any, Any]
 
 
 class Responses:
@@ -74,7 +72,7 @@ class Responses:
             raise InvalidFrame(problems=[Problem("query.starting_after", problem)])
         return self._slots.streaming(self._stream(request, turn, after))
 
-    async def cancel(self, request: AnyRequest) -> ASGIApp:
+    async def cancel(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /v1/responses/{response_id}/cancel`; a turn that does not end in time is answered as in progress."""
         turn = await self._find(request)
         with self._slots.acquire():
@@ -82,17 +80,17 @@ class Responses:
             await request.while_connected(wait_stopped(self._node, turn, within_seconds=CANCEL_SECONDS))
             return reply(await self._load_stored(turn))
 
-    async def models(self, request: AnyRequest) -> ASGIApp:
+    async def models(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /v1/models`."""
         return reply(Models([Model(self._model)]))
 
-    async def model(self, request: AnyRequest) -> ASGIApp:
+    async def model(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /v1/models/{model}`."""
         if request.texts["model"] != self._model:
             raise NotFound("There is no such model.")
         return reply(Model(self._model))
 
-    async def _find(self, request: AnyRequest) -> TurnRef:
+    async def _find(self, request: AnyApiRequest) -> TurnRef:
         turn_id = turn_of(request.texts["response_id"])
         turn = None if turn_id is None else await self._node.conversations.find_turn(request.user_id, turn_id)
         if turn is None:
@@ -129,7 +127,7 @@ class Responses:
     async def _load_stored(self, turn: TurnRef) -> ResponseObject:
         return stored_response(await self._node.turns.stored(turn), self._model)
 
-    async def _answer(self, request: AnyRequest, turn: TurnRef, key: str | None) -> ASGIApp:
+    async def _answer(self, request: AnyApiRequest, turn: TurnRef, key: str | None) -> ASGIApp:
         """Wait for the end of a response. What goes wrong with waiting does not end it, so its ids are told."""
         try:
             await request.while_connected(wait_end(self._node, turn))
@@ -148,7 +146,7 @@ class Responses:
                 message_id=UNSET if key is None else key,
             )
 
-    def _stream(self, request: AnyRequest, turn: TurnRef, after: int | None) -> ASGIApp:
+    def _stream(self, request: AnyApiRequest, turn: TurnRef, after: int | None) -> ASGIApp:
         heartbeat_seconds = self._settings.heartbeat_seconds
         return response_stream(self._node, request, turn, after, self._model, heartbeat_seconds=heartbeat_seconds)
 
@@ -160,7 +158,7 @@ def model_of(settings: Settings) -> str:
     return settings.agent.rpartition(":")[2]
 
 
-def _idempotency_key(request: AnyRequest) -> str | None:
+def _idempotency_key(request: AnyApiRequest) -> str | None:
     key = request.headers.get("idempotency-key")
     if key is not None and not is_client_id(key):
         problem = f"is not 1 to {ID_CHARACTERS_MAX} printable characters"

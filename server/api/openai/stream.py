@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Final
 
 from anynode.server.api.openai.bodies import response_id_of
 from anynode.server.api.openai.fold import Fold
@@ -15,7 +15,7 @@ from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnInterrupted, TurnRef
 from anynode.server.errors import ClientError, DatabaseUnavailable
 from anynode.server.protocol.encoding import encode
-from anynode.server.transport.http import ApiRequest
+from anynode.server.transport.http import AnyApiRequest
 from anynode.server.transport.sse import EventStream, sse_data
 
 logger = logging.getLogger("anynode.responses")
@@ -25,7 +25,7 @@ EVENTS_AT_ONCE: Final = 200  # of the journal, that a stream takes without letti
 
 def response_stream(
     node: Node,
-    request: ApiRequest[Any, Any],
+    request: AnyApiRequest,
     turn: TurnRef,
     after: int | None,
     model: str,
