@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kit.repository import TOP
-
+TOP = Path(__file__).parents[2]
+README = (TOP / "README.md").read_text()
 BLOCK = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```(\w+)\n(.+?)^```$", re.M | re.S)
 BLOCKS = BLOCK.findall((TOP / "docs" / "clients.md").read_text())
 LINES_MAX = 60  # of an application
@@ -20,7 +20,7 @@ def test_a_block_stands_in_the_file_that_it_names(file: str, code: str) -> None:
 
 
 def test_the_readmes_client_is_the_one_of_the_page() -> None:
-    (script,) = re.findall(r"^```js\n(.+?)^```$", (TOP / "README.md").read_text(), re.M | re.S)
+    (script,) = re.findall(r"^```js\n(.+?)^```$", README, re.M | re.S)
     page = (TOP / "examples" / "browser" / "index.html").read_text()
     assert script in re.sub(r"^      ", "", page, flags=re.M)
 
