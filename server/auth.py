@@ -1,6 +1,6 @@
-"""Authentication: the user of a token, by HS256 with a shared secret or RS256 and ES256 with a JWKS.
+"""Verifies tokens: HS256 with a shared secret, or RS256 and ES256 with the keys of a JWKS address.
 
-Invariant: a key is used only with the algorithm that belongs to it, whatever a token's header asks for.
+Invariant: a key is only ever used with the one algorithm that belongs to it, whatever a token's header asks for.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ logger = logging.getLogger("anynode.auth")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The user of a token, and the end of the token (Unix seconds)."""
+    """The user that a token names, and when the token expires (Unix seconds)."""
 
     user_id: str
     expires_at: float
 
 
 class Authenticator:
-    """Verifies tokens as the settings say. Raises ConfigurationError if they have neither secret nor JWKS address."""
+    """Verifies tokens. Raises ConfigurationError where the settings hold no usable secret and no JWKS address."""
 
     def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
@@ -73,7 +73,7 @@ class Authenticator:
             raise ConfigurationError("no token can be verified: set JWT_SECRET or JWT_JWKS_URL")
 
     async def authenticate(self, token: str) -> Identity:
-        """Return the identity that a token proves. Raises Unauthorized, and nothing else, for any string."""
+        """Return the identity that the token proves. Raises only Unauthorized, for any string."""
         if len(token) > TOKEN_CHARACTERS_MAX:
             raise Unauthorized(f"the token is longer than {TOKEN_CHARACTERS_MAX} characters")
         try:
@@ -109,7 +109,7 @@ class Authenticator:
 
 
 def make_token(secret: str, *, user_id: str, audience: str, issuer: str, ttl_seconds: float) -> str:
-    """Make an HS256 token for a user, valid from now on."""
+    """Return an HS256 token for the user, valid from now on."""
     now = time.time()
     claims = {"sub": user_id, "aud": audience, "iss": issuer, "iat": int(now), "exp": round(now + ttl_seconds, 3)}
     return jwt.encode(claims, secret, algorithm="HS256")
@@ -151,7 +151,7 @@ def _secret_key(secret: str) -> jwt.PyJWK:
 
 
 def signing_keys(body: bytes) -> list[jwt.PyJWK]:
-    """Return the keys of a JWKS that verify RS256 or ES256. Raises ValueError if there are none."""
+    """Return the keys of a JWKS that verify RS256 or ES256. Raises ValueError when there are none."""
     try:
         document = json.loads(body)
         keys = [key for entry in document["keys"] if (key := _signing_key(entry)) is not None]
@@ -175,7 +175,7 @@ def _signing_key(entry: Any) -> jwt.PyJWK | None:
 
 
 class _Jwks:
-    """The keys of one address. All callers share one fetch; if it fails, the older keys stay in use."""
+    """The keys of one address. All callers share one fetch; when it fails, the older keys stay in use."""
 
     def __init__(self, url: str, monotonic: Callable[[], float]) -> None:
         self._url, self._monotonic = url, monotonic
