@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
 import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from anynode.models.migrate import migrate
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from tests.kit.harness import NodeProcess, running_node, sql, with_database
-
-TEMPLATE = f"anynode_template_{os.getpid()}"
+from tests.kit.databases import fresh_database, make_template
+from tests.kit.harness import NodeProcess, running_node
 
 
 def pytest_configure() -> None:
@@ -48,21 +44,6 @@ def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
             yield postgres.url
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def make_template(url: str) -> None:
-    """Make the migrated database that fresh ones are copies of."""
-    asyncio.run(sql(url, f"CREATE DATABASE {TEMPLATE}"))
-    asyncio.run(migrate(with_database(url, TEMPLATE)))
-
-
-@contextmanager
-def fresh_database(postgres_url: str) -> Iterator[str]:
-    """A fresh, migrated database, dropped at the end."""
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.contract.test_readme import README
-
 TOP = Path(__file__).parents[2]
+README = (TOP / "README.md").read_text()
 BLOCK = re.compile(r"^(?:<!-- ([^\n]+) -->\n)?```(\w+)\n(.+?)^```$", re.M | re.S)
 BLOCKS = BLOCK.findall((TOP / "docs" / "clients.md").read_text())
 LINES_MAX = 60  # of an application
