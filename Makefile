@@ -45,7 +45,7 @@ upgrade:
 
 # Breaks the product in many places, one at a time, and fails where no test notices; not part of CI.
 mutants:
-	uv run python scripts/mutants.py
+	uv run python -m scripts.mutants
 
 bench:
 	uv run anynode bench
