@@ -15,6 +15,7 @@ import pytest
 from anynode.server.dev.embedded_postgres import embedded_postgres
 from tests.kit.databases import fresh_database, make_template
 from tests.kit.harness import NodeProcess, running_node
+from tests.kit.programs import summary_of
 
 
 def pytest_configure() -> None:
@@ -25,6 +26,13 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
     parser.addoption("--postgres-url", help="a superuser's URL of the PostgreSQL server to run the tests on")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what tests were skipped for want of, and the command that installs it, a line each."""
+    skips = terminalreporter.getreports("skipped")
+    for line in summary_of(skip.longrepr[2] for skip in skips if isinstance(skip.longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

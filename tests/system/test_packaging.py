@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import psutil
 import pytest
@@ -23,6 +22,7 @@ import pytest
 import hatch_build
 from hatch_build import Node, build_page, find_node
 from tests.kit.harness import free_port
+from tests.kit.programs import give_up_without, program
 
 TOP = Path(__file__).parents[2]
 PAGE_PATH = "anynode/server/page/"
@@ -261,19 +261,10 @@ def package_around(root: Path) -> Path:
     return root
 
 
-def unavailable(what: str) -> NoReturn:
-    """Skip the test for want of something, or fail in CI, which has everything."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
 def uv_build(source: Path, *options: str, to: Path, is_skipped: bool = False) -> Path:
     """Build a wheel, or what else is said; returns it. Where the index of the build's requirements cannot be reached
     the test is skipped, except in CI."""
-    uv = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is itself
-    if uv is None:
-        unavailable("there is no uv here")
+    uv = os.environ.get("UV") or program("uv", install="pip install uv")  # `uv run` says where it is itself
     done = subprocess.run(
         [uv, "build", *(options or ("--wheel",)), "--python", sys.executable, "--out-dir", str(to), str(source)],
         env={**os.environ, "ANYNODE_NO_PAGE": "1" if is_skipped else "0"},
@@ -285,7 +276,7 @@ def uv_build(source: Path, *options: str, to: Path, is_skipped: bool = False) ->
         check=False,
     )
     if done.returncode != 0 and UNREACHABLE.search(done.stdout):
-        unavailable(f"the requirements of the build cannot be had: {done.stdout[-300:]}")
+        give_up_without("the requirements of a build", "uv build", done.stdout[-300:])
     assert done.returncode == 0, done.stdout
     (built,) = to.glob("*.whl" if not options else "*.tar.gz")
     return built
