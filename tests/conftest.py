@@ -14,8 +14,11 @@ import pytest
 
 from anynode.server.dev.embedded_postgres import embedded_postgres
 from tests.kit.databases import fresh_database, make_template
+from tests.kit.examples import register_profiles
 from tests.kit.harness import NodeProcess, running_node
 from tests.kit.programs import summary_of
+
+register_profiles()
 
 
 def pytest_configure() -> None:
