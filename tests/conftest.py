@@ -27,8 +27,23 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
-    parser.addoption("--postgres-url", help="a superuser's URL of the PostgreSQL server to run the tests on")
+    """Add `--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
+    parser.addoption(
+        "--postgres-url",
+        help="a superuser's URL of the PostgreSQL server to run the tests on; those that do not use it are left out",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that none is left to one process at the end.
+
+    With `--postgres-url`, leave out the tests that do not use that server: they would run as they do without it.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("--postgres-url") is not None:
+        left_out = [item for item in items if "postgres_url" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

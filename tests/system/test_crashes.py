@@ -386,7 +386,7 @@ async def test_a_turn_that_a_crash_of_postgres_outlasts_is_restarted(
 ) -> None:
     with ExitStack() as stack:
         node = stack.enter_context(
-            running_node(own_database_url, tmp_path, {**strings.environment, "LEASE_SECONDS": "1"})
+            running_node(own_database_url, tmp_path, {**strings.environment, "LEASE_SECONDS": "2"})
         )
         async with socket_to(node, user) as socket:
             await socket.ask(TWO_PARTS)
