@@ -1,5 +1,15 @@
-# `make check` is what CI runs (.ci/run).
-.PHONY: check test system-postgres lint types layers web page format lock upgrade mutants bench dev
+# `make quick` after each change, `make check` before a merge: that is what CI runs (.ci/run). CONTRIBUTING.md has more.
+.PHONY: quick unit check test system-postgres lint types layers web page format lock upgrade mutants bench dev
+
+# Where it is set, as in many containers, each process compiles each module anew, and all below takes twice as long.
+export PYTHONDONTWRITEBYTECODE =
+
+# All three at once; what fails is named at the end.
+quick:
+	@$(MAKE) --no-print-directory --jobs --keep-going --output-sync=target unit lint types
+
+unit:
+	uv run pytest -q -n 0 -m "not slow" --hypothesis-profile=quick tests/unit
 
 check: test system-postgres lint types layers web
 
@@ -45,7 +55,7 @@ upgrade:
 
 # Breaks the product in many places, one at a time, and fails where no test notices; not part of CI.
 mutants:
-	uv run python scripts/mutants.py
+	uv run python -m scripts.mutants
 
 bench:
 	uv run anynode bench

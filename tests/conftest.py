@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
 import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from anynode.models.migrate import migrate
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from tests.kit.harness import NodeProcess, running_node, sql, with_database
+from tests.kit.databases import fresh_database, make_template
+from tests.kit.examples import register_profiles
+from tests.kit.harness import NodeProcess, running_node
+from tests.kit.programs import summary_of
 
-TEMPLATE = f"anynode_template_{os.getpid()}"
+register_profiles()
 
 
 def pytest_configure() -> None:
@@ -27,8 +27,30 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
-    parser.addoption("--postgres-url", help="a superuser's URL of the PostgreSQL server to run the tests on")
+    """Add `--postgres-url`: run on a server that is there, as its superuser, instead of on the bundled one."""
+    parser.addoption(
+        "--postgres-url",
+        help="a superuser's URL of the PostgreSQL server to run the tests on; those that do not use it are left out",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, so that none is left to one process at the end.
+
+    With `--postgres-url`, leave out the tests that do not use that server: they would run as they do without it.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.getoption("--postgres-url") is not None:
+        left_out = [item for item in items if "postgres_url" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what tests were skipped for want of, and the command that installs it, a line each."""
+    skips = terminalreporter.getreports("skipped")
+    for line in summary_of(skip.longrepr[2] for skip in skips if isinstance(skip.longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -48,21 +70,6 @@ def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
             yield postgres.url
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def make_template(url: str) -> None:
-    """Make the migrated database that fresh ones are copies of."""
-    asyncio.run(sql(url, f"CREATE DATABASE {TEMPLATE}"))
-    asyncio.run(migrate(with_database(url, TEMPLATE)))
-
-
-@contextmanager
-def fresh_database(postgres_url: str) -> Iterator[str]:
-    """A fresh, migrated database, dropped at the end."""
-    name = f"test_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -36,8 +36,8 @@ async def improvise(turn: Turn) -> AsyncIterator[AgentEvent]:
                 case "see":
                     yield TextDelta(json.dumps(given(turn)))
                 case _:
-                    question = HistoryMessage("user", script_of((action, *arguments)))
-                    async for event in script(replace(turn, history=[question])):
+                    asked = HistoryMessage("user", script_of((action, *arguments)))
+                    async for event in script(replace(turn, history=[asked])):
                         yield event
         yield StepEnd()
 
@@ -53,6 +53,11 @@ def given(turn: Turn) -> dict[str, Any]:
         ],
         "partial": turn.partial,
     }
+
+
+def question(*steps: Sequence[Any]) -> str:
+    """The question that makes the agent do these steps; each is a list of actions."""
+    return json.dumps(steps)
 
 
 def _word() -> str:

@@ -51,3 +51,26 @@ def test_a_module_is_short_enough_to_read(module: Path) -> None:
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_a_modules_name_says_what_is_in_it(module: Path) -> None:
     assert not EMPTY_NAMES & {*module.with_suffix("").parts}
+
+
+@pytest.mark.parametrize("folder", ["tests", "bench", "scripts"])
+def test_no_module_imports_a_test_module(folder: str) -> None:
+    imported = [
+        (str(path.relative_to(TOP)), name)
+        for path in (TOP / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in imported_by(node)
+        if any(part.startswith("test_") for part in name.split("."))
+    ]
+    assert imported == []
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    """The dotted names that an import statement may load; of `from a import b` both `a` and `a.b`."""
+    match node:
+        case ast.Import(names):
+            return [alias.name for alias in names]
+        case ast.ImportFrom(module, names):
+            return [module or "", *(f"{module}.{alias.name}" for alias in names)]
+        case _:
+            return []

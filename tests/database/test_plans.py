@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from anynode.models.queries import query, statements
-from tests.conftest import fresh_database
+from tests.kit.databases import fresh_database
 
 TABLES = ("conversations", "messages", "turns", "events", "tickets")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every

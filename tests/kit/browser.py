@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 from playwright.async_api import (
     Browser,
     BrowserContext,
@@ -25,6 +22,8 @@ from playwright.async_api import (
     async_playwright,
     expect,
 )
+
+from tests.kit.programs import program
 
 # Of the browser's own errands, none: what it asks for is what the page asks for.
 FLAGS = (
@@ -59,12 +58,8 @@ expect.set_options(timeout=PATIENCE_MS)
 
 @asynccontextmanager
 async def running_browser() -> AsyncIterator[Browser]:
-    """A fresh Chromium of this machine. Skips the test where there is none, except in CI."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must have a Chromium")
-        pytest.skip("there is no Chromium here")
+    """A fresh Chromium of this machine. See `programs` where there is none."""
+    path = program("chromium", "chromium-browser", "google-chrome", install="apt-get install chromium")
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=path, args=FLAGS)
         try:

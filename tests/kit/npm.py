@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final, NoReturn
 
-import pytest
 from platformdirs import user_cache_path
 
 from hatch_build import find_node
+from tests.kit.programs import give_up_without
 
 _FOUND = find_node()
 assert _FOUND is not None, "the nodejs wheel is among the development dependencies"
@@ -54,9 +54,7 @@ def node_modules(directory: Path) -> Path:
     try:
         return install(directory)
     except RegistryUnreachable as error:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must reach the npm registry: {error}")
-        pytest.skip(f"the npm registry cannot be reached: {error}")
+        give_up_without("npm's registry", "npm ping", str(error))
 
 
 def project(directory: Path, to: Path, *, is_copied: bool = False) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import subprocess
 import tempfile
@@ -14,12 +13,11 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import asyncpg
-import pytest
 
 from anynode.server.dev.unprivileged import as_owner, give_to_nobody
 from tests.kit.harness import free_port, sql
+from tests.kit.programs import program
 
-PLACES = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
 CONFIGURATION = """
 [databases]
 * = {target}
@@ -77,11 +75,8 @@ class PgBouncer:
 
 @contextmanager
 def running_pgbouncer(postgres_url: str, *, pool_size: int) -> Iterator[PgBouncer]:
-    """One that opens at most so many connections to a database. Skips the test where there is none, except in CI."""
-    if shutil.which("pgbouncer", path=PLACES) is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI must have a PgBouncer")
-        pytest.skip("there is no PgBouncer here")
+    """One that opens at most so many connections to a database. See `programs` where there is none."""
+    _program()
     directory = Path(tempfile.mkdtemp(prefix="anynode-"))
     try:
         port = free_port()
@@ -99,9 +94,7 @@ def running_pgbouncer(postgres_url: str, *, pool_size: int) -> Iterator[PgBounce
 
 
 def _program() -> str:
-    program = shutil.which("pgbouncer", path=PLACES)
-    assert program is not None
-    return program
+    return program("pgbouncer", install="apt-get install pgbouncer")
 
 
 def _target(postgres_url: str) -> str:

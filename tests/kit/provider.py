@@ -135,3 +135,8 @@ async def serve_provider() -> AsyncIterator[Provider]:
         yield provider
     finally:
         await runner.cleanup()
+
+
+def openai_environment(provider: Provider) -> dict[str, str]:
+    """The settings of a node whose agent asks this provider."""
+    return {"AGENT": "openai", "OPENAI_BASE_URL": provider.url, "OPENAI_API_KEY": "sk-secret", "MODEL": "fake-1"}

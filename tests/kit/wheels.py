@@ -9,20 +9,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final
 
-import pytest
+from tests.kit.programs import give_up_without, program
 
 TOP: Final = Path(__file__).parents[2]
 # What uv says where it does not come through to its index.
 UNREACHABLE: Final = re.compile("error sending request|dns error|tcp connect|failed to fetch|timed out", re.IGNORECASE)
-
-
-def unavailable(what: str) -> NoReturn:
-    """Skip the test for want of something, or fail in CI, which has everything."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
 
 
 def package_around(root: Path) -> Path:
@@ -38,11 +31,9 @@ def package_around(root: Path) -> Path:
 
 def uv(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
     """Run uv. Where the index of packages cannot be reached the test is skipped, except in CI."""
-    program = os.environ.get("UV") or shutil.which("uv")  # `uv run` says where it is itself
-    if program is None:
-        unavailable("there is no uv here")
+    path = os.environ.get("UV") or program("uv", install="pip install uv")  # `uv run` says where it is itself
     done = subprocess.run(
-        [program, *arguments],
+        [path, *arguments],
         env={**os.environ, **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -52,7 +43,7 @@ def uv(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> 
         check=False,
     )
     if done.returncode != 0 and UNREACHABLE.search(done.stdout):
-        unavailable(f"uv cannot get what it needs: {done.stdout[-300:]}")
+        give_up_without("the packages of an index", f"uv {arguments[0]}", done.stdout[-300:])
     assert done.returncode == 0, done.stdout
 
 

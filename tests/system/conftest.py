@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -11,6 +14,8 @@ import pytest_asyncio
 from tests.agents.scripted import Strings
 from tests.kit.ai_sdk import new_id
 from tests.kit.browser import Browser, running_browser
+from tests.kit.dev import processes_that_mention
+from tests.kit.gated_turn import Gated
 from tests.kit.harness import NodeProcess, running_node
 
 
@@ -54,3 +59,19 @@ async def browser() -> AsyncIterator[Browser]:
     """A browser for all tests of a module, which run in the module's event loop."""
     async with running_browser() as browser:
         yield browser
+
+
+@pytest.fixture
+def gated(strings: Strings) -> Gated:
+    """A turn whose events come one at a time."""
+    return Gated(strings)
+
+
+@pytest.fixture
+def data_directory() -> Iterator[Path]:
+    """A data directory for `anynode dev`; whatever still runs of it is killed at the end."""
+    directory = Path(tempfile.mkdtemp(prefix="anynode-"))
+    yield directory / "data"
+    for process in processes_that_mention(directory):
+        process.kill()
+    shutil.rmtree(directory, ignore_errors=True)

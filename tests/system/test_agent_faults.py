@@ -14,7 +14,7 @@ import pytest
 
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.kit.provider import DONE, Provider, Reply, answer, delta, event, serve_provider
+from tests.kit.provider import DONE, Reply, answer, delta, event, openai_environment, serve_provider
 
 StartNode = Callable[..., NodeProcess]
 
@@ -321,10 +321,6 @@ async def test_an_agent_that_says_nothing_completes_an_empty_answer(
 
 
 # The openai agent, from end to end.
-
-
-def openai_environment(provider: Provider) -> dict[str, str]:
-    return {"AGENT": "openai", "OPENAI_BASE_URL": provider.url, "OPENAI_API_KEY": "sk-secret", "MODEL": "fake-1"}
 
 
 async def test_a_models_answer_streams_through_with_its_usage(start_node: StartNode, user: str) -> None:

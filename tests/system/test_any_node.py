@@ -11,20 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.agents.scripted import Strings, eventually, script_of
-from tests.kit.exactness import assert_shown
+from tests.kit.gated_turn import ANSWER, EVENTS, LAST_TEXT, Gated, begin, drive
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
 from tests.kit.postgres_proxy import postgres_proxy
-from tests.system.test_cut_points import (
-    ANSWER,
-    EVENTS,
-    LAST_TEXT,
-    Gated,
-    begin,
-    drive,
-    merged,
-    whole,
-)
-from tests.system.test_cut_points import gated as gated
+from tests.kit.transcripts import assert_all_was_shown, merged, nothing_has_come, take, whole
 
 StartNode = Callable[..., NodeProcess]
 Nodes = Sequence[NodeProcess]
@@ -35,33 +25,6 @@ def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.T
     with ExitStack() as stack:
         directory = tmp_path_factory.mktemp("nodes")
         yield [stack.enter_context(running_node(module_database_url, directory, strings.environment)) for _ in range(3)]
-
-
-async def assert_all_was_shown(database_url: str, frames: Sequence[Frame]) -> None:
-    """The frames are the journal of their conversation, each event once and in order."""
-    events = await sql(
-        database_url,
-        "SELECT seq, type, turn_id::text AS turn_id, payload::text AS payload FROM events "
-        "WHERE conversation_id = $1 ORDER BY seq",
-        uuid.UUID(frames[0]["conversation_id"]),
-    )
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-    assert_shown(events, frames)
-
-
-async def take(socket: Socket, last_seq: int) -> list[Frame]:
-    """The frames up to the one that ends with this seq."""
-    frames: list[Frame] = []
-    while not frames or frames[-1].get("seq", 0) < last_seq:
-        frames.append(await socket.receive())
-        assert frames[-1]["type"] != "error", frames[-1]
-    return frames
-
-
-async def nothing_has_come(socket: Socket) -> bool:
-    """Whether the connection has not been sent anything up to now."""
-    await socket.send({"type": "ping", "request_id": "now"})
-    return bool((await socket.receive())["type"] == "pong")
 
 
 # A client goes on at another node.

@@ -10,13 +10,14 @@ from contextlib import AsyncExitStack, ExitStack
 import pytest
 
 from tests.agents.scripted import DIRECTORY, Strings, eventually
-from tests.agents.stepping import AGENT
+from tests.agents.stepping import AGENT, question
 from tests.conftest import StartNode
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
-from tests.kit.provider import Reply, delta, serve_provider
-from tests.system.test_agent_faults import openai_environment
-from tests.system.test_any_node import assert_all_was_shown, nothing_has_come
-from tests.system.test_regenerate import messages_of, question, sockets_to, turns_of
+from tests.kit.provider import Reply, delta, openai_environment, serve_provider
+from tests.kit.sockets import sockets_to
+from tests.kit.stored import assert_cancelled, messages_of, turns_of
+from tests.kit.transcripts import assert_all_was_shown, nothing_has_come
+from tests.kit.turn_requests import cancel
 
 Nodes = Sequence[NodeProcess]
 
@@ -34,32 +35,10 @@ def nodes(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) ->
         yield [stack.enter_context(running_node(module_database_url, directory, environment)) for _ in range(3)]
 
 
-def cancel(conversation_id: str, **fields: str | None) -> Frame:
-    return {"type": "turn.cancel", "conversation_id": conversation_id, **fields}
-
-
 async def begin(socket: Socket, content: str, until: str = "turn.delta") -> list[Frame]:
     """Start a turn in a new conversation; the frames up to the first of this type."""
     await socket.ask(content)
     return await socket.until(until)
-
-
-async def assert_cancelled(database_url: str, *transcripts: Sequence[Frame]) -> str:
-    """All have seen the whole turn, which was cancelled; they show what its message holds. Returns that."""
-    texts = set()
-    for frames in transcripts:
-        assert frames[-1]["type"] == "turn.cancelled"
-        assert frames[-1]["message"]["status"] == "cancelled"
-        assert text_of(frames) == frames[-1]["message"]["content"]
-        await assert_all_was_shown(database_url, frames)
-        texts.add(text_of(frames))
-    (text,) = texts
-    conversation_id = transcripts[0][0]["conversation_id"]
-    messages = await messages_of(database_url, conversation_id)
-    last = messages[-1]
-    assert (last["role"], last["content"], last["status"]) == ("assistant", text, "cancelled")
-    assert await turns_of(database_url, conversation_id) == ["cancelled"]
-    return text
 
 
 @pytest.mark.parametrize("names_the_turn", [False, True])

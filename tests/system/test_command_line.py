@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
-import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import jwt
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
+from tests.kit.command_line import COMMAND, GOOD, anynode, assert_refused_in_one_line, environment, wait_until
+from tests.kit.dev import Dev, conversations, processes_that_mention, running_dev
 from tests.kit.harness import SECRET, NodeProcess, free_port, running_node, sql, with_database
-
-REPOSITORY = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "anynode.server.cli"]
-INHERITED = ("PATH", "HOME", "LANG")
-
-
-def environment(**settings: str) -> dict[str, str]:
-    """Only these settings, and what any process needs."""
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    return {**inherited, "PYTHONPATH": str(REPOSITORY), **settings}
-
-
-def anynode(*arguments: str, stdin: str = "", **settings: str) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment(**settings),
-        cwd=REPOSITORY,
-        check=False,
-    )
-
-
-def wait_until(condition: Callable[[], Any], within_seconds: float = 30.0) -> Any:
-    """Wait for what only the outside can show; returns it."""
-    deadline = time.monotonic() + within_seconds
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
-    return result
-
 
 # What `anynode serve` refuses.
 
-GOOD = {"JWT_SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0"}
 REFUSALS: Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
     "a missing secret": ({"JWT_SECRET": ""}, ("JWT_SECRET", "32")),
     "a weak secret": ({"JWT_SECRET": "x" * 31}, ("JWT_SECRET", "31", "32")),
@@ -82,15 +41,6 @@ REFUSALS: Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
     "any origin": ({"ALLOWED_ORIGINS": "*"}, ("ALLOWED_ORIGINS", "wildcard")),
     "a key set that is no URL": ({"JWT_SECRET": "", "JWT_JWKS_URL": "keys.json"}, ("JWT_JWKS_URL",)),
 }
-
-
-def assert_refused_in_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    for word in words:
-        assert word in result.stderr
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
@@ -229,119 +179,12 @@ def test_chat_with_a_bad_token_says_so_and_fails(shared_node: NodeProcess) -> No
 # dev
 
 
-class Dev:
-    """`anynode dev` in a process of its own, once it has said where to go."""
-
-    def __init__(self, process: subprocess.Popen[str], output: Path, ports: list[int], front_port: int | None) -> None:
-        self.process = process
-        self.output = output
-        self.ports = ports
-        self.front_port = front_port
-        found = re.search(r"Token \(7 days\) +(\S+)", output.read_text())
-        assert found is not None
-        self.token = found[1]
-
-    @property
-    def urls(self) -> list[str]:
-        return [f"http://127.0.0.1:{port}" for port in self.ports]
-
-    @property
-    def entry(self) -> str:
-        """The one URL that the page is opened at."""
-        return f"http://127.0.0.1:{self.front_port or self.ports[0]}"
-
-    def family(self) -> list[psutil.Process]:
-        """The process and all that it has started."""
-        process = psutil.Process(self.process.pid)
-        return [process, *process.children(recursive=True)]
-
-    def node(self, port: int) -> psutil.Process:
-        """The node that listens on a port."""
-        return next(
-            p
-            for p in self.family()
-            if "anynode.server.dev.node" in p.cmdline() and p.environ().get("PORT") == str(port)
-        )
-
-
-@pytest.fixture
-def data_directory() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="anynode-"))
-    yield directory / "data"
-    for process in processes_that_mention(directory):
-        process.kill()
-    shutil.rmtree(directory, ignore_errors=True)
-
-
-def processes_that_mention(directory: Path) -> list[psutil.Process]:
-    """What still runs of a data directory: the postmaster has it in its arguments, nodes in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = [*process.cmdline(), process.environ().get("DATABASE_URL", ""), process.cwd()]
-        except psutil.Error:
-            continue
-        if any(str(directory) in word or str(directory).replace("/", "%2F") in word for word in words):
-            found.append(process)
-    return found
-
-
-def successive_free_ports(count: int) -> list[int]:
-    while True:
-        first = free_port()
-        ports = list(range(first, first + count))
-        try:
-            for port in ports:
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            continue
-        return ports
-
-
-@contextmanager
-def running_dev(data_directory: Path, nodes: int = 1, **settings: str) -> Iterator[Dev]:
-    """`anynode dev` on free ports; everything it started is dead at the end."""
-    ports = successive_free_ports(nodes + 1 if nodes > 1 else 1)
-    output = data_directory.parent / f"dev-{uuid.uuid4().hex}.log"
-    with output.open("w") as stdout:
-        process = subprocess.Popen(
-            [*COMMAND, "dev", "--data-dir", str(data_directory), "--nodes", str(nodes)],
-            env=environment(PORT=str(ports[0]), **settings),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-    try:
-        wait_until(lambda: "Ctrl-C" in output.read_text() or process.poll() is not None, 60)
-        assert process.poll() is None, output.read_text()
-        yield Dev(process, output, ports[:nodes], ports[nodes] if nodes > 1 else None)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        # The rest is the fixture's: it kills whatever still mentions the directory.
-
-
 def kill_all(processes: list[psutil.Process]) -> None:
     for process in processes:
         try:
             process.kill()
         except psutil.NoSuchProcess:
             pass
-
-
-def conversations(url: str, token: str) -> list[dict[str, Any]]:
-    request = urllib.request.Request(f"{url}/conversations", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        listed: list[dict[str, Any]] = json.load(response)["conversations"]
-        return listed
 
 
 def chat_with(dev: Dev, data_directory: Path, *lines: str) -> subprocess.CompletedProcess[str]:

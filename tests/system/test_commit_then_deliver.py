@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
-import signal
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-import psutil  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
-from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
 from tests.agents.scripted import Strings, eventually, script_of
-from tests.conftest import TEMPLATE, make_template
-from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of, with_database
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.kit.stoppable_postgres import StoppablePostgres, stoppable_postgres
+from tests.kit.stored import assert_seqs_are_gapless, said_in
 
 StartNode = Callable[..., NodeProcess]
 
@@ -30,85 +24,6 @@ CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_s
 CREATE CONSTRAINT TRIGGER dawdle AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION dawdle();
 """
-
-
-class StoppablePostgres:
-    """A Postgres of the test's own, whose processes may all be stopped, killed and started again."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._server: EmbeddedPostgres | None = None
-
-    @property
-    def server(self) -> EmbeddedPostgres:
-        assert self._server is not None
-        return self._server
-
-    @contextmanager
-    def running(self) -> Iterator[StoppablePostgres]:
-        """Run it, again on the same data and socket where it has been killed."""
-        with embedded_postgres(self._directory, settings={"fsync": "off", "max_connections": "200"}) as server:
-            self._server = server
-            try:
-                yield self
-            finally:
-                self.resume()
-
-    def new_database(self) -> str:
-        """A fresh, migrated database."""
-        name = f"test_{uuid.uuid4().hex}"
-        asyncio.run(sql(self.server.url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
-        return with_database(self.server.url, name)
-
-    def stall(self) -> None:
-        """SIGSTOP all of its processes; the postmaster first, and until it stands, so that there will be no more."""
-        self._stop(self._processes()[:1])
-        self._stop(self._processes()[1:])
-
-    def _stop(self, processes: Sequence[psutil.Process]) -> None:
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGSTOP)
-        for process in processes:
-            while process.is_running() and process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-                os.sched_yield()
-
-    def resume(self) -> None:
-        """SIGCONT all of its processes."""
-        for process in reversed(self._processes()):
-            try:
-                process.send_signal(signal.SIGCONT)
-            except psutil.NoSuchProcess:
-                pass
-
-    def crash(self) -> None:
-        """kill -9 of all of its processes: a backend whose postmaster has just died may still answer."""
-        processes = self._processes()
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        _, alive = psutil.wait_procs(processes[1:], timeout=10)  # the postmaster waits for its parent, the launcher
-        assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
-
-    def _processes(self) -> list[psutil.Process]:
-        try:
-            postmaster = psutil.Process(self.server.pid)
-            return [postmaster, *postmaster.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-
-@contextmanager
-def stoppable_postgres() -> Iterator[StoppablePostgres]:
-    """One with a migrated template, in a directory whose path is short enough for the socket."""
-    directory = Path(tempfile.mkdtemp(prefix="anynode-"))
-    try:
-        postgres = StoppablePostgres(directory / "postgres")
-        with postgres.running():
-            make_template(postgres.server.url)
-            yield postgres
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -128,27 +43,6 @@ def own_database_url(postgres: StoppablePostgres) -> Iterator[str]:
 @pytest.fixture
 def strings(tmp_path: Path) -> Strings:
     return Strings(tmp_path / "strings")
-
-
-async def said_in(database_url: str, conversation_id: str) -> str:
-    """The answers of a conversation as the database has them."""
-    rows = await sql(
-        database_url,
-        "SELECT string_agg(content, '' ORDER BY position) AS said FROM messages "
-        "WHERE conversation_id = $1 AND role = 'assistant'",
-        uuid.UUID(conversation_id),
-    )
-    return str(rows[0]["said"])
-
-
-async def assert_seqs_are_gapless(database_url: str, conversation_id: str) -> None:
-    rows = await sql(
-        database_url,
-        "SELECT array_agg(e.seq ORDER BY e.seq) AS seqs, c.last_seq FROM conversations c "
-        "JOIN events e ON e.conversation_id = c.id WHERE c.id = $1 GROUP BY c.id",
-        uuid.UUID(conversation_id),
-    )
-    assert rows[0]["seqs"] == list(range(1, rows[0]["last_seq"] + 1))
 
 
 async def has_answered_pings(socket: Socket, count: int) -> list[Frame]:

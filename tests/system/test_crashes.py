@@ -17,12 +17,8 @@ from websockets.asyncio.client import connect
 
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
-from tests.system.test_commit_then_deliver import (
-    StoppablePostgres,
-    assert_seqs_are_gapless,
-    said_in,
-    stoppable_postgres,
-)
+from tests.kit.stoppable_postgres import StoppablePostgres, stoppable_postgres
+from tests.kit.stored import assert_seqs_are_gapless, said_in
 
 # A postmaster that a test has killed is its holder's child, and is not reaped where the next one is a later context's.
 pytestmark = pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
@@ -390,7 +386,7 @@ async def test_a_turn_that_a_crash_of_postgres_outlasts_is_restarted(
 ) -> None:
     with ExitStack() as stack:
         node = stack.enter_context(
-            running_node(own_database_url, tmp_path, {**strings.environment, "LEASE_SECONDS": "1"})
+            running_node(own_database_url, tmp_path, {**strings.environment, "LEASE_SECONDS": "2"})
         )
         async with socket_to(node, user) as socket:
             await socket.ask(TWO_PARTS)

@@ -3,118 +3,23 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.agents.scripted import Strings, eventually, script_of
-from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql, text_of
+from tests.kit.gated_turn import ACTIONS, ANSWER, EVENTS, LAST_TEXT, Gated, begin, drive
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of
+from tests.kit.stored import ended
+from tests.kit.transcripts import merged, whole
 
-# What the agent does, an event a line; a gate before each lets the test decide when it comes.
-ACTIONS: Sequence[Sequence[Any]] = (
-    ("text", "Let me "),
-    ("text", "look "),
-    ("text", "that up: "),
-    ("call", "call-1", "search", {"query": "föö"}),
-    ("result", "call-1", "search", "nothing \u2615"),
-    ("text", "No luck; "),
-    ("text", "again: "),
-    ("call", "call-2", "search", {"query": "bar"}),
-    ("result", "call-2", "search", "broken", True),
-    ("text", "It is "),
-    ("text", "probably "),
-    ("text", "42."),
-)
-STEP_ENDS_AFTER = (4, 8)
-ANSWER = "Let me look that up: No luck; again: It is probably 42."
-LAST_TEXT = "It is probably 42."
-EVENTS = len(ACTIONS) + 3  # message.created and turn.started before, turn.completed after
 QUICK = (("text", "a "), ("text", "b"))
-
-
-class Gated:
-    """The turn of this module: `open(seq)` lets the event with that seq come (1 and 2 come by themselves)."""
-
-    def __init__(self, strings: Strings) -> None:
-        self._strings = strings
-        self._gates = [strings.name() for _ in range(EVENTS - 2)]
-        script: list[Sequence[Any]] = []
-        for number, action in enumerate(ACTIONS):
-            script += [("gate", self._gates[number]), action]
-            if number in STEP_ENDS_AFTER:
-                script.append(("step",))
-        self.question = script_of(*script, ("gate", self._gates[-1]), ("usage", 3, 4, "scripted"))
-
-    def open(self, seq: int) -> None:
-        if 3 <= seq <= EVENTS:
-            self._strings.open(self._gates[seq - 3])
-
-    def open_all(self) -> None:
-        for gate in self._gates:
-            self._strings.open(gate)
 
 
 @pytest.fixture(scope="module")
 def node(module_database_url: str, strings: Strings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     with running_node(module_database_url, tmp_path_factory.mktemp("node"), strings.environment) as running:
         yield running
-
-
-@pytest.fixture
-def gated(strings: Strings) -> Gated:
-    return Gated(strings)
-
-
-def merged(frames: Sequence[Frame]) -> list[Frame]:
-    """A transcript in which it does not matter how deltas were cut."""
-    result: list[Frame] = []
-    for frame in frames:
-        if frame["type"] == "turn.delta" and result and result[-1]["type"] == "turn.delta":
-            result[-1] = {**frame, "text": result[-1]["text"] + frame["text"]}
-        else:
-            result.append(frame)
-    return result
-
-
-async def drive(socket: Socket, gated: Gated, *, to: int, after: int = 0) -> list[Frame]:
-    """Take the frames up to the event with seq `to`, letting each come when the one before has been seen."""
-    frames: list[Frame] = []
-    seq = after
-    while seq < to:
-        gated.open(seq + 1)
-        frame = await socket.receive()
-        assert frame.get("seq", 0) > seq, frame
-        seq = frame["seq"]
-        frames.append(frame)
-    return frames
-
-
-async def begin(socket: Socket, gated: Gated) -> tuple[str, list[Frame]]:
-    """Send the question; returns the conversation and the first frame."""
-    await socket.ask(gated.question)
-    frames = await drive(socket, gated, to=1)
-    return frames[0]["conversation_id"], frames
-
-
-async def whole(node: NodeProcess, user: str, conversation_id: str, ends: int = 1) -> list[Frame]:
-    """The conversation's transcript, read in one piece from the beginning."""
-    async with socket_to(node, user) as socket:
-        await socket.follow(conversation_id, 0)
-        frames: list[Frame] = []
-        for _ in range(ends):
-            frames += await socket.until(*TERMINAL, "error", "conversation.snapshot")
-        return frames
-
-
-def ended(database_url: str, conversation_id: str) -> Callable[[], Awaitable[object]]:
-    """Whether no turn of the conversation is running any more."""
-
-    async def condition() -> bool:
-        statement = "SELECT bool_and(status <> 'running') AS is_over FROM turns WHERE conversation_id = $1"
-        return bool((await sql(database_url, statement, uuid.UUID(conversation_id)))[0]["is_over"])
-
-    return condition
 
 
 async def test_an_uninterrupted_turn_shows_every_event(node: NodeProcess, gated: Gated, user: str) -> None:

@@ -22,8 +22,9 @@ import pytest
 from websockets.asyncio.client import connect
 
 from anynode.server.client.client import Client
+from tests.kit.command_line import anynode, wait_until
+from tests.kit.dev import Dev, running_dev, successive_free_ports
 from tests.kit.harness import NodeProcess, Socket, token_for
-from tests.system.test_command_line import Dev, anynode, running_dev, successive_free_ports, wait_until
 
 WORDS: Final = 60
 QUESTION: Final = " ".join(f"word{number}" for number in range(WORDS))

@@ -13,18 +13,17 @@ from typing import Any
 import pytest
 
 from tests.agents.scripted import DIRECTORY, Strings, eventually
-from tests.agents.stepping import AGENT
+from tests.agents.stepping import AGENT, question
 from tests.conftest import StartNode
 from tests.kit.device import Device
 from tests.kit.exactness import Client
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, sql
 from tests.kit.postgres_proxy import postgres_proxy
-from tests.system.test_any_node import assert_all_was_shown
-from tests.system.test_cancel import assert_cancelled, cancel
-from tests.system.test_interrupt import interrupt
-from tests.system.test_regenerate import messages_of, question, regenerate, turns_of
-from tests.system.test_shared_reading import narrow_socket
-from tests.system.test_takeover import assert_right, epoch_of, has, has_text_after_result
+from tests.kit.sockets import narrow_socket
+from tests.kit.stored import assert_cancelled, messages_of, turns_of
+from tests.kit.takeovers import assert_right, epoch_of, has, has_text_after_result
+from tests.kit.transcripts import assert_all_was_shown
+from tests.kit.turn_requests import cancel, interrupt, regenerate
 
 # What goes on within a test's time has not waited for a lease to run out.
 LEASE = {"LEASE_SECONDS": "300"}

@@ -273,7 +273,7 @@ def test_a_one_liner_gets_its_answer(shared_node: NodeProcess, user: str, line: 
 def test_the_lines_of_the_documentation_get_their_answers(
     shared_node: NodeProcess, tmp_path: Path, user: str, package: str, answers: int
 ) -> None:
-    sources = project(TOP / "tests" / "stock", tmp_path / "stock")
+    sources = project(TOP / "tests" / "kit" / "stock", tmp_path / "stock")
     environment = {"ANYNODE_URL": shared_node.http, "ANYNODE_TOKEN": token_for(user), "AI": package}
     finished = run_node("documented.mjs", directory=sources, environment=environment)
     assert finished.stdout.splitlines() == ["[1] Are you there?"] * answers

@@ -7,15 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from tests.system.test_command_line import (
-    COMMAND,
-    Dev,
-    anynode,
-    environment,
-    running_dev,
-    wait_until,
-)
-from tests.system.test_command_line import data_directory as data_directory
+from tests.kit.command_line import COMMAND, anynode, environment, wait_until
+from tests.kit.dev import Dev, running_dev
 
 TOKENS: Final = 150
 ANSWER: Final = "".join(f"w{number} " for number in range(TOKENS))

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import pytest
 
 from tests.agents.scripted import DIRECTORY, Strings, eventually
-from tests.agents.stepping import AGENT
+from tests.agents.stepping import AGENT, question
 from tests.conftest import StartNode
-from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, text_of
-from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
-from tests.system.test_regenerate import messages_of, question, seen, sockets_to, turns_of
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, socket_to, text_of
+from tests.kit.sockets import sockets_to
+from tests.kit.stored import messages_of, turns_of
+from tests.kit.transcripts import assert_all_was_shown, nothing_has_come, seen, take
+from tests.kit.turn_requests import interrupt
 
 Nodes = Sequence[NodeProcess]
 
@@ -25,21 +27,6 @@ SEE = question([["see"]])
 @pytest.fixture(scope="module")
 def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory)}
-
-
-async def interrupt(socket: Socket, conversation_id: str, content: str, message_id: str | None = None) -> str:
-    """Send a message that does not wait; returns its message_id."""
-    message_id = message_id or str(uuid.uuid4())
-    await socket.send(
-        {
-            "type": "message.send",
-            "conversation_id": conversation_id,
-            "message_id": message_id,
-            "content": content,
-            "if_busy": "interrupt",
-        }
-    )
-    return message_id
 
 
 async def test_a_message_to_another_node_stops_the_turn_and_is_answered(

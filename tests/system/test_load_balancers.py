@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from websockets.exceptions import ConnectionClosed
 from anynode.server.client.client import Client
 from anynode.server.settings import Settings
 from tests.agents.scripted import eventually
+from tests.kit import programs
 from tests.kit.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -81,14 +81,8 @@ def nodes(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(params=PROGRAMS)
 def program(request: pytest.FixtureRequest) -> str:
-    """The path of a balancer. Skips the test where there is none, except in CI."""
-    name: str = request.param
-    path = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin")
-    if path is None:
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must have {name}")
-        pytest.skip(f"there is no {name} here")
-    return path
+    """The path of a balancer."""
+    return programs.program(request.param, install=f"apt-get install {request.param}")
 
 
 def command(program: str, directory: Path, port: int, node_ports: Sequence[int]) -> list[str]:

@@ -41,6 +41,7 @@ parameters = { user_id = "%(user)s" }
 """
 
 
+@pytest.mark.slow
 # Of one operation after another it finds those that have to do with each other.
 @pytest.mark.parametrize(("phases", "operations"), [("examples,coverage,fuzzing", 20), ("stateful", 10)])
 def test_schemathesis_finds_nothing(

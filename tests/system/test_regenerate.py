@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
-import asyncpg
 import pytest
 
 from tests.agents.scripted import DIRECTORY, Strings, eventually
-from tests.agents.stepping import AGENT
+from tests.agents.stepping import AGENT, question
 from tests.conftest import StartNode
-from tests.kit.exactness import roles_after
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
-from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
+from tests.kit.sockets import sockets_to
+from tests.kit.stored import messages_of, turns_of
+from tests.kit.transcripts import assert_all_was_shown, merged_types, nothing_has_come, seen, take
+from tests.kit.turn_requests import regenerate
 
 Nodes = Sequence[NodeProcess]
 
@@ -27,58 +28,14 @@ def environment(strings: Strings) -> dict[str, str]:
     return {"AGENT": AGENT, DIRECTORY: str(strings.directory)}
 
 
-def question(*steps: Sequence[Any]) -> str:
-    """The question that makes the agent do these steps; each is a list of actions."""
-    return json.dumps(steps)
-
-
 WORDS = question([["words", 3]])
 SEE = question([["see"]])
-
-
-def regenerate(conversation_id: str, **fields: Any) -> Frame:
-    return {"type": "turn.regenerate", "conversation_id": conversation_id, **fields}
 
 
 async def regenerated(socket: Socket, conversation_id: str, **fields: Any) -> list[Frame]:
     """Regenerate, and take the frames up to the end of the new turn, or an error."""
     await socket.send(regenerate(conversation_id, **fields))
     return await socket.until(*TERMINAL, "error")
-
-
-async def messages_of(database_url: str, conversation_id: str) -> Sequence[asyncpg.Record]:
-    """The conversation's messages; their roles are in order, and their positions without a gap."""
-    messages = await sql(
-        database_url,
-        "SELECT position, role, content, status, turn_id::text FROM messages WHERE conversation_id = $1 "
-        "ORDER BY position",
-        uuid.UUID(conversation_id),
-    )
-    assert [message["position"] for message in messages] == list(range(1, len(messages) + 1))
-    before = None
-    for message in messages:
-        # An answer that is superseded is followed by another one.
-        if before is None or before["status"] != "superseded" or before["turn_id"] == message["turn_id"]:
-            assert message["role"] in roles_after(before["role"] if before else None)
-        before = message
-    return messages
-
-
-async def turns_of(database_url: str, conversation_id: str) -> list[str]:
-    """The states of the conversation's turns, in their order."""
-    rows = await sql(
-        database_url,
-        "SELECT status FROM turns WHERE conversation_id = $1 ORDER BY first_seq",
-        uuid.UUID(conversation_id),
-    )
-    return [row["status"] for row in rows]
-
-
-def seen(frames: Sequence[Frame]) -> list[list[str]]:
-    """The history that the agent was given."""
-    assert frames[-1]["type"] == "turn.completed", frames[-1]
-    history: list[list[str]] = json.loads(text_of(frames))["history"]
-    return history
 
 
 async def test_another_node_answers_the_question_again_in_a_turn_of_its_own(
@@ -109,24 +66,6 @@ async def test_another_node_answers_the_question_again_in_a_turn_of_its_own(
     await messages_of(module_database_url, conversation_id)
     await assert_all_was_shown(module_database_url, first + second)
     assert await turns_of(module_database_url, conversation_id) == ["completed", "completed"]
-
-
-@asynccontextmanager
-async def sockets_to(nodes: Nodes, user: str, count: int) -> AsyncIterator[list[Socket]]:
-    """So many connections of one user, spread over the nodes."""
-    async with AsyncExitStack() as stack:
-        sockets = [
-            await stack.enter_async_context(socket_to(nodes[number % len(nodes)], user)) for number in range(count)
-        ]
-        yield sockets
-        for socket in sockets:
-            socket.drop()  # a closing handshake would wait behind what has not been read
-
-
-def merged_types(frames: Sequence[Frame]) -> list[str]:
-    """The types of the frames, a run of deltas counted once."""
-    types = [frame["type"] for frame in frames]
-    return [type for number, type in enumerate(types) if type != "turn.delta" or types[number - 1] != type]
 
 
 async def test_the_agent_sees_the_question_once_and_none_of_the_old_answers(nodes: Nodes, user: str) -> None:
@@ -401,10 +340,12 @@ async def test_the_next_message_continues_the_newest_answer(nodes: Nodes, module
         assert merged_types(after)[:2] == ["message.created", "turn.started"]
         assert after[0]["seq"] == again[-1]["seq"] + 1
         assert seen(after) == [["user", WORDS], ["assistant", text_of(again)], ["user", SEE]]
-        await here.follow(conversation_id, 0)
+    # Another socket: `here` may still be sent the last two turns, which its node hears of a moment later.
+    async with socket_to(nodes[0], user) as late:
+        await late.follow(conversation_id, 0)
         frames: list[Frame] = []
         while merged_types(frames).count("turn.completed") < 3:
-            frames.append(await here.receive())
+            frames.append(await late.receive())
     await assert_all_was_shown(module_database_url, frames)
 
 

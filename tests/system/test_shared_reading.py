@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import socket as sockets
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 
 import pytest
-from websockets.asyncio.client import connect
 
 from anynode.models.queries import statements
 from tests.agents.scripted import Strings, eventually, script_of
-from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of, token_for
+from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, running_node, socket_to, text_of
 from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
-from tests.system.test_any_node import assert_all_was_shown, nothing_has_come, take
+from tests.kit.sockets import narrow_socket
+from tests.kit.transcripts import assert_all_was_shown, nothing_has_come, take
 
 CROWD = 50
 READS = ("read_events", "snapshot")
@@ -177,20 +176,6 @@ async def test_idle_followers_cost_nothing_also_while_others_talk(
         frames = await sender.answer(QUICK, ends[7]["conversation_id"])
         for follower in followers:
             assert text_of(await take(follower, frames[-1]["seq"])) == "a b"
-
-
-async def narrow_socket(stack: AsyncExitStack, node: NodeProcess, user: str) -> Socket:
-    """A connection that holds little of what has not been received."""
-    narrow = sockets.socket()
-    narrow.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
-    narrow.connect(("127.0.0.1", node.port))
-    headers = {"Authorization": f"Bearer {token_for(user)}"}
-    connecting = connect(
-        node.ws + "/ws", sock=narrow, additional_headers=headers, compression=None, max_size=None, max_queue=1
-    )
-    socket = Socket(await stack.enter_async_context(connecting))
-    assert (await socket.receive())["type"] == "ready"
-    return socket
 
 
 async def test_followers_that_do_not_read_hold_up_nobody_and_read_on_later_without_a_gap(

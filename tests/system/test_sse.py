@@ -13,10 +13,12 @@ import pytest
 
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
+from tests.kit.gated_turn import ANSWER, EVENTS, Gated
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
 from tests.kit.postgres_proxy import postgres_proxy
 from tests.kit.rest import MISSING, Event, Events, Rest, frames_of, rest_to
-from tests.system.test_cut_points import ANSWER, EVENTS, Gated, ended, merged
+from tests.kit.stored import ended
+from tests.kit.transcripts import merged
 
 Nodes = Sequence[NodeProcess]
 UUID = uuid.UUID

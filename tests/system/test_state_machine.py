@@ -145,6 +145,7 @@ def world(database_url: str, tmp_path: Path) -> Iterator[World]:
         yield World(database_url, tmp_path, environment, stack)
 
 
+@pytest.mark.slow
 def test_everybody_sees_what_the_database_holds_whatever_happens(world: World) -> None:
     run_state_machine_as_test(lambda: Chat(world), settings=SETTINGS)  # type: ignore[arg-type]
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 
 from tests.agents.scripted import DIRECTORY, Strings, eventually
-from tests.agents.stepping import AGENT
+from tests.agents.stepping import AGENT, question
 from tests.conftest import StartNode
-from tests.kit.exactness import Client, assert_journal, assert_shown
+from tests.kit.exactness import Client
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, running_node, socket_to, sql, text_of, token_for
 from tests.kit.postgres_proxy import postgres_proxy
-from tests.kit.provider import Reply, answer, delta, serve_provider
-from tests.system.test_agent_faults import openai_environment
-from tests.system.test_any_node import assert_all_was_shown
-from tests.system.test_cancel import cancel
-from tests.system.test_regenerate import messages_of, question, regenerate, seen
+from tests.kit.provider import Reply, answer, delta, openai_environment, serve_provider
+from tests.kit.stored import messages_of
+from tests.kit.takeovers import assert_right, epoch_of, has, has_text_after_result
+from tests.kit.transcripts import assert_all_was_shown, seen
+from tests.kit.turn_requests import cancel, regenerate
 
 SHORT_LEASE = {"LEASE_SECONDS": "1"}
 LONG_LEASE = {"LEASE_SECONDS": "300"}
@@ -49,15 +48,6 @@ def dying(module_database_url: str, environment: dict[str, str], tmp_path: Path)
         yield node
 
 
-def has(client: Client, *types: str) -> Callable[[], Awaitable[object]]:
-    """Whether the client's last frames are of these types."""
-
-    async def condition() -> bool:
-        return [frame["type"] for frame in client.frames][-len(types) :] == list(types)
-
-    return condition
-
-
 async def node_id_of(node: NodeProcess) -> str:
     """What it calls itself."""
     headers = {"Authorization": f"Bearer {token_for('operator')}"}
@@ -70,37 +60,6 @@ async def owner_of(database_url: str, nodes: Sequence[NodeProcess]) -> NodeProce
     (row,) = await sql(database_url, "SELECT node FROM turns WHERE status = 'running'")
     (owner,) = [node for node in nodes if await node_id_of(node) == row["node"]]
     return owner
-
-
-async def assert_right(
-    database_url: str, clients: Sequence[Client], *, epoch: int | None = None
-) -> Sequence[asyncpg.Record]:
-    """All clients of one conversation have seen all of its one turn, each event once and in order; its journal is
-    gapless and holds one end; what clients show is what the messages hold, whose roles are in order. Returns them."""
-    conversation_id = clients[0].conversation_id
-    assert conversation_id is not None
-    turns = await sql(
-        database_url, "SELECT status, epoch FROM turns WHERE conversation_id = $1", uuid.UUID(conversation_id)
-    )
-    events = await sql(
-        database_url,
-        "SELECT seq, type, epoch, turn_id::text AS turn_id, payload::text AS payload, c.last_seq "
-        "FROM events e JOIN conversations c ON c.id = conversation_id WHERE c.id = $1 ORDER BY seq",
-        uuid.UUID(conversation_id),
-    )
-    messages = await messages_of(database_url, conversation_id)
-    ((status, last_epoch),) = turns
-    assert status == "completed"
-    assert epoch in (None, last_epoch)
-    assert_journal(events, last_epoch)
-    said = [message["content"] for message in messages if message["role"] == "assistant"]
-    for client in clients:
-        assert client.conversation_id == conversation_id
-        assert_shown(events, client.frames)
-        assert client.text == "".join(said)
-        assert client.frames[-1]["message"]["content"] == said[-1]
-        assert not client.errors
-    return messages
 
 
 # Crowds.
@@ -171,17 +130,6 @@ async def test_60_turns_go_on_when_nodes_are_killed(
         restarted += epoch_of(client) > 1
     assert restarted >= 5 * kills
     assert len({client.text for client in clients}) == 60
-
-
-def has_text_after_result(client: Client) -> bool:
-    """Whether it has seen the tool's result and then some text."""
-    types = [frame["type"] for frame in client.frames]
-    return "turn.tool_result" in types and types[-1] == "turn.delta"
-
-
-def epoch_of(client: Client) -> int:
-    """The epoch that it has come to."""
-    return max((frame["epoch"] for frame in client.frames if frame["type"] == "turn.restarted"), default=1)
 
 
 # Steps.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from tests.agents.scripted import Strings, script_of
 from tests.kit.exactness import Client, assert_exact
@@ -22,6 +23,7 @@ KILL_SECONDS = 0.2
 KILLS = 100
 
 
+@pytest.mark.slow
 async def test_turns_stream_on_while_a_backend_is_terminated_every_moment(
     start_node: StartNode, database_url: str, tmp_path: Path, user: str
 ) -> None:

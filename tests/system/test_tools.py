@@ -15,13 +15,12 @@ import pytest
 from tests.agents.scripted import DIRECTORY, eventually
 from tests.agents.waiting_tools import LET_GO, TOOLS, runs_of
 from tests.conftest import StartNode
+from tests.kit.command_line import GOOD, anynode, assert_refused_in_one_line
 from tests.kit.exactness import Client
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of
 from tests.kit.postgres_proxy import postgres_proxy
-from tests.kit.provider import Provider, answer, call_of, calling, serve_provider
-from tests.system.test_agent_faults import openai_environment
-from tests.system.test_command_line import GOOD, anynode, assert_refused_in_one_line
-from tests.system.test_takeover import assert_right, epoch_of
+from tests.kit.provider import Provider, answer, call_of, calling, openai_environment, serve_provider
+from tests.kit.takeovers import assert_right, epoch_of
 
 Steps = Sequence[Sequence[tuple[str, str]]]  # the calls (tool, word) of each step
 StartWith = Callable[..., NodeProcess]

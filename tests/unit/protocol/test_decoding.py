@@ -339,6 +339,7 @@ def decode_much(seed: int, count: int) -> tuple[int, int]:
     return taken, refused
 
 
+@pytest.mark.slow
 def test_no_body_ends_the_process() -> None:
     finished = subprocess.run(
         [sys.executable, "-X", "dev", "-m", "tests.unit.protocol.test_decoding"],

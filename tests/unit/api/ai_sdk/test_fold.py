@@ -12,7 +12,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anynode.models.events import Event, delta_payload
@@ -25,6 +25,7 @@ from anynode.server.protocol.bodies import StoredTurn
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import CallOfTool, ErrorDetail, Message, Usage
 from tests.kit.ai_sdk import Chunk, Shown, shown, steps_of
+from tests.kit.examples import examples
 
 TURN = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11")
 CONVERSATION = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c12")
@@ -352,7 +353,7 @@ def is_end(entry: Entry) -> bool:
     return entry[0] in ("turn.completed", "turn.cancelled", "turn.failed")
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(turns())
 def test_after_every_event_a_client_shows_what_stands(told: Told) -> None:
     chunks, message = Chunks(str(TURN)), Shown()
@@ -364,7 +365,7 @@ def test_after_every_event_a_client_shows_what_stands(told: Told) -> None:
         assert message.is_over == is_end(entry)
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(turns(), st.integers(0, 20))
 def test_who_begins_in_the_middle_ends_with_what_all_chunks_make(told: Told, at: int) -> None:
     events = events_of(told.journal)
@@ -381,7 +382,7 @@ def test_who_begins_in_the_middle_ends_with_what_all_chunks_make(told: Told, at:
     assert message.snapshot() == shown(taken(told.journal)).snapshot()
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(turns())
 def test_what_stands_is_shown_in_few_chunks(told: Told) -> None:
     begun = [json.loads(chunk) for chunk in whole(Chunks(str(TURN)), events_of(told.journal))]
@@ -392,7 +393,7 @@ def test_what_stands_is_shown_in_few_chunks(told: Told) -> None:
     assert len(set(texts)) == len(parts)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(turns())
 def test_the_chunks_and_their_numbers_are_those_of_the_events_however_they_are_written(told: Told) -> None:
     assert taken(told.journal) == taken(told.journal, as_stored)
@@ -402,7 +403,7 @@ def test_the_chunks_and_their_numbers_are_those_of_the_events_however_they_are_w
     )
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(turns())
 def test_it_says_that_something_is_taken_back_exactly_where_it_is(told: Told) -> None:
     chunks = Chunks(str(TURN))
@@ -448,7 +449,7 @@ def stored(standing: Standing, status: str) -> StoredTurn:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(turns(is_over=True))
 def test_what_a_turn_has_left_shows_it_when_its_journal_is_gone(told: Told) -> None:
     status = told.journal[-1][0].removeprefix("turn.")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anynode.server.api.ai_sdk.wire import (
@@ -194,7 +194,6 @@ def test_a_frame_as_deep_as_it_likes_is_refused_or_ignored(depth: int) -> None:
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
-@settings(max_examples=100, deadline=None)
 def test_whatever_is_sent_is_decoded_or_refused(value: Any) -> None:
     for text in (
         json.dumps(value),

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from openai import omit
 from openai.lib.streaming.responses._responses import ResponseStreamState
@@ -426,7 +426,6 @@ class Turn:
 ACTIONS = ["delta", "delta", "delta", "call", "result", "result", "restart", "restart at results", "restart at calls"]
 
 
-@settings(deadline=None)
 @given(st.lists(st.sampled_from(ACTIONS), max_size=40))
 def test_whatever_happens_the_end_holds_what_stands_and_the_sdk_keeps_up(actions: Sequence[str]) -> None:
     turn = Turn()

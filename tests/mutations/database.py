@@ -1,0 +1,349 @@
+"""Mutations of models/: statements, SQL functions, and what reads their rows."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.mutations.mutation import Change, Mutation
+
+EVENTS: Final = "models/events.py"
+QUERIES: Final = "models/queries.sql"
+FIRST: Final = "models/migrations/0001_initial.py"
+SECOND: Final = "models/migrations/0002_many_nodes.py"
+THIRD: Final = "models/migrations/0003_rest.py"
+FIFTH: Final = "models/migrations/0005_chats.py"
+FOURTH: Final = "models/migrations/0004_pending_calls.py"
+
+MESSAGES: Final = "system/test_rest_messages.py"
+OWNERS: Final = "database/test_turns.py"
+CRASHES: Final = "system/test_crashes.py"
+CUT_POINTS: Final = "system/test_cut_points.py"
+ANY_NODE: Final = "system/test_any_node.py"
+PARTITION: Final = "system/test_partition.py"
+SOCKET: Final = "system/test_socket.py"
+STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one_that_does_not_exist"
+
+EPOCH_OF_MANY: Final = " AND epoch = c.epoch AND"
+ANY_EPOCH: Final = " AND c.epoch > 0 AND"
+OWN: Final = "c.user_id = $1"
+ANYBODYS: Final = "$1::text IS NOT NULL"
+
+MUTATIONS: Final = (
+    # Whoever was an owner writes on.
+    Mutation(
+        "flush_one ignores the epoch",
+        [Change(QUERIES, "t.epoch = $2 AND", "$2::integer > 0 AND")],
+        [OWNERS, CRASHES, PARTITION],
+    ),
+    Mutation(
+        "flush ignores the epoch",
+        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush\n")],
+        [OWNERS, CRASHES, PARTITION],
+    ),
+    Mutation(
+        "flush_with_endings ignores the epoch",
+        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush_with_endings\n")],
+        [OWNERS, CRASHES, PARTITION],
+    ),
+    Mutation(
+        "all flushes ignore the epoch",  # from outside, by nodes alone
+        [
+            Change(QUERIES, "t.epoch = $2 AND", "$2::integer > 0 AND"),
+            Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush\n"),
+            Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush_with_endings\n"),
+        ],
+        [CRASHES, PARTITION],
+    ),
+    Mutation(
+        "renewing ignores the epoch",
+        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: renew\n")],
+        [OWNERS],
+    ),
+    Mutation(
+        "handing over ignores the epoch",
+        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: release\n")],
+        [OWNERS],
+    ),
+    Mutation(
+        "a takeover keeps the epoch",
+        [Change(FOURTH, "t.epoch + 1 AS epoch", "t.epoch AS epoch")],
+        [OWNERS, CRASHES],
+    ),
+    Mutation(
+        "a takeover locks nothing",
+        [Change(FOURTH, "        FOR NO KEY UPDATE SKIP LOCKED\n    LOOP", "    LOOP")],
+        [OWNERS, CRASHES],
+    ),
+    # Commit, then deliver.
+    Mutation(
+        "a flush cannot be repeated",
+        [Change(QUERIES, "    ON CONFLICT (conversation_id, seq) DO NOTHING\n", "", 3)],
+        [OWNERS, PARTITION],
+    ),
+    # Admission.
+    Mutation(
+        "a message_id is not unique",  # only the look before the insertion is left
+        [
+            Change(FIRST, "CREATE UNIQUE INDEX messages_client_id", "CREATE INDEX messages_client_id"),
+            Change(SECOND, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
+            Change(THIRD, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
+            Change(FIRST, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
+        ],
+        [f"{OWNERS}::test_a_message_that_two_nodes_admit_at_the_same_instant_is_admitted_once"],
+    ),
+    Mutation(
+        "a message is not looked for before it is inserted",  # only the unique index is left
+        [
+            Change(
+                THIRD,
+                "m.client_id = p_client_id;\n\n    IF NOT FOUND THEN",
+                "m.client_id = p_client_id AND false;\n\n    IF NOT FOUND THEN",
+            )
+        ],
+        [f"{SOCKET}::test_a_repeated_message_shows_its_turn_again_and_is_stored_once", SOCKET],
+    ),
+    Mutation(
+        "a conversation may have two running turns",
+        [Change(FIRST, "CREATE UNIQUE INDEX turns_running", "CREATE INDEX turns_running")],
+        [OWNERS],
+    ),
+    Mutation(
+        "an admission does not look for a running turn",
+        [
+            Change(
+                THIRD,
+                "IF FOUND THEN\n                outcome := 'conversation_busy'",
+                "IF false THEN\n                outcome := 'conversation_busy'",
+            )
+        ],
+        [f"{SOCKET}::test_a_message_to_a_running_turn_is_refused_as_busy"],
+    ),
+    Mutation(
+        "an admission does not lock the conversation",
+        [
+            Change(
+                THIRD,
+                "WHERE c.id = v_conversation_id AND c.user_id = p_user_id\n        FOR NO KEY UPDATE;",
+                "WHERE c.id = v_conversation_id AND c.user_id = p_user_id;",
+            )
+        ],
+        ["system/test_admission.py"],
+    ),
+    Mutation(
+        "an admission ignores the order of roles",
+        [Change(THIRD, "ELSIF last_role NOT IN ('assistant', 'system') OR v_has_calls THEN", "ELSIF false THEN")],
+        [f"{SOCKET}::test_a_message_where_a_question_is_unanswered_is_refused_for_its_role_order"],
+    ),
+    Mutation(
+        "a regeneration leaves the old answer as it was",
+        [Change(THIRD, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
+        ["system/test_regenerate.py"],
+    ),
+    # Yours only.
+    Mutation(
+        "anybody may send to a conversation",
+        [Change(THIRD, "c.id = v_conversation_id AND c.user_id = p_user_id\n", "c.id = v_conversation_id\n")],
+        [STRANGERS],
+    ),
+    Mutation(
+        "anybody may regenerate",
+        [
+            Change(
+                THIRD,
+                "c.id = p_conversation_id AND c.user_id = p_user_id\n",
+                "c.id = p_conversation_id\n",
+                within="INTO v_seq, anynode_regenerate.system_prompt",
+            )
+        ],
+        [STRANGERS, "system/test_regenerate.py"],
+    ),
+    Mutation(
+        "anybody may read events",
+        [Change(QUERIES, OWN, ANYBODYS, within="-- name: read_events\n")],
+        [STRANGERS],
+    ),
+    Mutation(
+        "anybody may have a snapshot",
+        [Change(QUERIES, OWN, ANYBODYS, within="-- name: snapshot\n")],
+        [STRANGERS],
+    ),
+    Mutation(
+        "anybody may cancel",
+        [Change(QUERIES, OWN, ANYBODYS, within="-- name: request_cancel\n")],
+        [STRANGERS],
+    ),
+    # Following.
+    Mutation(
+        "a reading shows the cursor's event again",
+        [
+            Change(EVENTS, 'if row["seq"] > after]', 'if row["seq"] >= after]'),
+            Change(EVENTS, "enumerate(events, after + 1)", "enumerate(events, events[0].seq)"),
+        ],
+        [CUT_POINTS],
+    ),
+    Mutation(
+        "a cursor ahead of the journal is left to wait",
+        [Change(EVENTS, 'is_broken = not found and after != rows[0]["last_seq"]', "is_broken = False")],
+        [CUT_POINTS],
+    ),
+    Mutation(
+        "a snapshot comes in place of the events that a reading has found",
+        [Change(EVENTS, "is_broken = any(event.seq != seq for", "is_broken = any(event.seq != seq + 1 for")],
+        [CUT_POINTS],
+    ),
+    Mutation(
+        "a gap in what is read is not noticed",
+        [Change(EVENTS, "is_broken = any(event.seq != seq for", "is_broken = any(event.seq < seq for")],
+        ["database/test_events.py"],
+    ),
+    Mutation(
+        "the horizon of a watch is the newest transaction",
+        [Change(QUERIES, "SELECT pg_snapshot_xmin(", "SELECT pg_snapshot_xmax(")],
+        [OWNERS],
+    ),
+    Mutation(
+        "an admission is not marked for the watch of others",
+        [
+            Change(
+                THIRD,
+                "title = coalesce(title, p_title),\n                changed_xid = pg_current_xact_id()::text::bigint",
+                "title = coalesce(title, p_title)",
+            )
+        ],
+        [ANY_NODE],
+    ),
+    Mutation(
+        "a regeneration is not marked for the watch of others",
+        [
+            Change(
+                THIRD,
+                "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),\n"
+                "            changed_xid = pg_current_xact_id()::text::bigint\n",
+                "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at)\n",
+            )
+        ],
+        ["system/test_regenerate.py"],
+    ),
+    # Messages without a turn, deletions, those who wait.
+    Mutation(
+        "messages are appended behind whatever comes last",
+        [Change(THIRD, "ELSIF p_position <> coalesce(", "ELSIF false AND p_position <> coalesce(")],
+        [MESSAGES],
+    ),
+    Mutation(
+        "messages are appended while a turn runs",
+        [
+            Change("models/messages.py", '        if rows[0]["is_running"]:\n', "        if False:\n"),
+            Change(
+                THIRD, "ELSIF EXISTS (SELECT FROM turns t WHERE", "ELSIF false AND EXISTS (SELECT FROM turns t WHERE"
+            ),
+        ],
+        [MESSAGES],
+    ),
+    Mutation(
+        "an append is made again when its answer was lost",
+        [
+            Change(
+                THIRD,
+                "ELSIF EXISTS (SELECT FROM messages m WHERE m.id",
+                "ELSIF false AND EXISTS (SELECT FROM messages m WHERE m.id",
+            )
+        ],
+        ["system/test_rest_turns.py::test_a_write_whose_answer_is_lost_is_done_once"],
+    ),
+    Mutation(
+        "anybody may append",
+        [
+            Change(
+                THIRD,
+                "c.id = p_conversation_id AND c.user_id = p_user_id\n",
+                "c.id = p_conversation_id\n",
+                within="SELECT c.last_seq INTO anynode_append.last_seq",
+            ),
+            Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_tail\n"),
+        ],
+        ["system/test_rest.py"],
+    ),
+    Mutation(
+        "anybody may read messages",
+        [Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_messages\n")],
+        ["system/test_rest.py"],
+    ),
+    Mutation(
+        "a deletion leaves the journal",
+        [Change(THIRD, "    DELETE FROM events e WHERE e.conversation_id = p_conversation_id;\n", "")],
+        ["system/test_rest_turns.py", "system/test_rest.py"],
+    ),
+    Mutation(
+        "other nodes do not hear of a deletion",
+        [
+            Change(
+                THIRD,
+                "    INSERT INTO deletions (conversation_id) VALUES (p_conversation_id) ON CONFLICT DO NOTHING;\n",
+                "",
+            )
+        ],
+        ["system/test_sse.py", "system/test_rest_turns.py"],
+    ),
+    Mutation(
+        "events of messages without a turn do not expire",
+        [Change(QUERIES, "WHERE turn_id IS NULL AND written_at <", "WHERE false AND written_at <")],
+        [MESSAGES],
+    ),
+    # Takeover, cancel, drain.
+    Mutation(
+        "a takeover forgets what was said before a cancel",
+        [Change(FOURTH, "(p_standing) OR cancel_requested OR is_exhausted)", "(p_standing) OR is_exhausted)")],
+        [f"{CRASHES}::test_what_a_dead_node_said_is_kept_when_its_turn_is_cancelled"],
+    ),
+    Mutation(
+        "a turn that is handed over has been attempted once more",
+        [Change(FOURTH, "CASE WHEN t.lease_expires_at = '-infinity' THEN 0 ELSE 1 END", "1")],
+        ["system/test_handed_over.py"],
+    ),
+    Mutation(
+        "a node does not find the turns that it does not know to be its own",
+        [Change(FOURTH, "OR (t.node = p_node AND NOT", "OR (false AND NOT")],
+        ["system/test_own_takeover.py"],
+    ),
+    # Postgres.
+    Mutation(
+        "a connection is kept whose statement was given up",
+        [
+            Change(
+                "models/database.py",
+                "            connection.terminate()\n        raise\n",
+                "            pass\n        raise\n",
+            )
+        ],
+        [f"{CRASHES}::test_the_pool_recovers_wholly_from_a_stall"],
+    ),
+    Mutation(
+        "a chat's id is found among those of all users",
+        [Change(FIFTH, "WHERE c.user_id = p_user_id AND c.client_id = p_chat_id", "WHERE c.client_id = p_chat_id")],
+        ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
+    ),
+    Mutation(
+        "a ticket lets in again and again",
+        [
+            Change(
+                QUERIES,
+                "DELETE FROM tickets WHERE hash = $1 RETURNING user_id, token_expires_at,",
+                "SELECT user_id, token_expires_at,",
+                within="redeem_ticket",
+            ),
+            Change(QUERIES, "AS is_fresh;", "AS is_fresh FROM tickets WHERE hash = $1;", within="redeem_ticket"),
+        ],
+        ["system/test_tickets.py"],
+    ),
+    Mutation(
+        "an old ticket lets in",
+        [Change("models/tickets.py", 'if not rows or not rows[0]["is_fresh"]:', "if not rows:")],
+        ["system/test_tickets.py"],
+    ),
+    Mutation(
+        "a response is found whoever asks",
+        [Change(QUERIES, "WHERE t.id = $2 AND c.user_id = $1", "WHERE t.id = $2 AND $1::text IS NOT NULL")],
+        ["system/test_responses.py"],
+    ),
+)

@@ -1,0 +1,193 @@
+"""Mutations of server/engine/: the journal, followers, leases and what a node does with its turns."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.mutations.mutation import Change, Mutation
+
+FOLLOW: Final = "server/engine/follow.py"
+JOURNAL: Final = "server/engine/journal.py"
+LEASES: Final = "server/engine/leases.py"
+NODE: Final = "server/engine/node.py"
+RUNNING: Final = "server/engine/running_turns.py"
+
+CRASHES: Final = "system/test_crashes.py"
+CUT_POINTS: Final = "system/test_cut_points.py"
+ANY_NODE: Final = "system/test_any_node.py"
+PARTITION: Final = "system/test_partition.py"
+SOCKET: Final = "system/test_socket.py"
+STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one_that_does_not_exist"
+TAKEOVER: Final = "system/test_takeover.py"
+
+MUTATIONS: Final = (
+    # Whoever was an owner writes on.
+    Mutation(
+        "leases are not renewed",
+        [Change(LEASES, "                await self._renew()\n", "                pass\n")],
+        [f"{CRASHES}::test_a_turn_is_not_taken_from_a_node_that_lives"],
+    ),
+    Mutation(
+        "a node does not stop by itself when its lease runs out",
+        [Change(LEASES, "if running.lease_until < now]", "if False]")],
+        [PARTITION, "system/test_commit_then_deliver.py"],
+    ),
+    Mutation(
+        "a node trusts a lease for longer than it lasts",
+        [Change(LEASES, "settings.lease_seconds * 0.8", "settings.lease_seconds * 2")],
+        [PARTITION, "system/test_commit_then_deliver.py"],
+    ),
+    Mutation(
+        "a node trusts a lease from when the answer comes",
+        [
+            Change(
+                LEASES,
+                "return self._asked_at + self._trusted_seconds if",
+                "return time.monotonic() + self._trusted_seconds if",
+            )
+        ],
+        ["unit/engine/test_leases.py"],
+    ),
+    Mutation(
+        "a node that is told that a turn is not its own goes on with it",
+        [
+            Change(
+                LEASES,
+                "                running.lose()\n        if given_up",
+                "                pass\n        if given_up",
+            )
+        ],
+        ["system/test_leases.py"],
+    ),
+    # Commit, then deliver.
+    Mutation(
+        "events are published before their flush is known to be committed",
+        [
+            Change(
+                JOURNAL,
+                "            try:\n                refused = await flush(",
+                "            for turn, entry in batch:\n"
+                "                turn._on_committed(entry.events, entry.ending is not None)\n"
+                "            try:\n                refused = await flush(",
+            ),
+            Change(JOURNAL, "        self._on_committed(entry.events, entry.ending is not None)\n", ""),
+        ],
+        ["system/test_commit_then_deliver.py"],
+    ),
+    Mutation(
+        "an ending that was committed by a first attempt counts as lost",
+        [Change(JOURNAL, "refused -= await ended_under(", "await ended_under(")],
+        [PARTITION],
+    ),
+    # Yours only.
+    Mutation(
+        "a stranger joins the log of a turn that runs",
+        [Change(FOLLOW, "if log is None and is_own and channel.log", "if log is None and channel.log")],
+        [f"{SOCKET}::test_a_stranger_who_asked_to_follow_hears_nothing_of_later_turns", STRANGERS, SOCKET],
+    ),
+    # Following.
+    Mutation(
+        "a log shows the cursor's event again",
+        [
+            Change(
+                FOLLOW, "self.events[cursor + 1 - self.first_seq :]", "self.events[max(0, cursor - self.first_seq) :]"
+            )
+        ],
+        [CUT_POINTS],
+    ),
+    Mutation(
+        "a log is joined by those that are behind it",
+        [Change(FOLLOW, "return self.first_seq - 1 <= cursor <=", "return cursor <=")],
+        [CUT_POINTS, ANY_NODE],
+    ),
+    Mutation(
+        "a follower that has caught up moves the log that others read",
+        [Change(FOLLOW, "if reading.is_running and channel.log is None:", "if reading.is_running:")],
+        [ANY_NODE, "system/test_shared_reading.py"],
+    ),
+    Mutation(
+        "followers elsewhere are not woken by a turn that begins",
+        [
+            Change(
+                FOLLOW,
+                "                channel.heard_seq = last_seq\n                channel.wake()\n",
+                "                channel.heard_seq = last_seq\n",
+            )
+        ],
+        [ANY_NODE],
+    ),
+    Mutation(
+        "what changes during a reading counts as read",
+        [Change(FOLLOW, "read_at = changes\n", "read_at = channel.changes\n")],
+        ["system/test_wake_up.py"],
+    ),
+    Mutation(
+        "the log of a lost turn is taken for the whole of it",
+        [Change(RUNNING, "is_whole=not running.journal.is_lost", "is_whole=True")],
+        [PARTITION, TAKEOVER],
+    ),
+    # Messages without a turn, deletions, those who wait.
+    Mutation(
+        "who waits for a turn is not told of a drain",
+        [Change(NODE, "        self.drained.set()\n", "")],
+        ["system/test_rest_turns.py"],
+    ),
+    # Takeover, cancel, drain.
+    Mutation(
+        "a takeover ignores that a cancel was asked for",
+        [Change(LEASES, "        if taken.cancel_requested:\n", "        if False:\n")],
+        [f"{CRASHES}::test_a_cancel_that_was_asked_for_while_the_node_was_dead_is_honoured", TAKEOVER],
+    ),
+    Mutation(
+        "a turn may be attempted for ever",
+        [Change(LEASES, "elif taken.is_exhausted:", "elif False:")],
+        [f"{CRASHES}::test_a_turn_that_kills_its_nodes_fails_after_the_last_attempt_and_the_next_message_works"],
+    ),
+    Mutation(
+        "a takeover does not tell the agent of completed steps",
+        [Change(LEASES, "steps=history_of_steps(steps)", "steps=history_of_steps([])")],
+        [TAKEOVER],
+    ),
+    Mutation(
+        "a takeover does not keep completed steps",
+        [Change(LEASES, "running.keep(steps, partial)", "running.keep([], partial)")],
+        [TAKEOVER],
+    ),
+    Mutation(
+        "a follower's node takes a lapsed turn over at its next beat only",
+        [Change(FOLLOW, "                on_lapsed()\n", "                pass\n")],
+        [TAKEOVER],
+    ),
+    Mutation(
+        "a cancel at another node is not heard of",
+        [
+            Change(NODE, "for turn_id in news.to_cancel:", "for turn_id in ():"),
+            Change(LEASES, "                if is_to_cancel:\n", "                if False:\n"),
+        ],
+        ["system/test_cancel.py"],
+    ),
+    Mutation(
+        "a drain does not hand its turns over",
+        [Change(NODE, "                await self._leases.release(left)\n", "")],
+        [f"{CRASHES}::test_a_turn_that_outlasts_the_drain_is_handed_over_at_once", "system/test_drain.py"],
+    ),
+    Mutation(
+        "a node that drains admits messages",
+        [
+            Change(NODE, "        self.draining.set()\n", ""),
+            Change("server/app.py", "        self.node.draining.set()\n", ""),
+        ],
+        [f"{CRASHES}::test_a_draining_node_admits_nothing_and_says_so", "system/test_drain.py"],
+    ),
+    Mutation(
+        "a node that drains takes turns over",
+        [Change(NODE, "        self._leases.may_take_over = False\n", "")],
+        ["system/test_leases.py"],
+    ),
+    # Postgres.
+    Mutation(
+        "who has stopped a turn interrupts the next one",
+        [Change(NODE, "admission.turn_id == stopped", "stopped is not None")],
+        ["system/test_ai_sdk_socket.py"],
+    ),
+)
