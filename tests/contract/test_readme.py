@@ -82,6 +82,7 @@ def test_make_check_is_what_ci_runs() -> None:
         "CHANGELOG.md",
         "docs/load-balancing.md",
         "docs/clients.md",
+        "docs/upgrading.md",
         "examples/README.md",
     ],
 )
