@@ -136,7 +136,7 @@ class Node:
                 )
                 admission = await self._ask(asked, frame.conversation_id)
                 if admission.outcome == "admitted":
-                    said = [("turn.started", encode({"message_id": admission.client_id}))]
+                    said = [("turn.started", encode({"message_id": admission.client_message_id}))]
                     self._start_admitted(user_id, admission, said, lease)
             return admission
 

@@ -6,7 +6,7 @@ import logging
 from contextlib import aclosing
 from uuid import UUID
 
-from anynode.models.chats import ChatEnd, find_chat_end
+from anynode.models.client_chats import ChatEnd, find_chat_end
 from anynode.models.database import Database, Unavailable
 from anynode.server.engine.follow import Follows
 from anynode.server.errors import DatabaseUnavailable

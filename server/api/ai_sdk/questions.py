@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from anynode.models.chats import Chat, Sent, find_chat, find_sent
+from anynode.models.client_chats import Chat, Sent, find_chat, find_sent
 from anynode.models.conversations import Admission
 from anynode.models.database import Database, Unavailable
 from anynode.models.ids import as_uuid

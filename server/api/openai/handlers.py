@@ -12,7 +12,7 @@ from uuid import UUID
 from msgspec import UNSET
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from anynode.models.chats import find_sent
+from anynode.models.client_chats import find_sent
 from anynode.models.conversations import Admission
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
