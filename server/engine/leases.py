@@ -144,7 +144,7 @@ class Leases:
                     beat_seconds=self._beat_seconds,
                     limit=TAKEOVERS_AT_ONCE,
                     max_attempts=self._settings.max_attempts,
-                    standing=self._standing,
+                    stands_up_to=self._standing,
                     within_seconds=self._trusted_seconds,
                     on_sent=lease.is_asked,
                 )
@@ -168,7 +168,7 @@ class Leases:
             return
         system_prompt, stored = found
         try:
-            steps, partial, pending = steps_in(taken.journal)
+            steps, partial, pending = steps_in(taken.standing_events)
             is_readable = True
         except Exception:
             logger.exception("what stands of turn %s cannot be read", taken.turn_id)

@@ -156,7 +156,7 @@ class Node:
                     on_sent=lease.is_asked,
                     **self._terms(),
                 )
-                first = [("turn.started", encode({"message_id": admission.client_id}))]
+                first = [("turn.started", encode({"message_id": admission.client_message_id}))]
                 self._start(user_id, admission, first, lease)
             return admission
 
