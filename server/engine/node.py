@@ -22,7 +22,7 @@ from anynode.models.turns import delete_expired_events, delete_expired_messages,
 from anynode.server.agents.agent import Agent, Turn
 from anynode.server.engine.admission import appended_of, history_of, question_of, raise_refusal
 from anynode.server.engine.follow import Follows
-from anynode.server.engine.leases import Lease, Leases
+from anynode.server.engine.leases import LeaseClock, Leases
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
 from anynode.server.protocol.bodies import AnyPostedMessage
@@ -73,7 +73,7 @@ class Node:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._turns.journal.run())
                 group.create_task(self._leases.beat())
-                group.create_task(self._leases.watch())
+                group.create_task(self._leases.drop_lapsed())
                 group.create_task(self._leases.take_over_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
                 group.create_task(self._watch())
@@ -102,7 +102,7 @@ class Node:
             question = question_of(user_id, frame, chat_id=chat_id, message_bytes_max=self._settings.message_bytes_max)
             with self._turns.starting(question.turn_id):
                 lease = self._leases.new()
-                asked = admit(self._database, question, on_sent=lease.is_asked, **self._terms())
+                asked = admit(self._database, question, on_sent=lambda: lease.start(time.monotonic()), **self._terms())
                 admission = await self._ask(asked, question.conversation_id)
                 if admission.outcome == "admitted":
                     said = [("message.created", question.message_created), ("turn.started", question.turn_started)]
@@ -131,7 +131,7 @@ class Node:
                     frame.message_id,
                     turn_id=turn_id,
                     created_at=datetime.now(UTC),
-                    on_sent=lease.is_asked,
+                    on_sent=lambda: lease.start(time.monotonic()),
                     **self._terms(),
                 )
                 admission = await self._ask(asked, frame.conversation_id)
@@ -188,7 +188,7 @@ class Node:
             raise DatabaseUnavailable(conversation_id=conversation_id) from error
 
     def _start_admitted(
-        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], lease: Lease
+        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], lease: LeaseClock
     ) -> None:
         assert admission.turn_id is not None
         if admission.first_seq is None or self._turns.get(admission.turn_id) is not None:
@@ -317,12 +317,12 @@ class Node:
         """Admit nothing more, let the running turns end, and hand over those that do not in time."""
         self.draining.set()
         self._leases.may_take_over = False
-        await self._turns.ended(within_seconds)
+        await self._turns.wait_ended(within_seconds)
         for _ in range(2):  # what was on its way may have begun after all
             if left := self._turns.all():
                 logger.info("handing over %d turns", len(left))
                 for running in left:
                     running.lose()
                 await self._leases.release(left)
-            await self._turns.ended(1.0)
+            await self._turns.wait_ended(1.0)
         self.drained.set()

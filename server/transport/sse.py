@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from anynode.models.conversations import Snapshot
 from anynode.models.database import Unavailable
 from anynode.server.auth import Identity
-from anynode.server.engine.follow import Step
+from anynode.server.engine.follow import Update
 from anynode.server.engine.node import Node
 from anynode.server.errors import ClientError, DatabaseUnavailable, InternalError
 from anynode.server.protocol.encoding import encode, error_frame, numbered_frames, snapshot_frame
@@ -104,7 +104,7 @@ class EventStream:
             async for step in heard:
                 yield _HEARTBEAT if step is None else self._encoded(step)
 
-    def _encoded(self, step: Step) -> bytes:
+    def _encoded(self, step: Update) -> bytes:
         if isinstance(step, Snapshot):
             self._after = step.seq
             return _data(snapshot_frame(self._conversation_id, step), step.seq)

@@ -22,7 +22,7 @@ from anynode.server.agents.agent import (
     resumes_calls,
 )
 from anynode.server.agents.tool_calls import tool_calls_json
-from anynode.server.engine.steps import Step, history_of_steps, standing_events, steps_in
+from anynode.server.engine.steps import Step, history_of_steps, stands_up_to, steps_in
 from anynode.server.protocol.encoding import encode
 
 Journal = list[tuple[str, str]]
@@ -225,11 +225,11 @@ def test_how_far_a_turn_stands_depends_on_what_its_agent_can_do() -> None:
         return answer
 
     delta_event = TextDelta("")
-    assert standing_events(agent()) == ["turn.tool_result"]
-    assert standing_events(resumes_calls(agent())) == ["turn.tool_call", "turn.tool_result"]
+    assert stands_up_to(agent()) == ["turn.tool_result"]
+    assert stands_up_to(resumes_calls(agent())) == ["turn.tool_call", "turn.tool_result"]
     everything = {"turn.delta", "turn.tool_call", "turn.tool_result", "turn.restarted"}
-    assert set(standing_events(continues(agent()))) == everything
-    assert set(standing_events(continues(resumes_calls(agent())))) == everything
+    assert set(stands_up_to(continues(agent()))) == everything
+    assert set(stands_up_to(continues(resumes_calls(agent())))) == everything
 
 
 # Of random turns, cut anywhere and restarted as the takeover does it.
