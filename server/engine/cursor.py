@@ -77,7 +77,7 @@ class Channel:
             self.log = None
         self.wake()
         if is_whole:
-            # Otherwise the next turn may have begun already, or an event may have been missed.
+            # Not where the next turn may have begun already, or an event may have been missed.
             if self.heard_seq <= log.last_seq and not log.is_doubtful:
                 log.over_at = self.changes
             self.heard_seq = max(self.heard_seq, log.last_seq)

@@ -238,7 +238,7 @@ class Leases:
         elif taken.is_exhausted:
             running.fail(f"The answer was interrupted {self._settings.max_attempts} times.", retryable=True)
         elif not is_readable:
-            running.fail("The answer was interrupted, and what stood of it cannot be read.")
+            running.fail("The answer was interrupted, and its stored part cannot be read.")
 
     async def drop_lapsed(self) -> None:
         """Give up the turns whose leases could not be renewed in time, for ever."""

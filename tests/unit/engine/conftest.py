@@ -8,7 +8,7 @@ from typing import Final
 
 import pytest
 
-SECONDS_MAX: Final = 15.0  # far more than any of them takes
+SECONDS_MAX: Final = 10.0  # far more than any of them takes
 
 
 @pytest.fixture(autouse=True)

@@ -267,7 +267,7 @@ async def test_a_beat_that_fails_loses_nothing_and_still_looks_for_lapsed_leases
 
 
 async def test_a_turn_whose_lease_has_run_out_is_given_up(make: Make) -> None:
-    world = make(silent, lease_seconds=0.0)
+    world = make(silent, lease_seconds=0.02)  # one look each millisecond
     kept, dropped = world.start(), world.start(OTHER_TURN, trusted_until=time.monotonic())
     world.run(world.leases.drop_lapsed())
     assert not await dropped.journal.closed
