@@ -1,4 +1,4 @@
-"""The other side of an ASGI application, without a server in between: it says what it likes, and keeps what it is sent."""
+"""A client of an ASGI application without a server in between: it says what a test tells it, and keeps what it gets."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Peer:
         self.sent: list[Message] = []
         self.is_gone = False
         self._said: asyncio.Queue[Message] = asyncio.Queue()
+        self._is_handling = False
         self._is_sent = asyncio.Event()
         for message in said:
             self.say(message)
@@ -29,7 +30,16 @@ class Peer:
 
     async def receive(self) -> Message:
         """Give the application the next message; wait for one where there is none."""
-        return await self._said.get()
+        if self._is_handling:
+            self._said.task_done()
+        message = await self._said.get()
+        self._is_handling = True
+        return message
+
+    async def wait_heard(self) -> None:
+        """Wait until the application has asked for more than all that was said."""
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            await self._said.join()
 
     async def send(self, message: Message) -> None:
         """Take a message from the application. Raises OSError where the peer is gone."""
@@ -101,9 +111,14 @@ def websocket_scope(
 
 
 def http_scope(
-    method: str, path: str, *, headers: Mapping[str, str] | None = None, query: str = "", **more: Any
+    method: str,
+    path: str,
+    *,
+    headers: Mapping[str, str] | None = None,
+    query: str = "",
+    more: Mapping[str, Any] | None = None,
 ) -> Scope:
-    """Return the scope of an HTTP request."""
+    """Return the scope of an HTTP request, with what a server puts into it besides."""
     return {
         "type": "http",
         "method": method,
@@ -111,7 +126,7 @@ def http_scope(
         "root_path": "",
         "query_string": query.encode(),
         "headers": _encoded(headers or {}),
-        **more,
+        **(more or {}),
     }
 
 

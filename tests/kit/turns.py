@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 from uuid import UUID
 
 import msgspec
+from starlette.datastructures import Headers
 
 from anynode.models.events import Event
 from anynode.models.turns import TurnRef
@@ -18,7 +19,7 @@ from anynode.server.auth import Identity
 from anynode.server.engine.node import Node
 from anynode.server.protocol.bodies import NoQuery, StoredTurn
 from anynode.server.protocol.frames import CallOfTool, ErrorDetail, Message, Usage
-from anynode.server.transport.http import ApiRequest, Headers
+from anynode.server.transport.http import ApiRequest
 from tests.kit.asgi import Peer
 
 USER = "user-1"

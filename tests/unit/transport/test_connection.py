@@ -1,4 +1,4 @@
-"""One WebSocket connection: its allowance and timers as decisions, and its handshake, frames and end with a fake peer."""
+"""One WebSocket connection: its allowance and timers, and with a fake peer its handshake, its frames and its end."""
 
 from __future__ import annotations
 
