@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
@@ -61,6 +62,11 @@ class Peer:
         return [message["text"] for message in self.sent if message["type"] == "websocket.send"]
 
     @property
+    def frames(self) -> list[Any]:
+        """The text frames of a WebSocket that were sent, decoded."""
+        return [json.loads(text) for text in self.texts]
+
+    @property
     def closed(self) -> tuple[int, str] | None:
         """The close code and reason that a WebSocket was closed with, None while it is open."""
         closings = [message for message in self.sent if message["type"] == "websocket.close"]
@@ -92,6 +98,18 @@ class Peer:
     def is_whole(self) -> bool:
         """Whether an HTTP response has come to its end."""
         return bool(self.sent) and self.sent[-1]["type"] == "http.response.body" and not self.sent[-1].get("more_body")
+
+
+@asynccontextmanager
+async def connected(peer: Peer, serving: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Serve a WebSocket meanwhile. Its peer leaves afterwards, and what serves it must then come to its end."""
+    task = asyncio.create_task(serving)
+    try:
+        yield
+    finally:
+        peer.say({"type": "websocket.disconnect", "code": 1006})
+        async with asyncio.timeout(WAIT_SECONDS_MAX):
+            await task
 
 
 def websocket_scope(

@@ -17,7 +17,7 @@ from anynode.server.errors import ClientError, InvalidFrame, RateLimited, Unauth
 from anynode.server.settings import Settings
 from anynode.server.transport import connection as module
 from anynode.server.transport.connection import Allowance, Closed, Connection, expiry_check_in, heartbeat_due_in
-from tests.kit.asgi import WAIT_SECONDS_MAX, Peer, websocket_scope
+from tests.kit.asgi import Peer, connected, websocket_scope
 from tests.kit.turns import node_with
 
 CONNECT: Message = {"type": "websocket.connect"}
@@ -192,13 +192,8 @@ async def running(
         peer.send,
         refusal=refusal,
     )
-    task = asyncio.create_task(connection.run())
-    try:
+    async with connected(peer, connection.run()):
         yield connection
-    finally:
-        peer.say(DISCONNECT)
-        async with asyncio.timeout(WAIT_SECONDS_MAX):
-            await task
 
 
 async def closed(peer: Peer, **options: Any) -> tuple[int, str] | None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
-from anynode.server.transport.cut_short import CutShort, run_unless
+from anynode.server.transport import cut_short
+from anynode.server.transport.cut_short import CutShort
+from tests.kit.asgi import WAIT_SECONDS_MAX
 
 
 class Work:
@@ -23,6 +27,12 @@ class Work:
         except asyncio.CancelledError:
             self.is_cancelled = True
             raise
+
+
+async def run_unless(work: Coroutine[Any, Any, Any], *ends: Coroutine[Any, Any, Any], **options: float) -> Any:
+    """Do as the function that is tested does, and fail where it hangs."""
+    async with asyncio.timeout(WAIT_SECONDS_MAX):
+        return await cut_short.run_unless(work, *ends, **options)
 
 
 async def test_work_that_comes_to_its_end_gives_its_result_and_cancels_what_could_have_cut_it() -> None:
