@@ -108,7 +108,7 @@ class ScriptedReader:
     `stays`."""
 
     def __init__(self, *script: Sequence[Event] | Exception, stays: bool = False) -> None:
-        self.script = script
+        self.script: Sequence[Sequence[Event] | Exception] = script
         self.stays = stays
         self.asked: list[tuple[TurnRef, bool, bool]] = []  # each with `is_whole` and `is_new`
         self.is_closed = False
