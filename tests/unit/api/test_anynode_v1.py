@@ -231,7 +231,9 @@ async def test_a_conversation_is_unfollowed(asked: Asked) -> None:
         assert connection._follows == {}
 
 
-async def test_a_connection_follows_so_many_conversations(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_follows_a_bounded_number_of_conversations(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "FOLLOWS_MAX", 1)
     first = frame("conversation.follow", conversation_id=ID)
     others = [

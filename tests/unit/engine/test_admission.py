@@ -83,7 +83,7 @@ def test_a_question_of_nothing_is_refused(content: str) -> None:
     assert refused.value.conversation_id == CONVERSATION
 
 
-def test_a_question_may_have_so_many_bytes_of_utf_8() -> None:
+def test_a_questions_bytes_of_utf_8_are_bounded() -> None:
     assert question_of(USER, send("ü" * 50), message_bytes_max=100).content == "ü" * 50
     with pytest.raises(MessageTooLarge, match="longer than 100 bytes") as refused:
         question_of(USER, send("ü" * 50 + "x"), message_bytes_max=100)

@@ -18,7 +18,7 @@ class Done(Exception):
 
 
 class Kept:
-    """A database that keeps what it is asked to do; so many turns and messages have expired in it."""
+    """A database that keeps what it is asked to do, and in which `turns` and `messages` have expired."""
 
     def __init__(self, *, turns: int = 0, messages: int = 0) -> None:
         self.asked: list[tuple[Any, ...]] = []
@@ -67,7 +67,7 @@ async def test_all_that_expires_is_deleted(monkeypatch: pytest.MonkeyPatch) -> N
     assert ("delete_expired_messages", 40.0, 1000) in kept.asked
 
 
-async def test_a_statement_deletes_so_much_and_is_made_again_while_there_is_more(
+async def test_a_statement_is_made_again_while_there_is_more_than_it_deletes_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     kept = Kept(turns=250, messages=2000)

@@ -274,7 +274,7 @@ async def test_a_client_that_goes_before_the_end_of_its_body_is_sent_nothing(ser
     assert (await served.ask("POST", "/texts", begun, GONE)).sent == []
 
 
-async def test_a_node_reads_so_many_bytes_at_once_and_forgets_those_of_bodies_that_are_over(
+async def test_all_bodies_together_are_bounded_and_those_that_are_over_count_no_more(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "READ_BYTES_MAX", 120)
@@ -346,7 +346,7 @@ async def test_no_content_has_no_body() -> None:
 # Room for requests that wait.
 
 
-def test_a_node_has_so_many_slots_and_gives_them_back() -> None:
+def test_slots_are_bounded_and_given_back() -> None:
     slots = Slots(2)
     with slots.acquire():
         with pytest.raises(KeyError), slots.acquire():

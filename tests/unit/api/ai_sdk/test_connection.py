@@ -153,7 +153,7 @@ async def talking(
 
 
 async def frames(peer: Peer, number: int) -> list[Any]:
-    """Return the first frames that the client is sent, when so many are there."""
+    """Return the frames that the client is sent, when there are as many as `number`."""
     await peer.wait_sent(lambda sent: len(peer.frames) >= number)
     assert len(peer.frames) == number
     return peer.frames
@@ -268,7 +268,7 @@ async def test_an_answer_that_cannot_go_on_closes_the_connection(
     assert "end" not in kinds(peer.frames)
 
 
-async def test_a_connection_shows_so_many_turns(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_connection_shows_a_bounded_number_of_turns(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLLOWS_MAX", 1)
     async with talking(asked, send(), send("r-2"), resume("r-3"), wait("r-4")) as peer:
         await peer.wait_sent(lambda sent: kinds(peer.frames).count("error") == 3)

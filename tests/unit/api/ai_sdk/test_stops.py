@@ -189,7 +189,7 @@ def test_a_turn_that_was_stopped_meanwhile_is_not_forgotten(stops: Stops) -> Non
     assert stops.stopped_in(CHAT) == Q
 
 
-def test_so_many_stopped_turns_are_remembered() -> None:
+def test_a_bounded_number_of_stopped_turns_is_remembered() -> None:
     stops = Stops(remembered_max=3)
     for number in range(3):
         stops.abort(f"chat-{number}", turn(number), NOW, is_resumed=False)
