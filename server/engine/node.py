@@ -279,7 +279,7 @@ class Node:
             await self.cancel(user_id, conversation_id, None)
             return True
 
-        # The last attempt is forced: it finds no turn in its way.
+        # The last attempt begins after `give_up_at`. So it is forced, and finds no turn in its way.
         outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS + 1)
         if outcome == "not_found":
             raise NotFound(conversation_id=conversation_id)
@@ -294,12 +294,13 @@ async def repeat_while_busy(
 ) -> Outcome:
     """Make an attempt, and make it again while a running turn is in its way. Returns the outcome of the last one.
 
-    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. After
-    `within_seconds` the outcome is returned as it is.
+    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. The outcome of an
+    attempt that begins after `within_seconds` is returned as it is.
     """
     give_up_at = time.monotonic() + within_seconds
     while True:
+        is_last = time.monotonic() > give_up_at  # by when it begins: a slow one must not be the last unawares
         outcome = await attempt()
-        if time.monotonic() > give_up_at or not await stop(outcome):
+        if is_last or not await stop(outcome):
             return outcome
         await asyncio.sleep(STOP_POLL_SECONDS)
