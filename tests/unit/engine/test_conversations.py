@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from anynode.models.chats import Chat
+from anynode.models.client_chats import Chat
 from anynode.models.database import Database, Unavailable
 from anynode.server.engine.conversations import Conversations
 from anynode.server.errors import DatabaseUnavailable, NotFound

@@ -34,7 +34,7 @@ REGENERATE = TurnRegenerate(CONVERSATION, "m-1")
 HISTORY = [StoredMessage("user", "hello")]
 BUSY = Admission("conversation_busy", CONVERSATION, OTHER_TURN)
 REPEATED = Admission("repeated", CONVERSATION, TURN, FIRST_SEQ)
-ADMITTED = Admission("admitted", CONVERSATION, TURN, FIRST_SEQ, history=HISTORY, client_id="m-1")
+ADMITTED = Admission("admitted", CONVERSATION, TURN, FIRST_SEQ, history=HISTORY, client_message_id="m-1")
 
 
 async def for_ever(*arguments: object, **options: object) -> None:
