@@ -10,8 +10,10 @@ import pytest
 
 from anynode.models.client_chats import Chat
 from anynode.models.database import Database, Unavailable
+from anynode.models.queries import Bound
 from anynode.server.engine.conversations import Conversations
 from anynode.server.errors import DatabaseUnavailable, NotFound
+from tests.kit.statements import named
 from tests.kit.turns import AT, CONVERSATION, TURN, USER, turn_ref
 
 ROW = {
@@ -46,10 +48,10 @@ class Rows:
 
     def __init__(self, **rows: Any) -> None:
         self.rows = rows
-        self.asked: dict[str, tuple[Any, ...]] = {}
+        self.asked: dict[str, dict[str, Any]] = {}
 
-    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
-        self.asked[name] = arguments
+    async def run(self, statement: Bound, **options: Any) -> Any:
+        name, self.asked[name] = named(statement)
         rows = self.rows.get(name, [])
         if isinstance(rows, Exception):
             raise rows
@@ -59,7 +61,7 @@ class Rows:
 class Away:
     """A Postgres that does not answer."""
 
-    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
+    async def run(self, statement: Bound, **options: Any) -> Any:
         raise Unavailable("OSError: refused")
 
 
@@ -107,18 +109,30 @@ async def test_a_conversation_comes_with_all_its_fields(name: str, statement: st
 async def test_a_conversation_is_made_with_an_id_of_its_own_and_empty_metadata() -> None:
     database = Rows(create_conversation=[ROW])
     await of(database).create(USER, title="A title", system_prompt="Be brief.", metadata=None)
-    user_id, id, *rest, created_at = database.asked["create_conversation"]
-    assert (user_id, rest) == (USER, ["A title", "Be brief.", "{}"])
-    assert id.version == 7
-    assert created_at.tzinfo is not None
+    asked = database.asked["create_conversation"]
+    assert asked.pop("conversation_id").version == 7
+    assert asked.pop("created_at").tzinfo is not None
+    assert asked == {"user_id": USER, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
 
 
 async def test_conversations_are_listed_from_the_top_or_behind_a_place() -> None:
     database = Rows(list_conversations=[ROW], list_conversations_before=[])
     assert [found.id for found in await of(database).list(USER, limit=20, skip=3, search="tea")] == [CONVERSATION]
-    assert database.asked["list_conversations"] == (USER, 20, 3, "tea")
+    assert database.asked["list_conversations"] == {
+        "user_id": USER,
+        "conversations_max": 20,
+        "skip": 3,
+        "search": "tea",
+    }
     assert await of(database).list(USER, limit=20, before=(AT, CONVERSATION)) == []
-    assert database.asked["list_conversations_before"] == (USER, 20, 0, None, AT, CONVERSATION)
+    assert database.asked["list_conversations_before"] == {
+        "user_id": USER,
+        "conversations_max": 20,
+        "skip": 0,
+        "search": None,
+        "before_updated_at": AT,
+        "before_id": CONVERSATION,
+    }
 
 
 async def test_a_message_that_is_not_in_the_conversation_is_not_found_as_such() -> None:

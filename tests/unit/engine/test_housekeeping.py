@@ -9,8 +9,10 @@ from typing import Any, cast
 import pytest
 
 from anynode.models.database import Database, Unavailable
+from anynode.models.queries import Bound
 from anynode.server.engine import housekeeping as module
 from anynode.server.engine.housekeeping import delete_expired, pause_seconds
+from tests.kit.statements import named
 
 
 class Done(Exception):
@@ -26,14 +28,15 @@ class Kept:
         self.messages = messages
         self.errors: list[Exception] = []
 
-    async def fetch(self, name: str, *arguments: Any) -> list[object]:
-        self.asked.append((name, *arguments))
+    async def run(self, statement: Bound) -> list[object]:
+        name, arguments = named(statement)
+        self.asked.append((name, *arguments.values()))
         if self.errors:
             raise self.errors.pop(0)
         kind = {"delete_expired_events": "turns", "delete_expired_messages": "messages"}.get(name)
         if kind is None:
             return []
-        deleted = min(getattr(self, kind), arguments[1])
+        deleted = min(getattr(self, kind), next(value for value in arguments.values() if isinstance(value, int)))
         setattr(self, kind, getattr(self, kind) - deleted)
         return [None] * deleted
 
