@@ -15,8 +15,9 @@ AGENT: Final = "tests.agents.recalling:recall"
 
 
 async def recall(turn: Turn) -> AsyncIterator[AgentEvent]:
-    """Beyond those of a script there are `recall`, which tells the history as JSON, a list of [role, content, ids of
-    the calls or id of the call that is answered]; and `frozen`, a call whose arguments are a Mapping but not a dict."""
+    """Do what the script says; it may have two more actions. `recall` tells the history as JSON, a list of [role,
+    content, ids of the calls or id of the call that is answered]. `frozen` is a call whose arguments are a Mapping but
+    not a dict."""
     for action in json.loads(turn.history[-1].content):
         match action:
             case ["recall"]:
