@@ -66,7 +66,7 @@ class Film:
         self._started = time.monotonic()
 
     async def shoot(self, seconds: float) -> None:
-        """Take pictures for `seconds`."""
+        """Go on for this time."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             due = self._started + len(self.pictures) * FRAME_SECONDS

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import aiohttp
 import jwt
 from jwt.algorithms import HMACAlgorithm
 
@@ -218,6 +217,8 @@ class _Jwks:
             await asyncio.wait((self._fetching,))
 
     async def _fetch(self) -> None:
+        import aiohttp  # not at the top: it takes a fifth of a node's start, and few nodes fetch keys
+
         body, timeout = bytearray(), aiohttp.ClientTimeout(total=JWKS_SECONDS_MAX)
         try:
             # No redirects, because they may lead from https to http. One session a fetch, so that no connection idles.

@@ -1,4 +1,4 @@
-"""Fixtures: one Postgres for the whole run, a fresh migrated database and a node for whoever asks."""
+"""Fixtures for all tests: one Postgres for the whole run, fresh migrated databases, and nodes."""
 
 from __future__ import annotations
 

@@ -15,11 +15,9 @@ AGENT: Final = "tests.agents.recalling:recall"
 
 
 async def recall(turn: Turn) -> AsyncIterator[AgentEvent]:
-    """Do what the question says: a list of actions, those of a script and two more.
-
-    `recall` tells the history as JSON, a list of [role, content, ids of the calls or id of the call that is answered].
-    `frozen` is a call whose arguments are a Mapping but not a dict.
-    """
+    """Do what the script says; it may have two more actions. `recall` tells the history as JSON, a list of [role,
+    content, ids of the calls or id of the call that is answered]. `frozen` is a call whose arguments are a Mapping but
+    not a dict."""
     for action in json.loads(turn.history[-1].content):
         match action:
             case ["recall"]:

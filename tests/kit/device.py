@@ -21,7 +21,7 @@ BROKEN: Final = (OSError, EOFError, WebSocketException)
 
 @dataclass
 class Transcript:
-    """What a device was shown of a conversation: from `start` on, or from a snapshot, without a gap and nothing twice.
+    """What a device was shown of a conversation: from `start` on, or from a snapshot, without a gap or a repetition.
     `asks` is what its next frame has to answer."""
 
     start: int = 0
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def request_id(self) -> str:
-        """As its frame says."""
+        """The request_id of the frame that was sent."""
         return str(self.frame["request_id"])
 
     @property

@@ -35,7 +35,7 @@ class Client:
 
     @property
     def conversation_id(self) -> str | None:
-        """As the first frame has told it."""
+        """The id that the first frame has told."""
         return str(self.frames[0]["conversation_id"]) if self.frames else None
 
     @property

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Change(NamedTuple):
-    """`old`, so many times in the file, becomes `new`. `within`: only in the paragraph with this in it."""
+    """One replacement: `old`, which is `times` times in the file or in the paragraph with `within`, becomes `new`."""
 
     file: str
     old: str
@@ -28,7 +28,7 @@ class Mutation:
 
 
 def paragraph(text: str, within: str) -> tuple[int, int]:
-    """From where to where the only paragraph goes that has `within` in it; all of the text where that is empty."""
+    """Return where the only paragraph with `within` in it begins and ends; without `within`, all of the text."""
     if not within:
         return 0, len(text)
     if text.count(within) != 1:

@@ -1,4 +1,4 @@
-"""Any node will do: whoever leaves one in mid-turn and goes on at another misses nothing and sees nothing twice."""
+"""Any node will do: a client that leaves one in mid-turn and goes on at another sees each event exactly once."""
 
 from __future__ import annotations
 

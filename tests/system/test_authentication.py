@@ -1,4 +1,4 @@
-"""Who may talk: the three transports, origins, deadlines, renewal and expiry, over real sockets."""
+"""Authentication over real sockets: the three transports, origins, deadlines, renewal and expiry."""
 
 from __future__ import annotations
 

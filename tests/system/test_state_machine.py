@@ -363,7 +363,7 @@ class Chat(RuleBasedStateMachine):
         return condition
 
     async def add_fresh_devices(self) -> None:
-        """On each node one that reads every conversation from the start, and one by snapshot."""
+        """Add two devices on each node: one reads every conversation from the start, one by snapshot."""
         for slot in range(NODES):
             for asks in ("cursor", "snapshot"):
                 device = Device(self.world.nodes, slot, self.user, self.expired)
@@ -540,7 +540,7 @@ class Verdict:
             assert any(question.said_in(epoch).startswith(answer["content"]) for epoch in range(1, turn["epoch"] + 1))
 
     def judge_transcript(self, transcript: Transcript) -> None:
-        """It is the journal, from where it begins; what it shows of each turn that has ended is the turn's message."""
+        """The transcript is the journal from where it begins, and shows of each ended turn the turn's message."""
         frames, begin = transcript.frames, transcript.start
         if frames and frames[0]["type"] == "conversation.snapshot":
             snapshot, begin = frames[0], frames[0]["seq"]

@@ -29,12 +29,12 @@ class Balancer:
 
     @property
     def http(self) -> str:
-        """Its base URL."""
+        """The balancer's base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self, at: int | bytes, how: Break = "rst") -> None:
-        """Break the connection over which something comes that its client does not get any more: the byte to clients
-        after so many from the last cut, or else from now, or what begins with such bytes. Repeated, one after the
+        """Break the connection that is about to send a client the byte after the first `at` ones, counted from the last
+        cut or else from now, or what begins with the bytes `at`. Cuts that are asked for together come one after the
         other."""
         self._cuts.append((at, how))
         if len(self._cuts) == 1:
