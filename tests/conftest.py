@@ -1,4 +1,4 @@
-"""Fixtures: one Postgres for the whole run, a fresh migrated database and a node for whoever asks."""
+"""Fixtures: one Postgres for the whole run, a fresh migrated database, and a node."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ class NodeProcess:
 
     @property
     def http(self) -> str:
-        """Its base URL."""
+        """The node's base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def ws(self) -> str:
-        """Its base URL for sockets."""
+        """The node's base URL for sockets."""
         return f"ws://127.0.0.1:{self.port}"
 
     def get(self, path: str, *, user: str | None = None) -> tuple[int, str]:

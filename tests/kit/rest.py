@@ -32,7 +32,7 @@ class Reply:
 
     @property
     def json(self) -> Any:
-        """Its body."""
+        """The decoded body."""
         return json.loads(self.body)
 
     @property

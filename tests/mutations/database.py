@@ -29,7 +29,7 @@ OWN: Final = "c.user_id = $1"
 ANYBODYS: Final = "$1::text IS NOT NULL"
 
 MUTATIONS: Final = (
-    # Whoever was an owner writes on.
+    # A former owner goes on writing.
     Mutation(
         "flush_one ignores the epoch",
         [Change(QUERIES, "t.epoch = $2 AND", "$2::integer > 0 AND")],

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Change(NamedTuple):
-    """`old`, so many times in the file, becomes `new`. `within`: only in the paragraph with this in it."""
+    """A replacement of `old`, which is `times` times in the file, by `new`. `within` restricts it to one paragraph."""
 
     file: str
     old: str
@@ -28,7 +28,7 @@ class Mutation:
 
 
 def paragraph(text: str, within: str) -> tuple[int, int]:
-    """From where to where the only paragraph goes that has `within` in it; all of the text where that is empty."""
+    """Return the start and the end of the only paragraph that has `within` in it; all of the text if it is empty."""
     if not within:
         return 0, len(text)
     if text.count(within) != 1:

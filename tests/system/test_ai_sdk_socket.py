@@ -411,7 +411,7 @@ async def test_who_aborts_a_resume_for_another_stops_nothing(
 async def test_two_who_abort_their_resumes_for_others_stop_nothing(
     nodes: Nodes, module_database_url: str, strings: Strings, user: str, chat: str, gate: str
 ) -> None:
-    """As two components with one connection do in React's strict mode."""
+    """Two components with one connection do this in React's strict mode."""
     asked = asking([("text", "a"), ("gate", gate)])
     async with chat_socket(nodes[0], user) as socket:
         await socket.until(await socket.ask(chat, asked), "text-delta")
@@ -513,7 +513,7 @@ async def test_a_busy_chat_refuses_a_question_or_is_interrupted(
 async def test_a_stop_is_of_the_turn_that_it_was_said_of(
     nodes: Nodes, module_database_url: str, strings: Strings, user: str, chat: str, gate: str
 ) -> None:
-    """Who has stopped a turn does not stop the next one of somebody else with what he asks then."""
+    """A client that has stopped a turn does not stop another client's next turn with what it asks then."""
     other = strings.name()
     async with chat_socket(nodes[0], user) as socket, chat_socket(nodes[1], user) as elsewhere:
         request = await socket.ask(chat, asking([("text", "a"), ("gate", gate)]))

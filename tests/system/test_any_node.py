@@ -1,4 +1,4 @@
-"""Any node will do: whoever leaves one in mid-turn and goes on at another misses nothing and sees nothing twice."""
+"""Any node will do: a client that goes from one to another in mid-turn gets every event exactly once."""
 
 from __future__ import annotations
 

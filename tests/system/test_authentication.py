@@ -1,4 +1,4 @@
-"""Who may talk: the three transports, origins, deadlines, renewal and expiry, over real sockets."""
+"""Authentication: the three transports, origins, deadlines, renewal and expiry, over real sockets."""
 
 from __future__ import annotations
 

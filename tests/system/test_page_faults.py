@@ -53,7 +53,7 @@ class Cluster:
         return node
 
     async def fill(self, count: int) -> None:
-        """Have so many nodes that live."""
+        """Start nodes until `count` of them live."""
         self.nodes = [node for node in self.nodes if node.process.poll() is None]
         for _ in range(count - len(self.nodes)):
             await self.start()

@@ -51,7 +51,7 @@ async def test_another_node_answers_the_question_again_in_a_turn_of_its_own(
         assert second[0]["seq"] == first[-1]["seq"] + 1
         assert second[0]["turn_id"] != first[1]["turn_id"]
         assert text_of(second) == second[-1]["message"]["content"] != text_of(first)
-        # Whoever asked first hears of it too.
+        # The client that asked first hears of it too.
         assert await take(here, second[-1]["seq"]) != []
         await elsewhere.follow(conversation_id)
         snapshot = await elsewhere.receive()

@@ -353,7 +353,7 @@ async def test_superseded_answers_push_neither_their_question_nor_what_came_befo
         conversation_id = first[0]["conversation_id"]
         before = [asked(RECALL), ["assistant", text_of(first), None], asked(with_a_tool)]
         answer = await socket.answer(with_a_tool, conversation_id)
-        for _ in range(6):  # so many times three messages are more than are seen
+        for _ in range(6):  # six times three messages are more than an agent is given
             assert json.loads(text_of(answer)) == before
             await socket.send({"type": "turn.regenerate", "conversation_id": conversation_id})
             answer = await socket.until(*TERMINAL, "error")
@@ -363,7 +363,7 @@ async def test_superseded_answers_push_neither_their_question_nor_what_came_befo
 async def test_many_turns_at_once_lose_nothing_to_one_that_fails(
     node: NodeProcess, module_database_url: str, user: str
 ) -> None:
-    """They share their flushes with what cannot be stored."""
+    """The good turns share their flushes with events that cannot be stored."""
     good = script_of(*(action for number in range(10) for action in (call(number), result(number), ("text", "w "))))
     bad = script_of(("text", "so far "), ("call", 7, "tool", {}))
 

@@ -86,7 +86,7 @@ async def test_60_turns_go_on_when_nodes_are_killed(
             clients.append(client)
             followers.append(follower)
             rotated = [*nodes[number % 3 :], *nodes[: number % 3]] * 2
-            # Both ask: whoever comes first has the turn on his node.
+            # Both ask, and the one that comes first has the turn on its node.
             group.create_task(client.watch(*rotated))
             group.create_task(follower.watch(*rotated[1:]))
 
@@ -436,7 +436,7 @@ async def test_the_node_of_a_follower_takes_a_lapsed_turn_over_before_its_next_b
 async def test_the_clients_of_a_node_that_was_frozen_for_longer_than_its_leases_miss_nothing(
     dying: NodeProcess, other: NodeProcess, module_database_url: str, strings: Strings, gate: str, user: str
 ) -> None:
-    """They never leave it. One turn ends elsewhere while it is frozen, another one runs on when it thaws."""
+    """The clients never leave the node. One turn ends elsewhere while it is frozen; another runs on when it thaws."""
     soon = strings.name()
     ended, running = [Client(user, question([("chatter", name), ("words", 1)])) for name in (soon, gate)]
     theirs = {client: [client, client.another(), client.another()] for client in (ended, running)}

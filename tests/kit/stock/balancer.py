@@ -29,13 +29,12 @@ class Balancer:
 
     @property
     def http(self) -> str:
-        """Its base URL."""
+        """The balancer's base URL."""
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self, at: int | bytes, how: Break = "rst") -> None:
-        """Break the connection over which something comes that its client does not get any more: the byte to clients
-        after so many from the last cut, or else from now, or what begins with such bytes. Repeated, one after the
-        other."""
+        """Break a connection before its client gets a certain byte. `at` is a number of bytes to clients, counted from
+        the last cut or else from now, or the bytes at which to break. Several cuts take effect one after the other."""
         self._cuts.append((at, how))
         if len(self._cuts) == 1:
             self._cut_from = self.bytes_sent

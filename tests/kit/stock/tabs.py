@@ -51,7 +51,7 @@ class View:
 
     @property
     def roles(self) -> list[str]:
-        """Who says what."""
+        """The roles of the messages, in order."""
         return [message["role"] for message in self.messages]
 
 
@@ -100,8 +100,8 @@ class Tab:
         received: str | None = None,
         within_seconds: float = 20,
     ) -> View:
-        """Wait until so much of the last answer and so many messages are shown, the chat has such a status, and such a
-        chunk or frame has come."""
+        """Wait until the tab shows this number of characters of the last answer and this number of messages, the chat
+        has this status, and this chunk or frame has come."""
         conditions = {"characters": characters, "messages": messages, "status": status, "received": received}
         given = {name: value for name, value in conditions.items() if value is not None}
         return _view(await self._call("until", within_seconds=within_seconds, **given))
