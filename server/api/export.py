@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import UNSET
 
-from anynode.models.rules import standing
+from anynode.models.rules import kept
 from anynode.server.engine.conversations import Page
 from anynode.server.protocol.bodies import Export, ExportedMessage
 from anynode.server.protocol.encoding import tool_calls_of
@@ -21,8 +21,8 @@ def exported(page: Page) -> Export:
     # messages next to the page count, but are not in it.
     beside = [row["id"] for row in (page.older, page.newer) if row is not None]
     rows = [row for row in (page.older, *page.messages, page.newer) if row is not None]
-    kept = standing([_Row(row) for row in rows])
-    messages = [_message(each) for each in kept if each.row["id"] not in beside]
+    seen = kept([_Row(row) for row in rows])
+    messages = [_message(each) for each in seen if each.row["id"] not in beside]
     if page.is_first and page.system_prompt and (not messages or messages[0].role != "system"):
         messages.insert(0, ExportedMessage("system", page.system_prompt))
     return Export(messages)

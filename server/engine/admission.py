@@ -55,13 +55,13 @@ def question_of(user_id: str, frame: MessageSend, *, chat_id: str | None = None,
         new_conversation_id=uuid7(),
         title=" ".join(frame.content.split())[:TITLE_LENGTH],
         message_id=message_id,
-        client_id=frame.message_id,
+        client_message_id=frame.message_id,
         content=frame.content,
         created_at=now,
         turn_id=turn_id,
         message_created=encode({"message": message}),
         turn_started=encode({"message_id": frame.message_id}),
-        chat_id=chat_id,
+        client_chat_id=chat_id,
     )
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 from msgspec import Raw
 
-from anynode.models.chats import Chat, ChatEnd, Sent, find_chat, find_chat_end, find_sent
+from anynode.models.client_chats import Chat, ChatEnd, Sent, find_chat, find_chat_end, find_sent
 from anynode.models.conversations import (
     Snapshot,
     create_conversation,
