@@ -66,7 +66,7 @@ class Film:
         self._started = time.monotonic()
 
     async def shoot(self, seconds: float) -> None:
-        """Go on for this time."""
+        """Take pictures for some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             due = self._started + len(self.pictures) * FRAME_SECONDS

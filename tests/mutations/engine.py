@@ -23,7 +23,7 @@ STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one
 TAKEOVER: Final = "system/test_takeover.py"
 
 MUTATIONS: Final = (
-    # A former owner writes on.
+    # A former owner goes on writing.
     Mutation(
         "leases are not renewed",
         [Change(LEASES, "                await self._renew()\n", "                pass\n")],
