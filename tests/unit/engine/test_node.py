@@ -226,7 +226,7 @@ async def test_a_message_that_is_admitted_runs_its_turn_behind_the_two_events_th
 async def test_a_chats_id_goes_with_the_question(postgres: Postgres) -> None:
     postgres.admissions = [ADMITTED]
     await node_of().send(USER, SEND, client_chat_id="chat-1")
-    assert postgres.asked[0].chat_id == "chat-1"
+    assert postgres.asked[0].client_chat_id == "chat-1"
 
 
 @pytest.mark.parametrize(
