@@ -26,17 +26,17 @@ MUTATIONS: Final = (
     Mutation(
         "a stream goes on over what it has shown and a takeover takes back",
         [Change(CHUNK_STREAM, "if chunks.takes_back:", "if False:")],
-        ["system/test_ai_sdk_http.py"],
+        ["unit/api/ai_sdk/test_stream.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "a stream that is cut ends as if it were whole",
         [Change("server/transport/sse.py", "if self.must_be_whole and not is_whole:", "if False:")],
-        ["system/test_ai_sdk_http.py"],
+        ["unit/transport/test_sse.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "resuming twice stops the turn",
         [Change(STOPS, "if not is_resumed:", "if True:")],
-        ["system/test_ai_sdk_socket.py"],
+        ["unit/api/ai_sdk/test_stops.py", "system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "what begins between the look and the waiting is missed",
@@ -46,22 +46,22 @@ MUTATIONS: Final = (
                 AI_SDK_CONNECTION, "if not isinstance(update, DatabaseUnavailable):", "if isinstance(update, list):"
             ),
         ],
-        ["system/test_ai_sdk_waiting.py"],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a turn goes on whose client stops it and waits for the next one",
         [Change(AI_SDK_CONNECTION, "await self._stop(self._stops.settle(frame.id))  # else", "pass  # else")],
-        ["system/test_ai_sdk_waiting.py"],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a resume after a sequence number repeats that chunk",
         [Change(AI_SDK_CONNECTION, "if sequence > after:", "if sequence >= after:")],
-        ["system/test_ai_sdk_socket.py"],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "a message that was sent can be changed without a word",
         [Change("server/api/ai_sdk/questions.py", "sent is not None and sent.content != question.text", "False")],
-        ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
+        ["unit/api/ai_sdk/test_questions.py", "system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "frames of our own wire may be as long as the AI SDK's",
@@ -71,7 +71,7 @@ MUTATIONS: Final = (
     Mutation(
         "a response that goes on repeats the event that it goes on after",
         [Change(RESPONSE_STREAM, "if event.sequence_number > shown_to", "if event.sequence_number >= shown_to")],
-        ["system/test_responses.py"],
+        ["unit/api/openai/test_stream.py", "system/test_responses.py"],
     ),
     Mutation(
         "what a tool call is called with depends on who stored it",
