@@ -123,10 +123,8 @@ class Running:
     def start(self, turn: Turn, events: list[Event], *lease: object) -> None:
         self.started.append((turn, events))
 
-    async def ended(self, within_seconds: float) -> None:
+    async def wait_ended(self, within_seconds: float) -> None:
         self.waited.append(within_seconds)
-
-    wait_ended = ended
 
 
 class Postgres:
