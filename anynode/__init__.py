@@ -1,1 +1,70 @@
-"""Anynode: a WebSocket chat server for streaming AI answers. Any node can resume a dropped connection."""
+"""Anynode: a WebSocket chat server for streaming AI answers. Any node can resume a dropped connection.
+
+Only the names in `__all__` are public: what an agent is given and yields, what a tool is given, and the client. Each is
+loaded when it is first used, so that `import anynode` costs nothing, and needs no more than the names that are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anynode.server.agents.agent import (
+        AgentError,
+        AgentEvent,
+        HistoryMessage,
+        StepEnd,
+        TextDelta,
+        ToolCall,
+        ToolResult,
+        Turn,
+        Usage,
+        continues,
+        resumes_calls,
+    )
+    from anynode.server.agents.pydantic_ai import from_pydantic_ai
+    from anynode.server.agents.run_agent import from_run_agent
+    from anynode.server.agents.tools import ToolContext
+    from anynode.server.client.client import Client, GivenUp, Refused
+
+__all__ = [
+    "AgentError",
+    "AgentEvent",
+    "Client",
+    "GivenUp",
+    "HistoryMessage",
+    "Refused",
+    "StepEnd",
+    "TextDelta",
+    "ToolCall",
+    "ToolContext",
+    "ToolResult",
+    "Turn",
+    "Usage",
+    "continues",
+    "from_pydantic_ai",
+    "from_run_agent",
+    "resumes_calls",
+]
+
+_MODULES = {
+    "Client": "anynode.server.client.client",
+    "GivenUp": "anynode.server.client.client",
+    "Refused": "anynode.server.client.client",
+    "ToolContext": "anynode.server.agents.tools",
+    "from_pydantic_ai": "anynode.server.agents.pydantic_ai",
+    "from_run_agent": "anynode.server.agents.run_agent",
+}  # of the names that are not in anynode.server.agents.agent
+
+if not TYPE_CHECKING:  # a type checker would take any name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module 'anynode' has no attribute {name!r}")
+        value = getattr(import_module(_MODULES.get(name, "anynode.server.agents.agent")), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -1,1 +1,1 @@
-"""What the product costs, beside a floor that does the least that is necessary."""
+"""Measurements of the product, beside a floor that does only the necessary work."""

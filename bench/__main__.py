@@ -32,8 +32,8 @@ from bench.measures import DEFAULT, MEASURES, QUICK, Scale
 from bench.report import Figure, lines, table
 from bench.servers import SIDES, Bench, Side
 
-REASON_SHOWN_MAX: Final = 500  # characters of why a measurement failed,
-LOG_SHOWN_MAX: Final = 2000  # and of what its server said first
+REASON_SHOWN_MAX: Final = 500  # characters of the reason why a measurement failed
+LOG_SHOWN_MAX: Final = 2000  # characters of its server's log, from the beginning
 
 
 class Progress:
@@ -46,13 +46,13 @@ class Progress:
         self._is_terminal = sys.stderr.isatty()
 
     def step(self, text: str) -> None:
-        """The next step begins."""
+        """Show that the next step begins."""
         self._step += 1
         said = f"[{self._step}/{self._steps}] {time.monotonic() - self._started:4.0f} s  {text}"
         click.echo(f"\r\x1b[K{said}" if self._is_terminal else said, err=True, nl=not self._is_terminal)
 
     def clear(self) -> None:
-        """Leave nothing of the line behind."""
+        """Erase the line."""
         if self._is_terminal:
             click.echo("\r\x1b[K", err=True, nl=False)
 
@@ -115,7 +115,7 @@ def bench(names: Sequence[str], faults: Sequence[str], faces: Sequence[str], rou
 
 
 async def _compared(bench: Bench, names: Sequence[str], scale: Scale) -> int:
-    """Measure beside the floor and print; returns how many measurements failed."""
+    """Measure product and floor, print the table, and return how many measurements failed."""
     _end_at_sigterm()
     progress = Progress(1 + scale.rounds * len(names) * len(SIDES))
     progress.step("seeding")
@@ -143,7 +143,7 @@ def _chosen(known: Iterable[str], names: Sequence[str]) -> Iterable[str]:
 
 
 async def _alone(bench: Bench, measures: Mapping[str, Callable[[], Awaitable[list[Figure]]]], rounds: int) -> int:
-    """Measure the product alone and print; returns how many measurements failed."""
+    """Measure the product alone, print the table, and return how many measurements failed."""
     _end_at_sigterm()
     progress = Progress(1 + rounds * len(measures))
     progress.step("seeding")

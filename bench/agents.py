@@ -1,4 +1,4 @@
-"""Agents for measuring: `AGENT=bench.agents:timed`, `…:asked` and `…:written`."""
+"""Agents for measurements: `AGENT=bench.agents:timed`, `…:asked` and `…:written`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import cache
 from itertools import cycle
 from typing import Final
 
-from anynode.server.agents.agent import TextDelta, Turn
+from anynode import TextDelta, Turn
 from anynode.server.settings import Settings, read_settings
 
 MARKDOWN: Final = "bench.agents:written"
@@ -43,14 +43,14 @@ A last paragraph says what was said before, in other words, so that the section 
 
 
 async def timed(turn: Turn) -> AsyncIterator[TextDelta]:
-    """Yields the time of each token as its text (CLOCK_MONOTONIC in ns); length and speed are the echo agent's."""
+    """Yield the time of each token as its text (CLOCK_MONOTONIC in ns); length and speed are the echo agent's."""
     settings = _settings()
     async for text in paced(settings.echo_tokens, settings.echo_tokens_per_second, is_timed=True):
         yield TextDelta(text)
 
 
 async def asked(turn: Turn) -> AsyncIterator[TextDelta]:
-    """Does what the question says, such as `think 2.5 say 100`: waits so many seconds, then yields so many tokens."""
+    """Follow the question: for `think 2.5 say 100`, wait 2.5 seconds and then yield 100 tokens."""
     settings = _settings()
     _, seconds, _, tokens = turn.history[-1].content.split()
     await asyncio.sleep(float(seconds))
@@ -59,8 +59,8 @@ async def asked(turn: Turn) -> AsyncIterator[TextDelta]:
 
 
 async def written(turn: Turn) -> AsyncIterator[TextDelta]:
-    """Writes Markdown as models do (paragraphs, lists, code, tables): for the question `20000 200` so many tokens, at
-    so many a second."""
+    """Write Markdown as models do (paragraphs, lists, code, tables): for the question `20000 200`, 20,000 tokens at 200
+    a second."""
     tokens, tokens_per_second = map(int, turn.history[-1].content.split())
     words = cycle(re.findall(r"\S+\s*|\s+", SECTION))
     async for _ in paced(tokens, tokens_per_second):
@@ -68,7 +68,7 @@ async def written(turn: Turn) -> AsyncIterator[TextDelta]:
 
 
 async def paced(tokens: int, tokens_per_second: float, *, is_timed: bool = False) -> AsyncIterator[str]:
-    """`w0 w1 …`, or the time of each token, paced as the echo agent does it: due times count from the start."""
+    """Yield `w0 w1 …`, or the time of each token, at the echo agent's pace: due times count from the start."""
     loop = asyncio.get_running_loop()
     start = loop.time()
     for number in range(tokens):

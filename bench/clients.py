@@ -1,4 +1,4 @@
-"""Clients that note when what they hear comes: one that survives faults, and a raw one for exact times."""
+"""Clients that note when each frame comes: one that survives faults, and a raw one for exact times."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ PATIENCE_SECONDS: Final = 30.0
 
 
 class Witness:
-    """A client of one turn, as those of `server/client`: it reconnects at once and follows from its last seq.
+    """A client of one turn, like the one of `server/client`: it reconnects at once and follows from its last seq.
 
     It asks, or only watches. `began` is set at its first text.
     """
 
     def __init__(self, ports: Sequence[int], token: str, conversation_id: UUID, *, is_asking: bool) -> None:
-        self.port = ports[0]  # where it is first; the others are where it goes from there
+        self.port = ports[0]  # the first is where it begins; it goes on to the others
         self.conversation_id = conversation_id
         self.is_asking = is_asking
         self.seen = Seen()
@@ -56,7 +56,7 @@ class Witness:
 
 
 class Heard(NamedTuple):
-    """A frame, and when it came."""
+    """A frame, and the time at which it came."""
 
     at: float
     frame: Frame
@@ -78,7 +78,7 @@ def is_ending(frame: Frame) -> bool:
 
 
 class Ear:
-    """One raw connection that asks and follows in any number of conversations and keeps all that it hears."""
+    """One raw connection that asks and follows in any number of conversations and keeps all frames."""
 
     def __init__(self) -> None:
         self.heard: dict[UUID, list[Heard]] = {}
@@ -103,7 +103,7 @@ class Ear:
         self._send("turn.cancel", conversation_id)
 
     async def first(self, conversation_id: UUID, is_it: Callable[[Frame], bool], within_seconds: float) -> Heard:
-        """The first such frame, which may have come already. Raises LoadError or TimeoutError."""
+        """Return the first frame that fits; it may have come already. Raises LoadError or TimeoutError."""
         news = self._news.setdefault(conversation_id, asyncio.Event())
         looked_at = 0
         async with asyncio.timeout(within_seconds):
@@ -119,16 +119,16 @@ class Ear:
                 await news.wait()
 
     def frames(self, conversation_id: UUID) -> Iterator[Frame]:
-        """All that has come of a conversation."""
+        """Return all frames of a conversation that have come."""
         return (heard.frame for heard in self.heard.get(conversation_id, ()))
 
     def last_seq(self, conversation_id: UUID) -> int:
-        """The cursor."""
+        """Return the cursor of a conversation."""
         seq: int = self.heard[conversation_id][-1].frame["seq"]
         return seq
 
     def close(self) -> None:
-        """Vanish."""
+        """Drop the connection."""
         if self._connection is not None:
             self._connection.abort()
 

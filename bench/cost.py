@@ -1,4 +1,4 @@
-"""What streaming costs one node and its Postgres: statements a second, and CPU and WAL for each token."""
+"""The cost of streaming for one node and its Postgres: statements a second, and CPU and WAL for each token."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from bench.servers import Bench, Server
 
 FEW: Final = 2
 MANY: Final = 100
-# A backend that falls idle tells of its last transactions after 10 s: those of the admissions must be counted by then.
+# An idle backend reports its last transactions after 10 s: wait until the admissions are counted.
 SETTLING_SECONDS: Final = 11.0
-CORES: Final = 4  # of the Postgres that is asked about, …
-BUSY: Final = 0.7  # … and how busy it may be
+CORES: Final = 4  # of the Postgres whose capacity is computed
+BUSY: Final = 0.7  # the share of these cores that it may use
 # (turns at once, FLUSH_INTERVAL_MS)
 SETTINGS: Final = ((100, 25), (100, 100), (500, 25), (500, 100))
 
 
 async def statements(bench: Bench, *, seconds: float) -> list[Figure]:
-    """Statements a second of a node that streams 2 turns and then 100: every one is a transaction, and Postgres counts
-    those. Nothing is subtracted: the beat, the cleaning and Postgres' own housekeeping are in it."""
+    """Measure the statements a second of a node that streams 2 turns, then 100. Every statement is a transaction, and
+    Postgres counts those. Nothing is subtracted: the beat, the deletions and Postgres' own work are included."""
     settings = {
-        "ECHO_TOKENS": 1_000_000,  # they do not end while they are watched
+        "ECHO_TOKENS": 1_000_000,  # no turn ends while it is watched
         "ECHO_TOKENS_PER_SECOND": TOKENS_PER_SECOND,
         "ANSWER_BYTES_MAX": 67_108_864,
     }
@@ -39,12 +39,14 @@ async def statements(bench: Bench, *, seconds: float) -> list[Figure]:
         for start, end in ((0, 0), (0, FEW), (FEW, MANY)):
             for chat in chats[start:end]:
                 asked.append(chat.ask())
-                await asyncio.sleep(random.uniform(0, 2 * STAGGER_SECONDS / MANY))  # no rhythm in common
+                await asyncio.sleep(
+                    random.uniform(0, 2 * STAGGER_SECONDS / MANY)
+                )  # so that the clients share no rhythm
             await asyncio.sleep(SETTLING_SECONDS)
             rates.append(await _commits_a_second(bench, node, seconds))
         for answer in asked:
             if answer.done():
-                answer.result()  # an error; or an end, which is too early
+                answer.result()  # raises an error; an end would be too early
             answer.cancel()
         close_all(chats)
     idle, few, many = rates
@@ -57,7 +59,7 @@ async def statements(bench: Bench, *, seconds: float) -> list[Figure]:
 
 
 async def cost(bench: Bench, *, turns: int) -> list[Figure]:
-    """What a streamed token costs, in whole turns of 200 tokens, by the turns at once and the interval of flushes."""
+    """Measure the cost of a token in whole turns of 200 tokens, by the number of turns and the flush interval."""
     figures = []
     for clients, interval_ms in SETTINGS:
         figures += await _cost(bench, clients, interval_ms, turns)

@@ -1,4 +1,4 @@
-"""What the other faces cost: a turn over each beside one over the socket; and reads of much beside reads of little."""
+"""The cost of the other APIs: a turn over each beside one over the socket, and reads of much beside reads of little."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALTERNATIONS: Final = 10  # how often the two servers take turns within a round
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The sizes of all measures."""
 
     rounds: int
     turns: int  # of each client and in each of four legs
@@ -39,7 +39,7 @@ QUICK: Final = Scale(rounds=1, turns=1, reads=100)
 
 
 async def continued(bench: Bench, scale: Scale) -> list[Figure]:
-    """CPU of one server for each turn of 200 tokens at 50 tokens/s, by who asks: 100 sockets, and 100 clients of
+    """Measure the server's CPU for a turn of 200 tokens at 50 tokens/s: for 100 sockets, and for 100 clients of
     `POST …/continue`."""
     async with bench.serve("product", ECHO_TOKENS=TOKENS, ECHO_TOKENS_PER_SECOND=TOKENS_PER_SECOND) as server:
         ids = bench.conversations[0]
@@ -61,7 +61,7 @@ async def continued(bench: Bench, scale: Scale) -> list[Figure]:
 
 
 async def ai_sdk(bench: Bench, scale: Scale) -> list[Figure]:
-    """The same with 100 clients that speak the wire of the AI SDK's `WebSocketChatTransport`."""
+    """Measure the server's CPU for a turn for 100 sockets, and for 100 clients on the AI SDK's WebSocket."""
     async with bench.serve("product", ECHO_TOKENS=TOKENS, ECHO_TOKENS_PER_SECOND=TOKENS_PER_SECOND) as server:
         ids = bench.conversations[0]
         chats = await open_chats(server.port, bench.token, ids[:CLIENTS])
@@ -85,10 +85,10 @@ Leg: TypeAlias = Callable[[], Awaitable[None]]
 async def _beside(
     bench: Bench, server: Server, scale: Scale, socket: Leg, name: str, other: Leg, target: Target
 ) -> list[Figure]:
-    """What a turn costs over the socket and over another face. The legs go to and fro: what drifts hits both."""
+    """Measure a turn over the socket and over another API. The legs alternate, so that a drift affects both."""
     spent = {"socket": 0.0, name: 0.0}
     legs: Mapping[str, Leg] = {"socket": socket, name: other}
-    for leg in legs.values():  # once without a stopwatch
+    for leg in legs.values():  # one run that is not timed
         await leg()
     for of in ("socket", name, name, "socket"):
         stopwatch = Stopwatch(bench, server)
@@ -115,7 +115,7 @@ async def _continue_all(clients: Sequence[HttpClient], ids: Sequence[UUID], turn
 
 
 async def reads(bench: Bench, scale: Scale) -> list[Figure]:
-    """The median of each read, of a user with a million messages in 100,000 conversations, beside that of one with
+    """Measure the median of each read for a user with a million messages in 100,000 conversations, beside a user with
     1,000 messages in 100. Each has a server and a database of its own; both run at once and are asked in turn."""
     async with bench.serve("product") as little, bench.serve("product") as much:
         samples: dict[str, tuple[list[float], list[float]]] = {}
@@ -177,14 +177,14 @@ class _Reader:
         return cls(client, ids, page["next_before"])
 
     def close(self) -> None:
-        """Vanish."""
+        """Drop the connection."""
         self._client.close()
 
 
 async def _fill(url: str, messages: int) -> list[UUID]:
     connection = await asyncpg.connect(url)
     try:
-        # Nothing of what the template has: it is another user's, but in the same tables.
+        # The rows of the template are another user's, in the same tables.
         await connection.execute("TRUNCATE users, conversations, messages, turns, events")
         await connection.execute("INSERT INTO users (id) VALUES ($1)", USER)
         rows = await connection.fetch(

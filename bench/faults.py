@@ -37,7 +37,7 @@ EXIT_SECONDS_MAX: Final = 20.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The sizes of all measures."""
 
     rounds: int
     resumes: int
@@ -52,7 +52,7 @@ QUICK: Final = Scale(rounds=1, resumes=100, samples=10, lag_seconds=4.0, stateme
 
 
 async def kill(bench: Bench, scale: Scale) -> list[Figure]:
-    """kill -9 of one of three nodes in mid-stream, at the default lease and at a short one."""
+    """Measure `kill -9` of one of three nodes in mid-stream, with the default lease and with a short one."""
     return [
         *await _kill(bench, 5, median=Target("worst", 6), most=Target("worst", 8)),
         *await _kill(bench, 2, median=None, most=Target("worst", 4)),
@@ -75,7 +75,7 @@ async def _kill(bench: Bench, lease_seconds: int, *, median: Target | None, most
 
 
 async def drain(bench: Bench, scale: Scale) -> list[Figure]:
-    """SIGTERM to one of three nodes in mid-stream, which has time to end its turns."""
+    """Measure SIGTERM to one of three nodes in mid-stream; the node has time to end its turns."""
 
     async def strike(node: Server) -> None:
         status = await node.stop(TURNS_SECONDS_MAX)
@@ -94,7 +94,7 @@ async def drain(bench: Bench, scale: Scale) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Struck:
-    """What clients saw of a fault; every turn has ended, complete at each of them."""
+    """A fault as clients saw it; every turn has ended, and is complete at each of them."""
 
     gaps: Sequence[float]  # of those whose turn ran on the node that was struck
     watched_gaps: Sequence[float]  # of the same turns, at watchers on other nodes

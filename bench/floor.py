@@ -45,7 +45,7 @@ INSERT = "INSERT INTO messages (conversation_id, position, role, content) VALUES
 
 
 class Send(msgspec.Struct, tag_field="type", tag="message.send"):
-    """What a client sends."""
+    """A message that a client sends."""
 
     conversation_id: UUID
     message_id: str
@@ -122,7 +122,7 @@ class Floor:
         await websocket.send_text(self.encode(Completed(conversation_id)).decode())
 
     def agent(self, history: list[dict[str, str]]) -> AsyncIterator[str]:
-        """The same tokens at the same speed as the product's agent."""
+        """Yield the tokens of the product's agent, at its speed."""
         settings = self.settings
         is_timed = settings.agent.endswith(":timed")
         return paced(settings.echo_tokens, settings.echo_tokens_per_second, is_timed=is_timed)

@@ -10,7 +10,7 @@ from bench.load import ANSWER_SECONDS_MAX, LoadError
 
 
 class HttpClient:
-    """Asks for one thing after another over one connection."""
+    """A client that sends one request after another over one connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, token: str) -> None:
         self._reader = reader
@@ -24,7 +24,7 @@ class HttpClient:
         return cls(reader, writer, token)
 
     async def ask(self, method: str, path: str, body: object = None) -> Any:
-        """The JSON that answers. Raises LoadError unless it is a success."""
+        """Send a request and return the JSON of its response. Raises LoadError unless it succeeds."""
         data = b"" if body is None else json.dumps(body).encode()
         head = f"{method} {path} HTTP/1.1\r\n{self._head}Content-Length: {len(data)}\r\n\r\n"
         self._writer.write(head.encode() + data)
@@ -37,5 +37,5 @@ class HttpClient:
         return json.loads(content)
 
     def close(self) -> None:
-        """Vanish."""
+        """Drop the connection."""
         self._writer.transport.abort()

@@ -37,11 +37,11 @@ _END: Final = b'{"type":"end"'
 
 
 class LoadError(Exception):
-    """A server did not do what is measured, so that its figures would mean nothing."""
+    """A server did not do the work that is measured, so its figures would mean nothing."""
 
 
 class FrameParser:
-    """Cuts what a server sends into frames (first byte, payload). Pure."""
+    """Cuts a server's bytes into frames (first byte, payload). No I/O."""
 
     __slots__ = ("_rest",)
 
@@ -49,7 +49,7 @@ class FrameParser:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """The frames that are complete with this data. Raises LoadError for a masked one."""
+        """Return the frames that this data completes. Raises LoadError for a masked one."""
         if self._rest:
             data = self._rest + data
         frames = []
@@ -73,7 +73,7 @@ class FrameParser:
 
 
 def client_frame(first_byte: int, payload: bytes) -> bytes:
-    """A frame as clients send them. Its mask is zero, which RFC 6455 permits and costs nothing."""
+    """Return a client's frame. Its mask is zero: RFC 6455 permits that, and it costs nothing."""
     length = len(payload)
     if length < 126:
         head = bytes((first_byte, 0x80 | length))
@@ -85,8 +85,8 @@ def client_frame(first_byte: int, payload: bytes) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """One WebSocket; `opened` is done at the server's first frame, which it sends when the token is accepted; one that
-    `is_silent` sends none."""
+    """One WebSocket. `opened` is done at the server's first frame, which it sends when it has accepted the token; a
+    server that `is_silent` sends none."""
 
     __slots__ = ("_handshake", "_is_silent", "_on_end", "_on_text", "_parser", "_request", "_transport", "opened")
 
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
         self._on_text = on_text
         self._on_end = on_end
         self._is_silent = is_silent
-        self._handshake: bytes | None = b""  # what has come of it; None when it is over
+        self._handshake: bytes | None = b""  # its bytes so far; None when it is over
         self._parser = FrameParser()
         self._transport: asyncio.Transport | None = None
 
@@ -130,7 +130,7 @@ class Connection(asyncio.Protocol):
                 self._fail(f"the server sends a frame that begins with {first_byte:#x}: {payload[:60]!r}")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wake up whoever waits."""
+        """Wake up all waiters."""
         self._fail("the server closed the connection")
 
     def send(self, text: bytes) -> None:
@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
         self._write(client_frame(TEXT, text))
 
     def abort(self) -> None:
-        """Vanish."""
+        """Drop the connection."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -165,7 +165,7 @@ async def connect(
     subprotocol: str = "anynode.v1",
     is_silent: bool = False,
 ) -> Connection:
-    """An authenticated connection. Raises LoadError or OSError."""
+    """Open an authenticated connection. Raises LoadError or OSError."""
     key = base64.b64encode(os.urandom(16)).decode()
     request = (
         f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -182,7 +182,7 @@ async def connect(
 
 
 async def connect_many(port: int, token: str, count: int) -> list[Connection]:
-    """Idle connections, so many."""
+    """Open `count` idle connections."""
     connections: list[Connection] = []
     while len(connections) < count:
         batch = min(CONNECTING_AT_ONCE, count - len(connections))
@@ -226,7 +226,7 @@ class Chat:
         )
 
     async def ask_turns(self, turns: int, tokens_each: int, *, after_seconds: float = 0.0) -> None:
-        """Ask so often. Raises LoadError unless every answer is complete."""
+        """Ask again and again. Raises LoadError unless every answer is complete."""
         await asyncio.sleep(after_seconds)
         for _ in range(turns):
             before = self.tokens
@@ -236,14 +236,14 @@ class Chat:
                 raise LoadError(f"an answer has {self.tokens - before} tokens, not {tokens_each}")
 
     async def first_token_seconds(self) -> float:
-        """From sending a message to its first token; returns when the turn is over."""
+        """Return the seconds from sending a message to its first token, once the turn is over."""
         started = time.perf_counter()
         async with asyncio.timeout(ANSWER_SECONDS_MAX):
             await self.ask()
         return self.first_token_at - started
 
     def close(self) -> None:
-        """Vanish."""
+        """Drop the connection."""
         if self._connection is not None:
             self._connection.abort()
 
@@ -270,7 +270,7 @@ class Chat:
 
 
 class UiChat(Chat):
-    """The same over the AI SDK's wire, as its `WebSocketChatTransport` speaks it."""
+    """A client on the AI SDK's wire, as its `WebSocketChatTransport` speaks it."""
 
     async def open(self, port: int, token: str) -> None:
         """Connect."""
@@ -302,14 +302,14 @@ class UiChat(Chat):
 
 
 def text_in(frame: bytes) -> bytes:
-    """The text of a delta's frame, in which any number of tokens, each with a space behind it, may be merged."""
-    # What the product reads back from jsonb has a space behind the colon.
+    """Return the text of a delta's frame; several tokens may be merged in it, each followed by a space."""
+    # Postgres' jsonb puts a space after the colon.
     start = frame.index(b'"', frame.index(_BEFORE_TEXT) + len(_BEFORE_TEXT)) + 1
     return frame[start : frame.index(b'"', start)]
 
 
 async def open_chats(port: int, token: str, conversation_ids: Sequence[UUID], kind: type[Chat] = Chat) -> list[Chat]:
-    """A connected client for each conversation."""
+    """Connect a client for each conversation."""
     chats = [kind(conversation_id) for conversation_id in conversation_ids]
     for start in range(0, len(chats), CONNECTING_AT_ONCE):
         await asyncio.gather(*(chat.open(port, token) for chat in chats[start : start + CONNECTING_AT_ONCE]))

@@ -1,4 +1,4 @@
-"""The measures: each runs one side once and gives its figures."""
+"""The measures. Each runs one side once and returns its figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STAGGER_SECONDS: Final = 1.0  # clients do not ask in the same instant
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """The sizes of all measures."""
 
     rounds: int
     paced_turns: int  # of each client
@@ -39,7 +39,7 @@ class Scale:
 
     @property
     def conversations(self) -> Mapping[int, int]:
-        """How many conversations of each length it needs."""
+        """Return how many conversations of each length the measures need."""
         samples = dict.fromkeys(HISTORIES, self.samples + self.warm_up_samples)
         return samples | {0: max(samples[0], self.flush_turns, CLIENTS)}
 
@@ -69,7 +69,7 @@ QUICK: Final = Scale(
 
 
 class Stopwatch:
-    """Seconds and CPU seconds since it was made."""
+    """A stopwatch of seconds and CPU seconds."""
 
     def __init__(self, bench: Bench, server: Server) -> None:
         self._bench = bench
@@ -78,7 +78,7 @@ class Stopwatch:
         self._started = self._read()
 
     def stop(self) -> tuple[float, float, float, float]:
-        """Seconds; CPU seconds of the server, of Postgres and of the load generator, which is this process."""
+        """Return the seconds, and the CPU seconds of the server, of Postgres and of this process (the load)."""
         now, server, postgres, own = (end - start for end, start in zip(self._read(), self._started, strict=True))
         return now, server, postgres, own
 
@@ -92,7 +92,7 @@ class Stopwatch:
 
 
 async def turn_cpu(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
-    """CPU of the server for each turn of 200 tokens: 100 clients, at 50 tokens/s and as fast as possible."""
+    """Measure the server's CPU for a turn of 200 tokens: 100 clients, at 50 tokens/s and as fast as possible."""
     figures = []
     speeds = (
         ("50 tokens/s", TOKENS_PER_SECOND, scale.paced_warm_up_turns, scale.paced_turns, STAGGER_SECONDS),
@@ -121,7 +121,7 @@ async def turn_cpu(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
 
 
 async def first_token(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
-    """From sending a message to its first token, one client, instant agent, by the length of the history."""
+    """Measure the time from a message to its first token: one client, instant agent, by the length of the history."""
     targets = {0: Target("ratio", 1.5), 1000: Target("ratio", 1.3)}
     figures = []
     settings = {"ECHO_TOKENS": 1, "ECHO_TOKENS_PER_SECOND": 0, "HISTORY_MESSAGES_MAX": 2000}
@@ -143,10 +143,12 @@ async def first_token(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
 
 
 async def idle(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
-    """Memory of the server for each connection that is authenticated and idle."""
+    """Measure the server's memory for each connection that is authenticated and idle."""
     figures = []
     async with bench.serve(side) as server:
-        for connection in await connect_many(server.port, bench.token, 200):  # what is allocated once, is by then
+        for connection in await connect_many(
+            server.port, bench.token, 200
+        ):  # so that what is allocated once is there already
             connection.abort()
         await asyncio.sleep(1.0)
         before = server.private_bytes()
@@ -162,10 +164,10 @@ async def idle(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
 
 
 async def flush(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
-    """1,000 turns at 50 tokens/s in the steady state: statements, delay, CPU and WAL. The floor has no journal."""
+    """Measure 1,000 turns at 50 tokens/s in the steady state: statements, delay, CPU, WAL. The floor has no journal."""
     settings = {
         "AGENT": "bench.agents:timed",
-        "ECHO_TOKENS": 1_000_000,  # they do not end while they are watched
+        "ECHO_TOKENS": 1_000_000,  # no turn ends while it is watched
         "ECHO_TOKENS_PER_SECOND": TOKENS_PER_SECOND,
         "ANSWER_BYTES_MAX": 67_108_864,
     }
@@ -192,7 +194,7 @@ async def flush(bench: Bench, side: Side, scale: Scale) -> list[Figure]:
         counted = [after - before for after, before in zip(await _counted(server), counted_before, strict=True)]
         for answer in asked:
             if answer.done():
-                answer.result()  # an error; or an end, which is too early
+                answer.result()  # raises an error; an end would be too early
             answer.cancel()
         close_all(chats)
     ordered = sorted(delays)
@@ -225,7 +227,7 @@ MEASURES: Final[Mapping[str, Measure]] = {
 
 
 async def ask_all(chats: Sequence[Chat], turns: int, stagger_seconds: float) -> None:
-    """Let every client ask so often, the first time spread over so many seconds. Raises LoadError."""
+    """Let every client ask `turns` times; the first questions are spread over some seconds. Raises LoadError."""
     async with asyncio.TaskGroup() as group:
         for number, chat in enumerate(chats):
             after_seconds = stagger_seconds * number / len(chats)
@@ -239,6 +241,6 @@ async def _counted(server: Server) -> list[float]:
 
 
 def close_all(chats: Sequence[Chat]) -> None:
-    """Let all vanish."""
+    """Drop all connections."""
     for chat in chats:
         chat.close()

@@ -1,4 +1,4 @@
-"""`python -m bench.page`: how soon the page is there, and how much work it makes for Chromium while answers stream."""
+"""`python -m bench.page`: how soon the page is there, and how much work Chromium has while answers stream."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Frames:
     work: Sequence[float]
 
     def centile(self, part: float) -> float:
-        """The work of a frame that so many are below."""
+        """Return the work that this share of the frames does not exceed."""
         return sorted(self.work)[min(int(len(self.work) * part), len(self.work) - 1)]
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Frames:
 @click.option("--rate", default=200, show_default=True, type=click.IntRange(1, 2000), help="Tokens a second of it.")
 def page(tokens: int, rate: int) -> None:
     """Measure the page in Chromium: first paint, frames in a long conversation, frames of a long answer."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing outlives it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process outlives this one
     directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
     try:
         with embedded_postgres(directory / "postgres") as postgres:
@@ -98,7 +98,7 @@ async def _measure(bench: Bench, tokens: int, rate: int) -> None:
 
 
 async def _first_paints(bench: Bench, server: Server, browser: Browser) -> list[float]:
-    """First contentful paints with nothing cached, in ms."""
+    """Measure first contentful paints with nothing cached, in ms."""
     paints: list[float] = []
     for _ in range(ROUNDS):
         context = await browser.new_context(viewport=VIEWPORT)
@@ -120,7 +120,7 @@ async def _first_paints(bench: Bench, server: Server, browser: Browser) -> list[
 async def _frames(
     bench: Bench, server: Server, browser: Browser, chat: str, tokens: int, rate: int, *, is_all_read: bool = False
 ) -> Frames:
-    """The work of each frame while an answer streams, from its second second on."""
+    """Measure the work of each frame while an answer streams, without its first second."""
     context = await browser.new_context(viewport=VIEWPORT)
     try:
         tab = await context.new_page()
@@ -150,8 +150,7 @@ async def _read_all(tab: Page) -> None:
 
 
 def _work_of_frames(trace: dict[str, Any]) -> Iterator[float]:
-    """What the tasks of the page's main thread take of a CPU (others want it too), in ms, from the end of each of its
-    frames to the end of the next."""
+    """Return the CPU time of the page's main thread in ms, from the end of each frame to the end of the next."""
 
     def spans(name: str, length: str) -> Iterator[tuple[tuple[int, int], int, int]]:
         for event in trace["traceEvents"]:
@@ -175,7 +174,7 @@ def _work_of_frames(trace: dict[str, Any]) -> Iterator[float]:
 
 
 def _first_load_bytes() -> int:
-    """All that `/` loads at once, compressed."""
+    """Return the compressed size of everything that `/` loads at once."""
     html = (DIRECTORY / "index.html").read_bytes()
     assets = [file for file in (DIRECTORY / "assets").iterdir() if file.suffix != ".gz" and file.name.encode() in html]
     return sum(len(gzip.compress(data, 9)) for data in (html, *(file.read_bytes() for file in assets)))

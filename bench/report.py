@@ -1,4 +1,4 @@
-"""Figures, and the table that they end in. Pure."""
+"""Figures, and the table of them. No I/O."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Target:
-    """The most that is hoped for: of the ratio product/floor, of the product's own figure, or of its worst round."""
+    """An upper bound to reach: of the ratio product/floor, of the product's own figure, or of its worst round."""
 
     of: Literal["ratio", "product", "worst"]
     most: float
@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of the rounds, and how far they are apart."""
+    """The median of the rounds, with the lowest and the highest."""
 
     median: float
     low: float
@@ -36,7 +36,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value."""
+        """Return the spread of at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Line:
-    """One label over all rounds; `ratio` is product/floor of each round, None where the floor has no such figure."""
+    """One label over all rounds. `ratio` is product/floor of each round, or None if the floor has no such figure."""
 
     label: str
     product: Spread
@@ -57,7 +57,7 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        """The target and whether the median, or the worst round, meets it; empty without one."""
+        """Return the target, and whether the median or the worst round meets it; an empty text without a target."""
         if self.target is None:
             return ""
         spread = self.ratio if self.target.of == "ratio" else self.product
@@ -69,7 +69,7 @@ class Line:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that so many percent of the values do not exceed (nearest rank)."""
+    """Return the smallest value that this percentage of the values does not exceed (nearest rank)."""
     if not values:
         raise ValueError("no values")
     rank = math.ceil(len(values) * percent / 100)
@@ -77,7 +77,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def lines(product: Sequence[Sequence[Figure]], floor: Sequence[Sequence[Figure]]) -> list[Line]:
-    """One line for each label of the product's, from the figures of each round."""
+    """Make one line for each label of the product, from the figures of each round."""
     ours, theirs = _by_label(product), _by_label(floor)
     targets = {figure.label: figure.target for figures in product for figure in figures}
     found = []
@@ -97,7 +97,7 @@ def lines(product: Sequence[Sequence[Figure]], floor: Sequence[Sequence[Figure]]
 
 
 def table(measures: Mapping[str, Sequence[Line]], *, has_floor: bool = True) -> str:
-    """The lines of all measures, by name, in columns; without a floor there are no columns for it."""
+    """Format the lines of all measures, by name, in columns; without a floor it has no columns."""
     rows: list[tuple[str, ...]] = [("", "product", "floor", "product/floor", "target")]
     for name, found in measures.items():
         rows.append((name, "", "", "", ""))
@@ -113,7 +113,7 @@ def table(measures: Mapping[str, Sequence[Line]], *, has_floor: bool = True) -> 
 
 
 def short(number: float) -> str:
-    """Three significant digits, no exponent."""
+    """Format a number with three significant digits and no exponent."""
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     digits = 2 - math.floor(math.log10(abs(number)))

@@ -21,7 +21,7 @@ TOKENS_PER_SECOND: Final = 50
 SETTLING_SECONDS: Final = 1.5
 BETWEEN_SECONDS: Final = (0.1, 0.5)  # from one sample to the next: no rhythm that a node's beat could fall in with
 ASKING_SECONDS: Final = (0.0, 0.03)  # from one stream's beginning to the next
-AWAY_SECONDS: Final = (0.1, 0.4)  # so that something is missed
+AWAY_SECONDS: Final = (0.1, 0.4)  # long enough to miss something
 STAYING_SECONDS: Final = (0.0, 0.2)
 WAITING_SECONDS_MAX: Final = 15.0
 ENDLESS: Final = "think 0 say 1000000"
@@ -30,7 +30,7 @@ THINKING: Final = "think 600 say 1"
 
 
 async def resume(bench: Bench, *, resumes: int, samples: int, lag_seconds: float) -> list[Figure]:
-    """Two nodes. All turns run on the first one, and what is timed happens to clients of the second."""
+    """Measure two nodes: all turns run on the first one, and the clients of the second are timed."""
     settings = {
         "AGENT": "bench.agents:asked",
         "AGENT_TIMEOUT_SECONDS": 600,
@@ -47,7 +47,7 @@ async def resume(bench: Bench, *, resumes: int, samples: int, lag_seconds: float
         try:
             await local.open(here.port, bench.token)
             await remote.open(there.port, bench.token)
-            # First what is to be timed in quiet: streams keep both nodes awake.
+            # First the measures that need quiet, because streams keep both nodes awake.
             learned = await _learn(local, remote, take(samples))
             early = await _cancel(local, remote, take(samples), THINKING)
             late = await _cancel(local, remote, take(samples), ENDLESS)
@@ -76,7 +76,7 @@ def _figures(label: str, seconds: Sequence[float], percent: int, most_ms: float)
 
 
 async def _learn(local: Ear, remote: Ear, conversation_ids: Sequence[UUID]) -> list[float]:
-    """From sending a message here until an idle follower there has its turn."""
+    """Measure the time from sending a message here until an idle follower there has its turn."""
     for one in conversation_ids:
         remote.follow(one, 0)
     await asyncio.sleep(SETTLING_SECONDS)
@@ -91,7 +91,7 @@ async def _learn(local: Ear, remote: Ear, conversation_ids: Sequence[UUID]) -> l
 
 
 async def _cancel(local: Ear, remote: Ear, conversation_ids: Sequence[UUID], question: str) -> list[float]:
-    """From cancelling there until it is known there."""
+    """Measure the time from cancelling a turn there until its end arrives there."""
     begins = is_type("turn.started" if question == THINKING else "turn.delta")
 
     async def sample(conversation_id: UUID) -> float:
@@ -124,7 +124,7 @@ async def _run(sample: Callable[[UUID], Awaitable[float]], conversation_id: UUID
 
 
 async def _follow(local: Ear, remote: Ear, conversation_ids: Sequence[UUID], seconds: float) -> list[float]:
-    """How much later each event comes there than here, in the steady state."""
+    """Measure how much later each event comes there than here, in the steady state."""
     for one in conversation_ids:
         local.ask(one, ENDLESS)
         remote.follow(one, 0)
@@ -145,7 +145,7 @@ async def _follow(local: Ear, remote: Ear, conversation_ids: Sequence[UUID], sec
 
 
 async def _resume(local: Ear, conversation_ids: Sequence[UUID], port: int, token: str, count: int) -> list[float]:
-    """From connecting there until the first event that was missed is there; nothing may be missing or come twice."""
+    """Measure the time from connecting there to the first missed event. No event may be missing or come twice."""
 
     async def come_and_go(conversation_id: UUID) -> list[float]:
         seconds = []

@@ -1,4 +1,4 @@
-"""What clients have seen of turns, and when; and what that says of gaps and delays. Pure."""
+"""Turns as clients have seen them, with times, and the gaps and delays in them. No I/O."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENDINGS: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 
 @dataclass
 class Seen:
-    """One client's view of a conversation with one turn: its text, and when the pieces of it came (seconds)."""
+    """One client's view of a conversation with one turn: its text, and the times of its pieces (seconds)."""
 
     text: str = ""
     seq: int = 0
@@ -24,7 +24,7 @@ class Seen:
     ending: str | None = None
 
     def hear(self, frame: Frame, at: float) -> None:
-        """Take a frame in, as a page would show it."""
+        """Add a frame, as a page would show it."""
         match frame["type"]:
             case "turn.delta":
                 self.text += frame["text"]
@@ -43,7 +43,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the database holds of a conversation with one turn."""
+    """A conversation with one turn, as the database holds it."""
 
     status: str
     content: str
@@ -52,7 +52,7 @@ class Stored:
 
 
 def longest_gap(came: Sequence[float], since: float) -> float:
-    """The longest time between two neighbours of which the later one came after `since`."""
+    """Return the longest time between two neighbours of which the later one came after `since`."""
     gaps = [later - earlier for earlier, later in pairwise(came) if later > since]
     if not gaps:
         raise ValueError("nothing came after it")
@@ -60,7 +60,7 @@ def longest_gap(came: Sequence[float], since: float) -> float:
 
 
 def fault_in(seen: Seen, stored: Stored, text: str) -> str | None:
-    """What is wrong with a turn that should have ended with this text, at the client or in the database."""
+    """Return the faults of a turn that should have ended with this text, at the client or in the database."""
     if stored.status != "completed" or seen.ending != "turn.completed":
         return f"it ended as {stored.status}, at the client as {seen.ending}"
     if stored.content != text:
@@ -75,13 +75,13 @@ def fault_in(seen: Seen, stored: Stored, text: str) -> str | None:
 
 
 def behind(local: Sequence[tuple[int, float]], remote: Sequence[tuple[int, float]]) -> list[float]:
-    """How much later each of the local frames (seq, when it came) came to the remote follower, which may have got it
-    merged with later ones. Every one must have come."""
+    """Return how much later each local frame (seq, time) came to the remote follower, perhaps merged with later ones.
+    Every one must have come."""
     seqs = [seq for seq, _ in remote]
     return [remote[bisect_left(seqs, seq)][1] - at for seq, at in local]
 
 
 def token_numbers(frames: Iterable[Frame]) -> list[int]:
-    """The numbers of the tokens `w0 w1 …` in the deltas among these frames."""
+    """Return the numbers of the tokens `w0 w1 …` in the deltas among these frames."""
     text = "".join(frame["text"] for frame in frames if frame["type"] == "turn.delta")
     return [int(token.removeprefix("w")) for token in text.split()]

@@ -1,4 +1,4 @@
-"""What is measured: Postgres with its default durability, and the product or the floor on a fresh database of it."""
+"""The servers that are measured: Postgres with default durability, and product or floor on a fresh database."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STOP_SECONDS: Final = 8.0
 CONTENT: Final = "a message of a hundred characters, which is about what people and models say to each other in chats"
 
 COMMANDS: Final[Mapping[Side, Sequence[str]]] = {
-    "product": ("-m", "anynode.server.cli", "serve", "--stop-with-input", "--quiet"),
+    "product": ("-m", "bench.product"),
     "floor": ("-m", "bench.floor"),
 }
 SEEDS: Final[Mapping[Side, Sequence[str]]] = {
@@ -59,14 +59,14 @@ SEEDS: Final[Mapping[Side, Sequence[str]]] = {
             FROM unnest($1::uuid[]) c, generate_series(1, $2::integer) p ORDER BY c, p""",
     ),
 }
-# Not `events`: it is never empty where turns run, and for a table that was empty when it was analysed the planner
-# makes plans that are good for nothing else.
+# Without `events`: it is never empty while turns run, and a table that was empty when it was analysed gets plans that
+# are good only for an empty table.
 ANALYSED: Final[Mapping[Side, str]] = {"product": "users, conversations, messages, turns", "floor": "messages"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     side: Side
     port: int
@@ -75,26 +75,26 @@ class Server:
     handle: asyncio.subprocess.Process
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         self.handle.kill()
 
     async def stop(self, within_seconds: float) -> int:
-        """SIGTERM; returns the exit status. Raises TimeoutError."""
+        """Send SIGTERM and return the exit status. Raises TimeoutError."""
         self.handle.terminate()
         async with asyncio.timeout(within_seconds):
             return await self.handle.wait()
 
     def cpu_seconds(self) -> float:
-        """CPU of the process and its children so far, user and system."""
+        """Return the CPU time of the process and its children so far, user and system."""
         return cpu_seconds(self.process)
 
     def private_bytes(self) -> int:
-        """Memory that would be free without it (USS), of the process and its children."""
+        """Return the memory that only the process and its children use (USS)."""
         processes = (self.process, *self.process.children(recursive=True))
         return sum(int(process.memory_full_info().uss) for process in processes)
 
     async def metric(self, name: str) -> float:
-        """One number of a node's `/metrics`."""
+        """Return one number of a node's `/metrics`."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         writer.write(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         answer = (await reader.read()).decode()
@@ -138,13 +138,13 @@ class Bench:
 
     @asynccontextmanager
     async def serve(self, side: Side, **environment: object) -> AsyncIterator[Server]:
-        """A server in a process of its own, on a copy of its template; the settings are the product's for both."""
+        """Start a server in a process of its own, on a copy of its template; both sides take the product's settings."""
         async with self._database(side) as url, self._process(side, url, environment) as server:
             yield server
 
     @asynccontextmanager
     async def serve_nodes(self, count: int, **environment: object) -> AsyncIterator[list[Server]]:
-        """So many nodes of the product on one database."""
+        """Start several nodes of the product on one database."""
         async with self._database("product") as url, AsyncExitStack() as stack:
             yield [await stack.enter_async_context(self._process("product", url, environment)) for _ in range(count)]
 
@@ -202,20 +202,20 @@ class Bench:
             await asyncio.sleep(0.03)
 
     def log(self) -> str:
-        """What the newest servers have said."""
+        """Return the logs of the newest servers."""
         return self._log.read_text() if self._log.exists() else ""
 
     def postgres_cpu_seconds(self) -> float:
-        """CPU of Postgres so far, with all of its processes, those included that have ended."""
+        """Return the CPU time of Postgres so far, with all of its processes, also those that have ended."""
         return cpu_seconds(self.postgres)
 
     async def wal_bytes(self) -> int:
-        """How much WAL has been written so far."""
+        """Return the bytes of WAL that were written so far."""
         return await self._number("SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::bigint")
 
     async def commits(self, server: Server) -> int:
-        """Transactions that have committed in the server's database so far. A backend tells of its own once a second,
-        and of its last ones after 10 s of idleness."""
+        """Return the transactions that were committed in the server's database so far. A backend reports its own once a
+        second, and its last ones after 10 s of idleness."""
         name = urlsplit(server.database_url).path.strip("/")
         return await self._number("SELECT xact_commit FROM pg_stat_database WHERE datname = $1", name)
 
@@ -236,13 +236,13 @@ class Bench:
 
 
 def cpu_seconds(process: psutil.Process) -> float:
-    """CPU of a process, its children and those that it has outlived, so far."""
+    """Return the CPU time of a process, its children and those that it has outlived, so far."""
     total = 0.0
     for one in (process, *process.children(recursive=True)):
         try:
             times = one.cpu_times()
         except psutil.NoSuchProcess:
-            continue  # it has just ended, and its parent counts it
+            continue  # it has just ended, and its parent counts its time
         total += times.user + times.system + times.children_user + times.children_system
     return total
 

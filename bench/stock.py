@@ -42,7 +42,7 @@ CHARACTERS_BEFORE_KILL: Final = 20  # characters that all tabs have shown when t
 
 @dataclass(frozen=True)
 class Outcome:
-    """What has become of one turn."""
+    """The end of one turn, as one client saw it."""
 
     client: str
     is_whole: bool
@@ -53,7 +53,7 @@ class Outcome:
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def stock() -> None:
-    """Count the answers that are whole after faults, as the AI SDK's own packages show them."""
+    """Count the answers that are complete after faults, as the AI SDK's own packages show them."""
 
 
 @stock.command()
@@ -68,12 +68,12 @@ def drops(count: int, face: str | None) -> None:
 @stock.command()
 @click.option("--count", default=20, show_default=True, type=click.IntRange(1), help="Nodes that are killed.")
 def kills(count: int) -> None:
-    """kill -9 of a node at a random moment of a turn of each client; the next connection goes to another node."""
+    """Send SIGKILL to a node at a random moment of a turn of each client; the next connection goes to another node."""
     _run(lambda bench, script: _kills(bench, script, count))
 
 
 def _run(measure: Callable[[Bench, Script], Awaitable[list[Outcome]]]) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing outlives it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no process outlives this one
     directory = Path(tempfile.mkdtemp(prefix="anynode-bench-"))
     try:
         install(SOURCES)
@@ -98,7 +98,7 @@ async def _measured(
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A line for each client."""
+    """Format a line for each client."""
     rows: list[tuple[str, ...]] = [("client", "turns", "whole", "doubled", "protocol errors", "reconnects")]
     for client in dict.fromkeys(outcome.client for outcome in outcomes):
         own = [outcome for outcome in outcomes if outcome.client == client]

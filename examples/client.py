@@ -1,4 +1,4 @@
-"""Ask over Anynode's own protocol, and print the answer as it comes, through however many reconnects.
+"""Ask over Anynode's own protocol, and print the answer as it comes, through any number of reconnects.
 
 pip install websockets
 ANYNODE_TOKEN=… python client.py "Why is the sky blue?"
@@ -22,7 +22,7 @@ ENDINGS = ("turn.completed", "turn.cancelled", "turn.failed")
 
 
 class Refused(Exception):
-    """The server said no, and would again."""
+    """The server refused the request, and would refuse it again."""
 
 
 async def ask(question: str, token: str) -> None:
@@ -60,7 +60,7 @@ async def ask(question: str, token: str) -> None:
 
 
 def text_after(shown: str, frame: dict[str, Any]) -> str:
-    """The text of the answer with this frame."""
+    """Return the text of the answer with this frame."""
     match frame["type"]:
         case "turn.delta":
             return shown + str(frame["text"])

@@ -1,4 +1,4 @@
-"""Ask with the OpenAI SDK, and go on after a lost connection where it broke, on whatever node.
+"""Ask with the OpenAI SDK, and continue after a lost connection where it broke, on any node.
 
 pip install openai
 ANYNODE_TOKEN=… python responses.py "Why is the sky blue?"

@@ -1,4 +1,4 @@
-"""Conversations: admitting a message, reading what a person or an agent sees, and their rows as such."""
+"""Conversations: admitting a message, reading a history or a snapshot, and their rows: made, listed, set, deleted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from msgspec import Struct
 
 from anynode.models.database import Database
 from anynode.models.ids import as_uuid
+from anynode.models.queries import bind
 from anynode.models.rules import COMPLETED
 
 DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
 
 
 class StoredMessage(Struct, frozen=True, gc=False):
-    """A message of the history; `tool_calls` is JSON. A Struct: a turn makes as many as its history is long."""
+    """A message of the history; `tool_calls` is JSON. It is a Struct because every turn makes one for each message."""
 
     role: str
     content: str
@@ -33,11 +34,12 @@ class StoredMessage(Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A user's message on its way in, with the ids and events that it will have; those make it repeatable.
+    """A user's message to admit, with the ids and events that it will have. They make the admission repeatable.
 
-    `conversation_id` is None for a new conversation, which then gets `new_conversation_id` and `title`; with a
-    `chat_id`, which is the client's own id of it, only where there is none yet.
-    `message_created` and `turn_started` are the payloads of its two events, JSON.
+    `client_message_id` and `client_chat_id` are ids that the client chose; the other ids are ours. Without a
+    `conversation_id` a new conversation gets `new_conversation_id` and `title`; with a `client_chat_id` it does so only
+    where the client's chat has no conversation yet. `message_created` and `turn_started` are the payloads of the two
+    events, JSON.
     """
 
     user_id: str
@@ -45,23 +47,24 @@ class Question:
     new_conversation_id: UUID
     title: str
     message_id: UUID
-    client_id: str
+    client_message_id: str
     content: str
     created_at: datetime
     turn_id: UUID
     message_created: str
     turn_started: str
-    chat_id: str | None = None
+    client_chat_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What became of a question.
+    """The outcome of a question.
 
-    `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order`, `message_id_taken` or, where an
-    old question was to be answered again, `not_last`. `turn_id` is its turn, or the one that keeps the conversation
-    busy. `first_seq` is the seq of the turn's first event, None when its events have been deleted; `last_role` is the
-    role that stands in the way of `role_order`; `client_id` that of a question that is answered again.
+    `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order`, `message_id_taken` or, where a
+    question was to be answered again, `not_last`. `turn_id` is the question's turn, or the turn that keeps the
+    conversation busy. `first_seq` is the seq of the turn's first event, None when its events have been deleted. With
+    `role_order`, `last_role` is the role of the last message. `client_message_id` is the id of a question that is
+    answered again.
     """
 
     outcome: str
@@ -71,7 +74,7 @@ class Admission:
     last_role: str | None = None
     system_prompt: str | None = None
     history: Sequence[StoredMessage] = ()
-    client_id: str | None = None
+    client_message_id: str | None = None
 
 
 async def admit(
@@ -83,30 +86,33 @@ async def admit(
     history_messages_max: int,
     on_sent: Callable[[], object],
 ) -> Admission:
-    """One transaction in one round trip; the lease runs from after `on_sent` is called. Raises Unavailable."""
-    named: list[object]
-    if question.chat_id is None:
-        statement, named = "admit", [question.conversation_id]
+    """Admit a user's message and begin its turn, in one transaction and one round trip.
+
+    The lease runs from after `on_sent` is called. Raises Unavailable.
+    """
+    arguments = {
+        "user_id": question.user_id,
+        "conversation_id": question.conversation_id,
+        "new_conversation_id": question.new_conversation_id,
+        "title": question.title,
+        "message_id": question.message_id,
+        "client_message_id": question.client_message_id,
+        "content": question.content,
+        "created_at": question.created_at,
+        "turn_id": question.turn_id,
+        "node": node,
+        "lease_seconds": lease_seconds,
+        "message_created": question.message_created,
+        "turn_started": question.turn_started,
+        "history_messages_max": history_messages_max,
+    }
+    client_chat_id = question.client_chat_id
+    if client_chat_id is None:
+        admitted = bind("admit", **arguments)
     else:
-        statement, named = "admit_to_chat", [question.chat_id, as_uuid(question.chat_id)]
-    rows = await database.fetch(
-        statement,
-        question.user_id,
-        *named,
-        question.new_conversation_id,
-        question.title,
-        question.message_id,
-        question.client_id,
-        question.content,
-        question.created_at,
-        question.turn_id,
-        node,
-        lease_seconds,
-        question.message_created,
-        question.turn_started,
-        history_messages_max,
-        on_sent=on_sent,
-    )
+        arguments["conversation_id"] = as_uuid(client_chat_id)
+        admitted = bind("admit_to_chat", client_chat_id=client_chat_id, **arguments)
+    rows = await database.run(admitted, on_sent=on_sent)
     return _admission(rows[0])
 
 
@@ -114,7 +120,7 @@ async def regenerate(
     database: Database,
     user_id: str,
     conversation_id: UUID,
-    client_id: str | None,
+    client_message_id: str | None,
     *,
     turn_id: UUID,
     created_at: datetime,
@@ -123,9 +129,22 @@ async def regenerate(
     history_messages_max: int,
     on_sent: Callable[[], object],
 ) -> Admission:
-    """Admit a turn that answers the last question again (`client_id`: only if that is its id). Raises Unavailable."""
-    arguments = (user_id, conversation_id, client_id, turn_id, created_at, node, lease_seconds, history_messages_max)
-    rows = await database.fetch("regenerate", *arguments, on_sent=on_sent)
+    """Begin a turn that answers the last question again; with `client_message_id`, only if that is its id.
+
+    The lease runs from after `on_sent` is called. Raises Unavailable.
+    """
+    regenerated = bind(
+        "regenerate",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        client_message_id=client_message_id,
+        turn_id=turn_id,
+        created_at=created_at,
+        node=node,
+        lease_seconds=lease_seconds,
+        history_messages_max=history_messages_max,
+    )
+    rows = await database.run(regenerated, on_sent=on_sent)
     return _admission(rows[0])
 
 
@@ -137,22 +156,24 @@ def _admission(row: asyncpg.Record) -> Admission:
         first_seq=row["first_seq"],
         last_role=row["last_role"],
         system_prompt=row["system_prompt"],
-        history=history_of(row),
-        client_id=row.get("client_id"),
+        history=decode_history(row),
+        client_message_id=row.get("client_id"),
     )
 
 
 async def read_history(
     database: Database, conversation_id: UUID, *, messages_max: int
 ) -> tuple[str | None, list[StoredMessage]] | None:
-    """The system prompt and the newest messages, whoever's they are. None: the conversation is deleted. Raises
-    Unavailable."""
-    rows = await database.fetch("history", conversation_id, messages_max)
-    return (rows[0]["system_prompt"], history_of(rows[0])) if rows else None
+    """Read the system prompt and the newest messages of any user's conversation. None: it is deleted.
+
+    Raises Unavailable.
+    """
+    rows = await database.run(bind("history", conversation_id=conversation_id, messages_max=messages_max))
+    return (rows[0]["system_prompt"], decode_history(rows[0])) if rows else None
 
 
-def history_of(row: asyncpg.Record) -> list[StoredMessage]:
-    """The history in a row that has the columns of `anynode_history`, oldest message first."""
+def decode_history(row: asyncpg.Record) -> list[StoredMessage]:
+    """Return the history in a row that has the columns of `anynode_history`, oldest message first."""
     roles: Sequence[str] = row["roles"] or ()
     optional = [row[name] for name in ("statuses", "turn_ids", "tool_calls", "tool_names", "tool_call_ids")]
     if all(column is None for column in optional):
@@ -178,8 +199,9 @@ class Snapshot:
 async def read_snapshot(
     database: Database, user_id: str, conversation_id: UUID, *, messages_max: int
 ) -> Snapshot | None:
-    """The newest messages and the running turn. None: not this user's conversation."""
-    rows = await database.fetch("snapshot", user_id, conversation_id, messages_max)
+    """Read the newest messages and the running turn. None: not this user's conversation. Raises Unavailable."""
+    snapshot = bind("snapshot", user_id=user_id, conversation_id=conversation_id, messages_max=messages_max)
+    rows = await database.run(snapshot)
     if not rows:
         return None
     head = rows[0]
@@ -198,14 +220,22 @@ async def create_conversation(
     created_at: datetime,
 ) -> asyncpg.Record:
     """Make a conversation; `metadata` is JSON. Returns its row. Raises Unavailable."""
-    arguments = (user_id, conversation_id, title, system_prompt, metadata, created_at)
-    (row,) = await database.fetch("create_conversation", *arguments)
+    created = bind(
+        "create_conversation",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        title=title,
+        system_prompt=system_prompt,
+        metadata=metadata,
+        created_at=created_at,
+    )
+    (row,) = await database.run(created)
     return row
 
 
 async def read_conversation(database: Database, user_id: str, conversation_id: UUID) -> asyncpg.Record | None:
-    """Its row. None: not this user's conversation. Raises Unavailable."""
-    rows = await database.fetch("read_conversation", user_id, conversation_id)
+    """Return the row of a conversation. None: not this user's conversation. Raises Unavailable."""
+    rows = await database.run(bind("read_conversation", user_id=user_id, conversation_id=conversation_id))
     return rows[0] if rows else None
 
 
@@ -218,27 +248,41 @@ async def list_conversations(
     before: tuple[datetime, UUID] | None = None,
     search: str | None = None,
 ) -> Sequence[asyncpg.Record]:
-    """Rows of conversations, newest activity first, past so many behind a place (updated_at, id), or from the top; with
-    `search` those whose titles contain it, in whatever case. Raises Unavailable."""
-    if before is not None:
-        return await database.fetch("list_conversations_before", user_id, limit, skip, search, *before)
-    return await database.fetch("list_conversations", user_id, limit, skip, search)
+    """Return rows of conversations, newest activity first, from the top or from a place (updated_at, id) on.
+
+    The first `skip` are left out. With `search`, only those are listed whose titles contain it, in upper or lower case.
+    Raises Unavailable.
+    """
+    arguments = {"user_id": user_id, "conversations_max": limit, "skip": skip, "search": search}
+    if before is None:
+        return await database.run(bind("list_conversations", **arguments))
+    updated_at, id = before
+    place = bind("list_conversations_before", before_updated_at=updated_at, before_id=id, **arguments)
+    return await database.run(place)
 
 
 async def update_conversation(
     database: Database, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]
 ) -> asyncpg.Record | None:
-    """Set what `changes` has of title, system_prompt and metadata (JSON). Returns the row. None: not this user's
+    """Set those of title, system_prompt and metadata (JSON) that `changes` has. Returns the row. None: not this user's
     conversation. Raises Unavailable."""
-    arguments: list[object] = []
-    for name in ("title", "system_prompt", "metadata"):
-        arguments += [name in changes, changes.get(name)]
-    rows = await database.fetch("update_conversation", user_id, conversation_id, *arguments)
+    updated = bind(
+        "update_conversation",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        sets_title="title" in changes,
+        title=changes.get("title"),
+        sets_system_prompt="system_prompt" in changes,
+        system_prompt=changes.get("system_prompt"),
+        sets_metadata="metadata" in changes,
+        metadata=changes.get("metadata"),
+    )
+    rows = await database.run(updated)
     return rows[0] if rows else None
 
 
 async def delete_conversation(database: Database, user_id: str, conversation_id: UUID, *, is_forced: bool) -> str:
-    """Delete it with all that belongs to it; `is_forced`: also while a turn runs. Returns `deleted`,
+    """Delete a conversation with all that belongs to it; while a turn runs only if `is_forced`. Returns `deleted`,
     `conversation_busy` or `not_found`. Raises Unavailable."""
     attempts = 0
 
@@ -246,15 +290,12 @@ async def delete_conversation(database: Database, user_id: str, conversation_id:
         nonlocal attempts
         attempts += 1
 
-    (row,) = await database.fetch(
-        "delete_conversation",
-        user_id,
-        conversation_id,
-        is_forced,
+    (row,) = await database.run(
+        bind("delete_conversation", user_id=user_id, conversation_id=conversation_id, is_forced=is_forced),
         within_seconds=DELETE_SECONDS_MAX,
         attempt_seconds=DELETE_SECONDS_MAX,
         on_sent=count,
     )
-    # Where an attempt's answer was lost, it may be the one that deleted.
+    # An earlier attempt, whose answer was lost, may be the one that deleted.
     is_deleted = row["outcome"] == "deleted" or (row["outcome"] == "not_found" and attempts > 1)
     return "deleted" if is_deleted else str(row["outcome"])

@@ -1,8 +1,8 @@
-"""The connections to Postgres: timeouts that hold, and repetition of what a broken connection left unknown.
+"""The connections to Postgres: time-outs that hold, and repetition of statements that a broken connection left unknown.
 
-A pool serves requests. The journal, the beat and the watch have a connection of their own each, so that a crowd of
-requests cannot keep a running turn from being committed, its lease from being renewed, or other nodes from being heard.
-None is opened before it is needed, and whether a pooler stands in between is found out before the first statement.
+A pool serves requests. The journal, the beat and the watch have one connection each, so that a crowd of requests cannot
+keep a running turn from being committed, its lease from being renewed, or other nodes from being heard. A connection is
+opened when it is needed. Whether a pooler stands in between is found out before the first statement.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
-from anynode.models.queries import query
+from anynode.models.queries import Bound
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
 CONTACT_SECONDS_MAX = 5.0
 _BACKOFF_SECONDS = (0.02, 0.5)  # the first and the longest wait between attempts
 _OPTIONS: dict[str, Any] = {"timeout": 5.0, "server_settings": {"application_name": "anynode"}}
 
-# What says that the server, not the statement, is the trouble: repeating an idempotent statement is right.
+# Errors of the server and not of the statement: repeating a statement that may be repeated is right.
 UNAVAILABLE: tuple[type[BaseException], ...] = (
     OSError,
     TimeoutError,
@@ -50,15 +50,15 @@ _FOREIGN_PARAMETERS = frozenset(
 
 
 class Unavailable(Exception):
-    """Postgres could not be reached, or did not answer, in the time given."""
+    """Postgres could not be reached, or did not answer, in the time given; the message says why."""
 
 
 class BadDatabaseUrl(ValueError):
-    """The URL is not one of a Postgres database; the message says why."""
+    """The URL is not that of a Postgres database; the message says why."""
 
 
 def normalise_url(url: str) -> str:
-    """`url` as asyncpg takes it. Raises BadDatabaseUrl; the message never shows the password."""
+    """Return `url` in the form that asyncpg takes. Raises BadDatabaseUrl; the message never shows the password."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -75,7 +75,7 @@ def normalise_url(url: str) -> str:
 
 
 def says_pooled(url: str) -> bool:
-    """Whether a parameter of the URL says that there is a pooler which no prepared statement survives."""
+    """Return whether a parameter of the URL says that there is a pooler behind which prepared statements are lost."""
     parameters = dict(parse_qsl(urlsplit(url).query))
     return parameters.get("pgbouncer", "").lower() == "true" or parameters.get("statement_cache_size") == "0"
 
@@ -85,12 +85,12 @@ def _nothing() -> None:
 
 
 class Line(Protocol):
-    """A way to Postgres on which statements run."""
+    """A connection, or a pool of them, on which statements run."""
 
     async def run(
         self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
     ) -> list[asyncpg.Record]:
-        """Run one statement; within so many seconds it has ended, or its connection has. `on_sent` is called when a
+        """Run one statement. After `seconds` it has ended, or its connection is closed. `on_sent` is called when a
         connection is there for it."""
 
     async def close(self) -> None:
@@ -114,20 +114,24 @@ class Database:
     async def connect(
         cls, url: str, *, pool_max: int, check: Callable[[str], Awaitable[None]] | None = None
     ) -> Database:
-        """Lines that open their connections when they need them. No statement runs before `check(url)` has passed once.
-        Raises BadDatabaseUrl."""
+        """Return a database whose connections are opened when they are needed. Raises BadDatabaseUrl.
+
+        No statement runs before `check(url)` has passed once.
+        """
         source = _Source(normalise_url(url), check, is_pooled=says_pooled(url) or None)
         pool = await asyncpg.create_pool(connect=source.connect, min_size=0, max_size=pool_max, reset=_keep)
         singles = [_SingleLine(source) for _ in ("journal", "beat", "watch")]
         return cls(source, _PoolLine(pool), *singles)
 
     async def contact(self) -> None:
-        """Do now what precedes the first statement, unless it is done. Raises Unavailable, what the check raises, or
-        asyncpg's errors when the server refuses the login."""
+        """Run the check and open a connection on each line now, before the first statement needs them.
+
+        Raises Unavailable, the check's errors, or asyncpg's errors when the server refuses the login.
+        """
         try:
             async with asyncio.timeout(CONTACT_SECONDS_MAX):
                 await self._source.contact()
-                # The first turn should not have to wait for them.
+                # The first turn should not have to wait for the connections.
                 await asyncio.gather(*(line.run("SELECT 1", (), CONTACT_SECONDS_MAX) for line in self._lines.values()))
         except UNAVAILABLE as error:
             if isinstance(error, ValueError):  # of a parameter or a certificate: waiting for the server does not help
@@ -136,11 +140,11 @@ class Database:
 
     @property
     def is_pooled(self) -> bool | None:
-        """Whether a pooler stands in between; None before the first contact, unless the URL says so."""
+        """True if a pooler stands in between; None before the first contact, unless the URL says so."""
         return self._source.is_pooled
 
     async def close(self) -> None:
-        """Close all connections; what is still under way after 5 s is cut."""
+        """Close all connections; statements that still run after 5 s are cut off."""
 
         async def close(line: Line) -> None:
             try:
@@ -151,28 +155,29 @@ class Database:
 
         await asyncio.gather(*(close(line) for line in self._lines.values()))
 
-    async def fetch(
+    async def run(
         self,
-        name: str,
-        *arguments: Any,
+        statement: Bound,
+        *,
         within_seconds: float = 5.0,
         attempt_seconds: float = ATTEMPT_SECONDS_MAX,
         on_sent: Callable[[], object] = _nothing,
         line: Literal["requests", "journal", "beat", "watch"] = "requests",
     ) -> list[asyncpg.Record]:
-        """Run the named statement, again and again while the server is away. Raises Unavailable after `within_seconds`.
+        """Run a statement, repeatedly while the server is away. Raises Unavailable after `within_seconds`.
 
-        An attempt is given up after `attempt_seconds`, and its connection with it. The outcome of a failed attempt is
-        unknown, so the statement must be one that may be repeated. `on_sent` is called before each, when a connection
-        is there for it.
+        An attempt is given up after `attempt_seconds`, and its connection is closed. The outcome of a failed attempt is
+        unknown, so the statement must be one that may be repeated. `on_sent` is called before each attempt, when a
+        connection is there for it. `line` is the connection, or pool of connections, to use.
         """
+        sql, arguments = statement
         now = asyncio.get_running_loop().time
         deadline = now() + within_seconds
         pause = _BACKOFF_SECONDS[0]
         while True:
             try:
                 seconds = min(deadline - now(), attempt_seconds)
-                return await self._lines[line].run(query(name), arguments, seconds, on_sent)
+                return await self._lines[line].run(sql, arguments, seconds, on_sent)
             except UNAVAILABLE as error:
                 if deadline - now() <= pause:
                     raise _unavailable(error) from error
@@ -180,7 +185,7 @@ class Database:
             pause = min(pause * 2, _BACKOFF_SECONDS[1])
 
     async def is_reachable(self) -> bool:
-        """Whether Postgres answers within 2 s."""
+        """Return whether Postgres answers within 2 s, and the check has passed."""
         try:
             await self._lines["requests"].run("SELECT 1", (), 2.0)
         except UNAVAILABLE:
@@ -193,11 +198,11 @@ class Database:
 class _Source:
     """Opens connections: with prepared statements, unless a pooler stands in between.
 
-    A pooler of transactions may run each on another connection of the server, where nothing is known of what was
-    prepared. Without its cache asyncpg sends a statement twice: first to be described, up to a Flush, at which a pooler
-    may not yet give the server's connection to another client; then once more, with its arguments, up to a Sync. So it
-    is one transaction, which the server ends by itself. With BEGIN and COMMIT around it, it would take two more round
-    trips, and a node that is stopped before its COMMIT would keep rows locked for as long as it is stopped.
+    A pooler of transactions may run each transaction on another connection of the server, which does not know the
+    statements that were prepared. Without its cache asyncpg sends a statement twice: first to be described, up to a
+    Flush, at which a pooler may not yet give the server's connection to another client; then with its arguments, up to
+    a Sync. So a statement is one transaction, which the server ends by itself. BEGIN and COMMIT around it would take
+    two more round trips, and a node that is stopped before its COMMIT would keep rows locked until it runs again.
     """
 
     def __init__(self, dsn: str, check: Callable[[str], Awaitable[None]] | None, *, is_pooled: bool | None) -> None:
@@ -215,14 +220,17 @@ class _Source:
                 self.is_pooled = await self._find_out()
 
     async def connect(self, *_: Any, **__: Any) -> asyncpg.Connection:
-        """Open one. The pool would hand over what it knows of it, which is nothing."""
+        """Open a connection. The arguments are those of the pool, which has none of its own."""
         await self.contact()
         options = {**_OPTIONS, "statement_cache_size": 0} if self.is_pooled else _OPTIONS
         connection: asyncpg.Connection = await asyncpg.connect(self._dsn, **options)
         return connection
 
     async def _find_out(self) -> bool:
-        """A pooler cannot know which server process a client will get, so it makes up the one that it tells."""
+        """Return whether the server process that was announced at login is not the one that answers.
+
+        A pooler cannot know at login which process a client will get, so it announces one that it has made up.
+        """
         connection = await asyncpg.connect(self._dsn, **_OPTIONS, statement_cache_size=0)
         try:
             return bool(await connection.fetchval("SELECT pg_backend_pid()") != connection.get_server_pid())
@@ -260,12 +268,12 @@ class _SingleLine:
     def __init__(self, source: _Source) -> None:
         self._source = source
         self._connection: asyncpg.Connection | None = None
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
     async def run(
         self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
     ) -> list[asyncpg.Record]:
-        async with asyncio.timeout(seconds), self._turn:
+        async with asyncio.timeout(seconds), self._lock:
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._source.connect()
             on_sent()
@@ -289,8 +297,8 @@ async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[as
         rows: list[asyncpg.Record] = await connection.fetch(sql, *arguments)
     except BaseException as error:
         # asyncpg would wait for the server to confirm a cancelled statement; a server that does not answer would
-        # then hold the connection for ever. An error that the server itself reported is harmless,
-        # unless it is the last thing that it, or a pooler in its place, says.
+        # then hold the connection for ever. An error that the server itself reported is harmless, unless the server,
+        # or a pooler in its place, closes the connection after it.
         if not isinstance(error, asyncpg.PostgresError) or isinstance(error, _LAST_WORDS):
             connection.terminate()
         raise
@@ -298,4 +306,4 @@ async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[as
 
 
 async def _keep(connection: asyncpg.Connection) -> None:
-    """No statement of ours leaves session state behind, so a connection needs no reset between two uses."""
+    """Do nothing: no statement leaves session state behind, so a connection needs no reset between two uses."""

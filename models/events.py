@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from anynode.models.database import Database
+from anynode.models.queries import Bound, bind
 
 DELTA = "turn.delta"
 
@@ -19,8 +20,8 @@ DELTA = "turn.delta"
 class Event(Struct, gc=False):
     """One committed row of the journal; `payload` is a JSON object as text.
 
-    `frame` is for whoever shows the event: what it is encoded to once serves all who follow. A node makes one for
-    nearly every token, and none is ever part of a cycle: so the garbage collector need not know them.
+    `frame` is the event as it is sent, encoded once for all followers. A node makes one `Event` for nearly every token,
+    and none is ever part of a cycle, so the garbage collector need not know them.
     """
 
     seq: int
@@ -48,7 +49,7 @@ class NewMessage:
 
 @dataclass(slots=True)
 class Ending:
-    """How a turn ended; committed together with its last event. `error` and `usage` are JSON."""
+    """The end of a turn, committed together with its last event. `error` and `usage` are JSON."""
 
     status: str
     messages: Sequence[NewMessage]
@@ -58,7 +59,7 @@ class Ending:
 
 @dataclass(slots=True)
 class Entry:
-    """What one turn has to append in a flush, under the epoch that it runs in."""
+    """The events that one turn appends in a flush, under the epoch that it runs in, and its ending."""
 
     turn_id: UUID
     epoch: int
@@ -69,56 +70,69 @@ class Entry:
 async def flush(database: Database, entries: Sequence[Entry], *, within_seconds: float) -> set[UUID]:
     """Append all entries in one statement. Returns the turns that were refused: their epoch is stale, or they have
     ended. Repeating it with the same entries is harmless. Raises Unavailable, or asyncpg.PostgresError."""
-    if len(entries) == 1 and entries[0].ending is None and len(entries[0].events) == 1:
-        entry, event = entries[0], entries[0].events[0]
-        values = (entry.turn_id, entry.epoch, event.seq, event.type, event.payload)
-        rows = await database.fetch("flush_one", *values, within_seconds=within_seconds, line="journal")
-        return {row["turn_id"] for row in rows}
-    ends = [(entry, entry.ending) for entry in entries if entry.ending is not None]
-    arguments: list[Sequence[object]] = [
-        [str(entry.turn_id) for entry in entries],
-        [entry.epoch for entry in entries],
-        [number for number, entry in enumerate(entries, 1) for _ in entry.events],
-        [event.seq for entry in entries for event in entry.events],
-        [event.type for entry in entries for event in entry.events],
-        [event.payload for entry in entries for event in entry.events],
-    ]
-    if ends:
-        said = [(entry.turn_id, message) for entry, ending in ends for message in ending.messages]
-        arguments += [
-            [turn_id for turn_id, _ in said],
-            [message.id for _, message in said],
-            [message.user_id for _, message in said],
-            [message.number for _, message in said],
-            [message.role for _, message in said],
-            [message.content for _, message in said],
-            [message.tool_calls for _, message in said],
-            [message.tool_name for _, message in said],
-            [message.tool_call_id for _, message in said],
-            [message.status for _, message in said],
-            [message.created_at for _, message in said],
-            [entry.turn_id for entry, _ in ends],
-            [ending.status for _, ending in ends],
-            [ending.error for _, ending in ends],
-            [ending.usage for _, ending in ends],
-            [entry.events[-1].seq for entry, _ in ends],
-        ]
-    name = "flush_with_endings" if ends else "flush"
-    rows = await database.fetch(name, *arguments, within_seconds=within_seconds, line="journal")
+    rows = await database.run(_flush(entries), within_seconds=within_seconds, line="journal")
     return {row["turn_id"] for row in rows}
 
 
+def _flush(entries: Sequence[Entry]) -> Bound:
+    """Return the cheapest statement that appends all entries."""
+    if len(entries) == 1 and entries[0].ending is None and len(entries[0].events) == 1:
+        (entry,) = entries
+        (event,) = entry.events
+        return bind(
+            "flush_one",
+            turn_id=entry.turn_id,
+            epoch=entry.epoch,
+            seq=event.seq,
+            type=event.type,
+            payload=event.payload,
+        )
+    events: dict[str, Sequence[object]] = {
+        "turn_ids": [str(entry.turn_id) for entry in entries],
+        "epochs": [entry.epoch for entry in entries],
+        "event_turns": [number for number, entry in enumerate(entries, 1) for _ in entry.events],
+        "event_seqs": [event.seq for entry in entries for event in entry.events],
+        "event_types": [event.type for entry in entries for event in entry.events],
+        "event_payloads": [event.payload for entry in entries for event in entry.events],
+    }
+    ends = [(entry, entry.ending) for entry in entries if entry.ending is not None]
+    if not ends:
+        return bind("flush", **events)
+    said = [(entry.turn_id, message) for entry, ending in ends for message in ending.messages]
+    return bind(
+        "flush_with_endings",
+        **events,
+        message_turn_ids=[turn_id for turn_id, _ in said],
+        message_ids=[message.id for _, message in said],
+        user_ids=[message.user_id for _, message in said],
+        numbers=[message.number for _, message in said],
+        roles=[message.role for _, message in said],
+        contents=[message.content for _, message in said],
+        tool_calls=[message.tool_calls for _, message in said],
+        tool_names=[message.tool_name for _, message in said],
+        tool_call_ids=[message.tool_call_id for _, message in said],
+        message_statuses=[message.status for _, message in said],
+        created_ats=[message.created_at for _, message in said],
+        ended_turn_ids=[entry.turn_id for entry, _ in ends],
+        statuses=[ending.status for _, ending in ends],
+        errors=[ending.error for _, ending in ends],
+        usages=[ending.usage for _, ending in ends],
+        last_seqs=[entry.events[-1].seq for entry, _ in ends],
+    )
+
+
 async def ended_under(database: Database, claims: dict[UUID, int], *, within_seconds: float) -> set[UUID]:
-    """Which of the refused turns (id → epoch) have ended under that very epoch: a flush whose answer was lost had
-    already committed them, so they are not lost to another node."""
-    rows = await database.fetch("turn_states", list(claims), within_seconds=within_seconds, line="journal")
+    """Return which of the refused turns (id → epoch) have ended under that very epoch. They are not lost to another
+    node: an earlier attempt of the flush, whose answer was lost, has committed them. Raises Unavailable."""
+    states = bind("turn_states", turn_ids=list(claims))
+    rows = await database.run(states, within_seconds=within_seconds, line="journal")
     return {row["id"] for row in rows if row["status"] != "running" and row["epoch"] == claims[row["id"]]}
 
 
 @dataclass(slots=True)
 class Reading:
-    """What lies after a cursor: `events` in order without a gap, unless `is_broken`: then the journal no longer (or,
-    after a failover, not yet) holds the cursor's place, and only a snapshot helps."""
+    """The journal after a cursor: `events` in order without a gap, unless `is_broken`. Then the journal no longer (or,
+    after a failover, not yet) holds the cursor's place, and the follower needs a snapshot."""
 
     events: list[Event]
     is_broken: bool
@@ -130,17 +144,29 @@ class Reading:
 async def read_events(
     database: Database, user_id: str, conversation_id: UUID, after: int, *, limit: int
 ) -> Reading | None:
-    """At most `limit` events with a seq greater than `after`. None: not this user's conversation."""
-    rows = await database.fetch("read_events", user_id, conversation_id, after, limit + 1)
+    """Read at most `limit` events with a seq greater than `after`. None: not this user's conversation.
+
+    Raises Unavailable.
+    """
+    journal = bind("read_events", user_id=user_id, conversation_id=conversation_id, cursor=after, events_max=limit + 1)
+    rows = await database.run(journal)
     return _reading(rows, after, limit) if rows else None
 
 
 async def read_running(
     database: Database, cursors: Mapping[UUID, int], *, limit: int, within_seconds: float
 ) -> dict[UUID, Reading]:
-    """The same for many conversations (id → cursor) in one statement, whoever's they are. Raises Unavailable."""
-    arguments = ([str(conversation_id) for conversation_id in cursors], list(cursors.values()), limit + 1)
-    rows = await database.fetch("read_running", *arguments, within_seconds=within_seconds, line="watch")
+    """Read the journals of many conversations (id → cursor), of any users, in one statement; see `read_events`.
+
+    Raises Unavailable.
+    """
+    journals = bind(
+        "read_running",
+        conversation_ids=[str(conversation_id) for conversation_id in cursors],
+        cursors=list(cursors.values()),
+        events_max=limit + 1,
+    )
+    rows = await database.run(journals, within_seconds=within_seconds, line="watch")
     by_number: dict[int, list[asyncpg.Record]] = {}
     for row in rows:
         by_number.setdefault(row["number"], []).append(row)
@@ -162,11 +188,11 @@ def _reading(rows: Sequence[asyncpg.Record], after: int, limit: int) -> Reading:
 
 
 def delta_payload(text: str) -> str:
-    """The payload of a `turn.delta`."""
+    """Return the payload of a `turn.delta` with this text."""
     return '{"text":' + msgspec.json.encode(text).decode() + "}"
 
 
 def delta_text(event: Event) -> str:
-    """The text of a `turn.delta`."""
+    """Return the text of a `turn.delta`."""
     text: str = msgspec.json.decode(event.payload)["text"]
     return text

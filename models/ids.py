@@ -1,4 +1,4 @@
-"""Ids that sort by the time they were made: UUID version 7 (RFC 9562), as PostgreSQL before 18 has none."""
+"""Ids that sort by the time they were made: UUID version 7 (RFC 9562), which PostgreSQL has only from 18 on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import UUID
 
 
 def uuid7() -> UUID:
-    """A new id: 48 bits of Unix milliseconds, then 74 random bits."""
+    """Return a new id: 48 bits of Unix milliseconds, then 74 random bits."""
     milliseconds = time.time_ns() // 1_000_000
     random = int.from_bytes(os.urandom(10))
     value = (milliseconds & 0xFFFF_FFFF_FFFF) << 80
@@ -18,12 +18,12 @@ def uuid7() -> UUID:
 
 
 def made_at(id: UUID) -> float:
-    """When an id of `uuid7` was made, in Unix seconds, by the clock of who made it."""
+    """Return when an id of `uuid7` was made, in Unix seconds, by the clock of the node that made it."""
     return (id.int >> 80) / 1000
 
 
 def as_uuid(text: str) -> UUID | None:
-    """The UUID that is written so, None where it is none."""
+    """Return the UUID that a text of 36 characters spells, or None."""
     try:
         return UUID(text) if len(text) == 36 else None
     except ValueError:

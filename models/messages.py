@@ -1,4 +1,4 @@
-"""Messages that are read and written without a turn: pages, and what is appended in the right order of roles."""
+"""Messages that are read and written without a turn: pages of them, and appending in the right order of roles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import asyncpg
 import msgspec
 
 from anynode.models.database import Database
+from anynode.models.queries import bind
 from anynode.models.rules import Tail
 
 PAGE_BYTES_MAX: Final = 2_097_152  # of content; a page is encoded at once
@@ -20,7 +21,7 @@ MOVED_TIMES_MAX: Final = 20  # how often others may be faster before an append g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppendedMessage:
-    """A message on its way in; `tool_calls` is JSON, and so is `payload`, that of its event."""
+    """A message to append; `tool_calls` and `payload`, which is its event's, are JSON."""
 
     id: UUID
     role: str
@@ -36,8 +37,8 @@ AnyShown = TypeVar("AnyShown")
 
 @dataclass(frozen=True, slots=True)
 class AppendOutcome(Generic[AnyShown]):
-    """What became of messages: `outcome` is `appended`, `not_found` or `conversation_busy`; `last_seq` is the seq of
-    the last one's event. Each comes with what `checked` made of it for whoever asked."""
+    """The outcome of an append: `appended`, `not_found` or `conversation_busy`. `last_seq` is the seq of the last
+    message's event. Each message comes with what `checked` made of it for the caller."""
 
     outcome: str
     last_seq: int
@@ -52,37 +53,40 @@ async def append_messages(
     created_at: datetime,
     checked: Callable[[Tail], Sequence[tuple[AppendedMessage, AnyShown]]],
 ) -> AppendOutcome[AnyShown]:
-    """Append all that `checked` makes of the conversation's end, or nothing. It raises where the order of roles is not
-    kept, and is asked again when others were faster: what it has decided holds under the conversation's lock.
-    Raises Unavailable."""
+    """Append all messages that `checked` returns for the conversation's end, or none.
+
+    `checked` raises where the order of roles is not kept. It is called again when another append or turn was faster, so
+    its decision holds under the conversation's lock. Raises Unavailable.
+    """
     for _ in range(MOVED_TIMES_MAX):
-        rows = await database.fetch("read_tail", user_id, conversation_id)
+        rows = await database.run(bind("read_tail", user_id=user_id, conversation_id=conversation_id))
         if not rows:
             return AppendOutcome("not_found", 0, ())
         if rows[0]["is_running"]:
             return AppendOutcome("conversation_busy", 0, ())
         messages = checked(_tail(rows))
-        (row,) = await database.fetch(
+        appended = bind(
             "append",
-            user_id,
-            conversation_id,
-            rows[-1]["position"] or 0,
-            created_at,
-            [message.id for message, _ in messages],
-            [message.role for message, _ in messages],
-            [message.content for message, _ in messages],
-            [message.tool_calls for message, _ in messages],
-            [message.tool_name for message, _ in messages],
-            [message.tool_call_id for message, _ in messages],
-            [message.payload for message, _ in messages],
+            user_id=user_id,
+            conversation_id=conversation_id,
+            position=rows[-1]["position"] or 0,
+            created_at=created_at,
+            ids=[message.id for message, _ in messages],
+            roles=[message.role for message, _ in messages],
+            contents=[message.content for message, _ in messages],
+            tool_calls=[message.tool_calls for message, _ in messages],
+            tool_names=[message.tool_name for message, _ in messages],
+            tool_call_ids=[message.tool_call_id for message, _ in messages],
+            payloads=[message.payload for message, _ in messages],
         )
+        (row,) = await database.run(appended)
         if row["outcome"] != "moved":
             return AppendOutcome(row["outcome"], row["last_seq"] or 0, messages)
     return AppendOutcome("conversation_busy", 0, ())
 
 
 def _tail(rows: Sequence[asyncpg.Record]) -> Tail:
-    """The end of a conversation whose last messages these are, from the last one that is no tool's."""
+    """Return the end of a conversation from its last messages, which begin with the last one that is no tool's."""
     stored = rows[0]["tool_calls"]
     calls = [] if stored is None else msgspec.json.decode(stored)
     pending: dict[str, str] = {call["id"]: call["function"]["name"] for call in calls}
@@ -93,8 +97,10 @@ def _tail(rows: Sequence[asyncpg.Record]) -> Tail:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Messages, oldest first, as rows with the fields of a message. `is_first`: nothing is older. `older` and `newer`
-    are the ones next to them, where there are such."""
+    """Messages, oldest first, as rows with the fields of a message. `is_first`: no message is older.
+
+    `older` and `newer` are the messages next to the page, None where there is none.
+    """
 
     messages: Sequence[asyncpg.Record]
     is_first: bool
@@ -112,10 +118,18 @@ async def read_messages(
     before: UUID | None,
     with_superseded: bool = True,
 ) -> Page | None:
-    """The newest messages, or the newest before one of them, at most `limit` and no more than 2 MiB. None: not this
-    user's conversation, or no such message in it. Raises Unavailable."""
-    arguments = (before, limit + (1 if before is None else 2), with_superseded, PAGE_BYTES_MAX)
-    rows = await database.fetch("read_messages", user_id, conversation_id, *arguments, within_seconds=10.0)
+    """Read the newest messages, or the newest before one of them: at most `limit`, and no more than 2 MiB. None: not
+    this user's conversation, or there is no such message in it. Raises Unavailable."""
+    newest = bind(
+        "read_messages",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        before=before,
+        messages_max=limit + (1 if before is None else 2),
+        with_superseded=with_superseded,
+        bytes_max=PAGE_BYTES_MAX,
+    )
+    rows = await database.run(newest, within_seconds=10.0)
     if not rows:
         return None
     found = [row for row in rows if row["id"] is not None]

@@ -1,4 +1,4 @@
-"""Brings the schema up to date, one process at a time, and tells when it is behind."""
+"""Brings the schema up to date, one process at a time, and says when it is behind."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class SchemaBehind(Unavailable):
 
 
 async def migrate(url: str, *, progress: Callable[[str], object] = lambda name: None) -> list[str]:
-    """Apply what is missing, all or nothing; returns the names of the applied migrations. Any number may run at once.
+    """Apply all missing migrations or none, and return their names. Any number of processes may do so at once.
 
-    The lock and the work share one transaction, so that it also holds behind a pooler, and so that those who wait
-    there for the lock cannot have taken the last connection, which its holder needs for the work.
+    The lock and the work share one transaction. So the lock also holds behind a pooler; and processes that wait there
+    for the lock cannot have taken the last connection, which its holder would need for the work.
     """
     applied: list[str] = []
 
@@ -39,14 +39,12 @@ async def migrate(url: str, *, progress: Callable[[str], object] = lambda name: 
         if event == "apply_done":
             applied.append(name)
 
-    dsn = normalise_url(url)
-    connections = {"default": {"engine": __name__, "credentials": {"url": dsn}}}
-    await Tortoise.init(config={"connections": connections, "apps": _APPS}, init_connections=False)
+    await Tortoise.init(config=tortoise_config(url), init_connections=False)
     try:
         async with in_transaction("default") as client:
             await client.execute_script(f"SELECT pg_advisory_xact_lock({_LOCK})")
             executor = MigrationExecutor(client, _APPS)
-            # It would look into its table before it makes it, and that error would end the transaction.
+            # The recorder would read its table before it makes it, and that error would end the transaction.
             await executor.recorder.ensure_schema(AsyncpgSchemaEditor(client, atomic=False))
             await executor.migrate(progress=report)
     finally:
@@ -56,14 +54,20 @@ async def migrate(url: str, *, progress: Callable[[str], object] = lambda name: 
     return applied
 
 
+def tortoise_config(url: str) -> dict[str, Any]:
+    """Return the configuration with which `Tortoise.init` reaches the models. Raises BadDatabaseUrl."""
+    connections = {"default": {"engine": __name__, "credentials": {"url": normalise_url(url)}}}
+    return {"connections": connections, "apps": _APPS}
+
+
 async def check_schema(url: str) -> None:
-    """Raises SchemaBehind."""
+    """Raise SchemaBehind if the database has not seen all migrations that this code knows."""
     if missing := await missing_migrations(url):
         raise SchemaBehind(", ".join(missing))
 
 
 async def missing_migrations(url: str) -> list[str]:
-    """The names of the migrations that this code knows and the database has not seen."""
+    """Return the names of the migrations that this code knows and the database has not seen."""
     connection = await asyncpg.connect(normalise_url(url), **_OPTIONS)
     try:
         exists = await connection.fetchval("SELECT to_regclass('tortoise_migrations') IS NOT NULL")
@@ -76,8 +80,8 @@ async def missing_migrations(url: str) -> list[str]:
 
 
 class client_class(AsyncpgDBClient):  # noqa: N801  (the name that Tortoise looks for in an engine's module)
-    """Tortoise's client, but connected by the URL, which its own parser does not understand (`sslmode`, unix sockets),
-    and with asyncpg's own errors where that fails."""
+    """Tortoise's client, connected by the URL as asyncpg reads it: Tortoise's own parser knows neither `sslmode` nor
+    unix sockets. Where it cannot connect, the errors are asyncpg's."""
 
     async def create_connection(self, with_db: bool) -> None:
         self._pool = await asyncpg.create_pool(self.extra["url"], min_size=1, max_size=1, **_OPTIONS)

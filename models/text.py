@@ -1,4 +1,4 @@
-"""What Postgres can hold as text: no NUL and no lone surrogate."""
+"""Text that Postgres can hold: without NUL and without lone surrogates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REPLACEMENT = "\ufffd"
 
 
 def is_storable(text: str) -> bool:
-    """Whether `text` can be stored as it is."""
+    """Return whether Postgres can hold `text`."""
     if text.isascii():
         return "\0" not in text
     if "\0" in text:
@@ -22,7 +22,7 @@ def is_storable(text: str) -> bool:
 
 
 def clean(value: Any) -> Any:
-    """A JSON value with all of its text made storable."""
+    """Return a JSON value with all of its text made storable."""
     match value:
         case str():
             return value if is_storable(value) else _join_surrogates(value.replace("\0", REPLACEMENT))
@@ -34,7 +34,7 @@ def clean(value: Any) -> Any:
 
 
 class TextCleaner:
-    """Makes a stream of chunks storable; a surrogate pair that is split between two chunks is put together."""
+    """Makes a stream of chunks storable. The halves of a surrogate pair in two chunks are put together."""
 
     __slots__ = ("_high",)
 
@@ -42,7 +42,7 @@ class TextCleaner:
         self._high = ""  # a high surrogate that waits for its other half
 
     def clean(self, chunk: str) -> str:
-        """The storable text of `chunk`, less a last half of a pair, which comes with the next chunk."""
+        """Return the storable text of `chunk`. The first half of a pair at its end is held back."""
         if not self._high and is_storable(chunk):
             return chunk
         chunk = self._high + chunk
@@ -52,7 +52,7 @@ class TextCleaner:
         return _join_surrogates(chunk.replace("\0", REPLACEMENT))
 
     def finish(self) -> str:
-        """What was held back, once the stream is over."""
+        """Return the text that was held back, once the stream is over."""
         rest, self._high = self._high, ""
         return REPLACEMENT if rest else ""
 

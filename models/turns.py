@@ -9,12 +9,26 @@ from uuid import UUID
 import asyncpg
 
 from anynode.models.database import Database
+from anynode.models.queries import bind
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRef:
+    """Where a turn of a user is. `first_seq` is the seq of its first event, None when its events have been deleted."""
+
+    user_id: str
+    conversation_id: UUID
+    turn_id: UUID
+    first_seq: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class TakenTurn:
-    """A turn that this node has taken over; `seq` is that of the `turn.restarted` that says so. What stands of the turn
-    is the `text` that it shows, and in `journal` the events (type, JSON payload) that said it, tools included."""
+    """A turn that this node has taken over; `seq` is the seq of the `turn.restarted` that says so.
+
+    `text` is the text that the turn still shows. `standing_events` are the events (type, JSON payload) that it stands
+    on, tools included.
+    """
 
     turn_id: UUID
     conversation_id: UUID
@@ -22,15 +36,15 @@ class TakenTurn:
     epoch: int
     seq: int
     text: str
-    journal: Sequence[tuple[str, str]]
+    standing_events: Sequence[tuple[str, str]]
     cancel_requested: bool
-    is_exhausted: bool  # too many nodes have died of it
+    is_exhausted: bool  # too many nodes have died while running it
 
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """What a watch has found: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
-    `begun`, or that are deleted, and the `horizon` from which the next watch goes on."""
+    """The findings of a watch: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
+    `begun` or that were deleted, and the `horizon` from which the next watch goes on."""
 
     horizon: int
     to_cancel: Sequence[UUID]
@@ -38,8 +52,9 @@ class News:
 
 
 async def watch(database: Database, *, node: str, since: int | None, limit: int, within_seconds: float) -> News:
-    """Look what other nodes have done. `since`: the horizon of an earlier watch. Raises Unavailable."""
-    (row,) = await database.fetch("watch", node, since, limit, within_seconds=within_seconds, line="watch")
+    """Read what other nodes have done since the horizon of an earlier watch; None begins there. Raises Unavailable."""
+    news = bind("watch", node=node, horizon=since, changes_max=limit)
+    (row,) = await database.run(news, within_seconds=within_seconds, line="watch")
     begun = dict(zip(row["ids"] or (), row["last_seqs"] or (), strict=True))
     return News(row["horizon"], row["cancelled"], begun)
 
@@ -47,12 +62,12 @@ async def watch(database: Database, *, node: str, since: int | None, limit: int,
 async def renew_leases(
     database: Database, claims: Mapping[UUID, int], *, lease_seconds: float, within_seconds: float
 ) -> dict[UUID, bool]:
-    """Renew the leases of turns (id → epoch). Returns those still held, and whether each is to be cancelled."""
-    rows = await database.fetch(
-        "renew",
-        list(claims),
-        list(claims.values()),
-        lease_seconds,
+    """Renew the leases of turns (id → epoch). Returns those still held, and whether each is to be cancelled.
+
+    Raises Unavailable.
+    """
+    rows = await database.run(
+        bind("renew", turn_ids=list(claims), epochs=list(claims.values()), lease_seconds=lease_seconds),
         within_seconds=within_seconds,
         attempt_seconds=max(0.5, within_seconds / 4),  # one silent connection must not cost the leases
         line="beat",
@@ -61,8 +76,9 @@ async def renew_leases(
 
 
 async def release_leases(database: Database, claims: Mapping[UUID, int]) -> None:
-    """Let other nodes have these turns (id → epoch) at once."""
-    await database.fetch("release", list(claims), list(claims.values()), within_seconds=2.0, line="beat")
+    """Let other nodes have these turns (id → epoch) at once. Raises Unavailable."""
+    released = bind("release", turn_ids=list(claims), epochs=list(claims.values()))
+    await database.run(released, within_seconds=2.0, line="beat")
 
 
 async def take_over(
@@ -74,15 +90,27 @@ async def take_over(
     beat_seconds: float,
     limit: int,
     max_attempts: int,
-    standing: Sequence[str],
+    stands_up_to: Sequence[str],
     within_seconds: float,
     on_sent: Callable[[], object],
 ) -> list[TakenTurn]:
-    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch; and those that are its own
-    already, but not `known` to it and not renewed for two beats. They stand up to their last event of a type in
-    `standing`. Not on the beat's line: renewals must not wait for it. Raises Unavailable."""
-    arguments = (node, list(known), lease_seconds, limit, max_attempts, list(standing), 2 * beat_seconds)
-    rows = await database.fetch("take_over", *arguments, within_seconds=within_seconds, on_sent=on_sent)
+    """Make at most `limit` turns with lapsed leases this node's own, under the next epoch.
+
+    Turns that are its own already are taken too, if they are not `known` to it and were not renewed for two beats. A
+    turn stands up to its last event of a type in `stands_up_to`. Raises Unavailable.
+    """
+    lapsed = bind(
+        "take_over",
+        node=node,
+        known=list(known),
+        lease_seconds=lease_seconds,
+        turns_max=limit,
+        attempts_max=max_attempts,
+        stands_up_to=list(stands_up_to),
+        two_beats_seconds=2 * beat_seconds,
+    )
+    # Not on the beat's line: renewals must not wait for it.
+    rows = await database.run(lapsed, within_seconds=within_seconds, on_sent=on_sent)
     return [
         TakenTurn(
             turn_id=row["turn_id"],
@@ -91,7 +119,7 @@ async def take_over(
             epoch=row["epoch"],
             seq=row["seq"],
             text=row["text"],
-            journal=list(zip(row["types"] or (), row["payloads"] or (), strict=True)),
+            standing_events=list(zip(row["types"] or (), row["payloads"] or (), strict=True)),
             cancel_requested=row["cancel_requested"],
             is_exhausted=row["is_exhausted"],
         )
@@ -102,52 +130,51 @@ async def take_over(
 async def request_cancel(
     database: Database, user_id: str, conversation_id: UUID, turn_id: UUID | None
 ) -> list[UUID | None]:
-    """Ask for a turn to be stopped (None: the running one). Returns its id, or None in its place where there is no
-    such turn; nothing: not this user's conversation."""
-    rows = await database.fetch("request_cancel", user_id, conversation_id, turn_id)
+    """Ask for a turn to be stopped (None: the running one). Returns a list with its id, or with None where there is no
+    such turn. An empty list: not this user's conversation. Raises Unavailable."""
+    asked = bind("request_cancel", user_id=user_id, conversation_id=conversation_id, turn_id=turn_id)
+    rows = await database.run(asked)
     return [row["id"] for row in rows]
 
 
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:
-    """Delete the events of at most `limit` turns that ended longer ago than that. Returns how many turns."""
-    return len(await database.fetch("delete_expired_events", retention_seconds, limit))
+    """Delete the events of at most `limit` turns that ended more than `retention_seconds` ago. Returns how many turns.
+
+    Raises Unavailable.
+    """
+    return len(await database.run(bind("delete_expired_events", retention_seconds=retention_seconds, turns_max=limit)))
 
 
 async def delete_expired_messages(database: Database, *, retention_seconds: float, limit: int) -> int:
-    """Delete at most `limit` events of messages that came without a turn longer ago than that. Returns how many."""
-    return len(await database.fetch("delete_expired_messages", retention_seconds, limit))
+    """Delete at most `limit` events of messages that came without a turn, more than `retention_seconds` ago. Returns
+    how many. Raises Unavailable."""
+    expired = bind("delete_expired_messages", retention_seconds=retention_seconds, events_max=limit)
+    return len(await database.run(expired))
 
 
 async def forget_deletions(database: Database, *, after_seconds: float) -> None:
-    """Forget the conversations that were deleted longer ago than that."""
-    await database.fetch("forget_deletions", after_seconds)
+    """Forget the conversations that were deleted more than `after_seconds` ago. Raises Unavailable."""
+    await database.run(bind("forget_deletions", after_seconds=after_seconds))
 
 
 async def read_turn(
     database: Database, user_id: str, conversation_id: UUID, turn_id: UUID
 ) -> Sequence[asyncpg.Record] | None:
-    """A row for each message that answered in the turn, in order, or one without a message. None: no such turn, or not
-    this user's. Raises Unavailable."""
-    return await database.fetch("read_turn", user_id, conversation_id, turn_id) or None
+    """Return a row for each message that answered in the turn, in order, or one row without a message.
+
+    None: there is no such turn, or it is not this user's. Raises Unavailable.
+    """
+    turn = bind("read_turn", user_id=user_id, conversation_id=conversation_id, turn_id=turn_id)
+    return await database.run(turn) or None
 
 
-@dataclass(frozen=True, slots=True)
-class FoundTurn:
-    """Where a turn is; `first_seq` is that of its first event, None when its events have been deleted."""
-
-    conversation_id: UUID
-    turn_id: UUID
-    status: str
-    first_seq: int | None
-
-
-async def find_turn(database: Database, user_id: str, turn_id: UUID) -> FoundTurn | None:
-    """A turn by its id alone. None: no such turn, or not this user's. Raises Unavailable."""
-    rows = await database.fetch("find_turn", user_id, turn_id)
-    return FoundTurn(**rows[0]) if rows else None
+async def find_turn(database: Database, user_id: str, turn_id: UUID) -> TurnRef | None:
+    """Find a turn by its id alone. None: there is no such turn, or it is not this user's. Raises Unavailable."""
+    rows = await database.run(bind("find_turn", user_id=user_id, turn_id=turn_id))
+    return TurnRef(user_id, rows[0]["conversation_id"], turn_id, rows[0]["first_seq"]) if rows else None
 
 
 async def read_usage(database: Database, turn_ids: Collection[UUID]) -> dict[UUID, str]:
-    """What turns that have ended cost, by their ids, JSON. Raises Unavailable."""
-    rows = await database.fetch("read_usage", list(turn_ids)) if turn_ids else ()
+    """Return the usage (JSON) of turns that have ended, by their ids. Raises Unavailable."""
+    rows = await database.run(bind("read_usage", turn_ids=list(turn_ids))) if turn_ids else ()
     return {row["id"]: row["usage"] for row in rows}

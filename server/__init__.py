@@ -1,1 +1,1 @@
-"""Anynode's server: WebSocket chat for streaming AI answers, on which any node can pick up a reconnect."""
+"""Anynode's server: WebSocket chat for streaming AI answers, in which any node can resume a dropped connection."""

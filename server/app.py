@@ -1,26 +1,26 @@
-"""The application: the one place where the parts are put together."""
+"""The application: the one place where the parts of a node are put together."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final
+from typing import Final, TypeAlias
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import WebSocketRoute
+from starlette.routing import BaseRoute, WebSocketRoute
 
 from anynode.models.database import Database, Unavailable
 from anynode.models.migrate import check_schema
 from anynode.server.agents.load import open_agent
 from anynode.server.api.ai_sdk.connection import AiSdkConnection
 from anynode.server.api.ai_sdk.handlers import AiSdk
-from anynode.server.api.anynode_v1 import NativeConnection
+from anynode.server.api.anynode_v1 import AnynodeConnection
 from anynode.server.api.health import health_routes
 from anynode.server.api.openai.handlers import Responses
 from anynode.server.api.operations import AI_SDK, AI_SDK_PATH, RESPONSES, REST
@@ -28,12 +28,11 @@ from anynode.server.api.page import page_routes
 from anynode.server.api.rest import Rest
 from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Authenticator
-from anynode.server.dev.orders import Orders, order_routes
 from anynode.server.engine.node import Node
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
-from anynode.server.startup import configured, explained
-from anynode.server.transport.http import Holding, refuse_route, routes_of
+from anynode.server.startup import explain_database_errors, require_url
+from anynode.server.transport.http import Slots, refuse_route, routes_of
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
@@ -42,10 +41,20 @@ logger = logging.getLogger("anynode")
 LEAVING_SECONDS: Final = 0.5
 CONTACT_PAUSE_SECONDS: Final = (0.1, 0.5)  # the first and the longest wait between attempts to find Postgres there
 
+ExtraRoutes: TypeAlias = Callable[[Authenticator], Sequence[BaseRoute]]
+
+
+def no_routes(authenticator: Authenticator) -> Sequence[BaseRoute]:
+    """Return no routes: a node in production has only its own."""
+    return ()
+
 
 class Anynode:
-    """All parts of a running node. `running` ends by itself only when the node has failed, or, with ConfigurationError,
-    when a Postgres that came late cannot be used."""
+    """All parts of a running node.
+
+    `running` ends by itself only when the node has failed, or with ConfigurationError when a Postgres that came late
+    cannot be used.
+    """
 
     def __init__(
         self,
@@ -54,36 +63,36 @@ class Anynode:
         authenticator: Authenticator,
         node: Node,
         running: asyncio.Task[None],
-        orders: Orders | None = None,
+        extra_routes: ExtraRoutes = no_routes,
     ) -> None:
         self.settings = settings
         self.database = database
         self.authenticator = authenticator
         self.node = node
         self.running = running
-        self.orders = orders  # only in a node that `anynode dev` runs
+        self.extra_routes = extra_routes
         self.sockets = Sockets(settings, node)
 
     def app(self) -> Starlette:
-        """The ASGI application."""
+        """Return the ASGI application."""
         settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
-        tickets, holding = Tickets(database), Holding(settings.connections_max)
-        native = partial(NativeConnection, settings, node, authenticator)
-        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, database=database, tickets=tickets)
+        tickets, slots = Tickets(database), Slots(settings.connections_max)
+        native = partial(AnynodeConnection, settings, node, authenticator)
+        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, tickets=tickets)
         faces = [
-            (REST, Rest(settings, node, database, holding)),
-            (AI_SDK, AiSdk(settings, node, database, holding, tickets)),
-            (RESPONSES, Responses(settings, node, database, holding)),
+            (REST, Rest(settings, node, slots)),
+            (AI_SDK, AiSdk(settings, node, slots, tickets)),
+            (RESPONSES, Responses(settings, node, slots)),
         ]
         app = Starlette(
             routes=[
+                *self.extra_routes(authenticator),  # first, so that they may replace one of ours
                 WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, native)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
-                *health_routes(node, database),
+                *health_routes(node, database.is_reachable),
                 *routes_of(faces, authenticator, body_bytes_max=settings.frame_bytes_max),
                 *reference_routes(),
-                *(() if self.orders is None else order_routes(self.orders, authenticator)),
-                *page_routes(is_dev=self.orders is not None),
+                *page_routes(),
             ],
             exception_handlers={404: refuse_route, 405: refuse_route},
             middleware=_cross_origin(self.settings),
@@ -101,16 +110,16 @@ class Anynode:
 
 
 @asynccontextmanager
-async def open_anynode(settings: Settings, orders: Orders | None = None) -> AsyncIterator[Anynode]:
-    """A node with its database and agent; Postgres need not be there yet. `orders`: where the orders of `anynode dev`'s
-    page go. Raises ConfigurationError."""
-    with explained():
-        url = configured(settings.database_url)
+async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes) -> AsyncIterator[Anynode]:
+    """Open a node with its database and agent. Postgres need not be there yet. `extra_routes` makes routes that are
+    served before the node's own. Raises ConfigurationError."""
+    with explain_database_errors():
+        url = require_url(settings.database_url)
         database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
     authenticator = Authenticator(settings)
     try:
         try:
-            with explained():
+            with explain_database_errors():
                 await database.contact()
         except Unavailable as error:
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
@@ -118,7 +127,7 @@ async def open_anynode(settings: Settings, orders: Orders | None = None) -> Asyn
             node = Node(settings, database, agent)
             running = asyncio.create_task(_run(node, database))
             try:
-                yield Anynode(settings, database, authenticator, node, running, orders)
+                yield Anynode(settings, database, authenticator, node, running, extra_routes)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))
@@ -128,11 +137,11 @@ async def open_anynode(settings: Settings, orders: Orders | None = None) -> Asyn
 
 
 async def _run(node: Node, database: Database) -> None:
-    """Run the node from when Postgres is there."""
+    """Wait until Postgres can be reached, then run the node."""
     pause, longest = CONTACT_PAUSE_SECONDS
     while True:
         try:
-            with explained():
+            with explain_database_errors():
                 await database.contact()
             break
         except Unavailable:
@@ -143,7 +152,7 @@ async def _run(node: Node, database: Database) -> None:
 
 
 def _cross_origin(settings: Settings) -> list[Middleware]:
-    """What lets pages of the allowed origins ask over HTTP, as they may over the socket."""
+    """Return the middleware that lets pages of the allowed origins send requests over HTTP."""
     if not settings.allowed_origins:
         return []
     return [

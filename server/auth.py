@@ -1,4 +1,4 @@
-"""Who a token speaks for: HS256 with a shared secret, or RS256 and ES256 with the keys of a JWKS address.
+"""Verifies tokens: HS256 with a shared secret, or RS256 and ES256 with the keys of a JWKS address.
 
 Invariant: a key is only ever used with the one algorithm that belongs to it, whatever a token's header asks for.
 """
@@ -24,17 +24,17 @@ from anynode.server.settings import Settings
 if TYPE_CHECKING:
     from jwt.types import Options
 
-TOKEN_CHARACTERS_MAX = 16_384  # twice what common proxies let through in a header; decoding costs time by length
+TOKEN_CHARACTERS_MAX = 16_384  # twice the header that common proxies let through; longer tokens take longer to decode
 USER_ID_CHARACTERS_MAX = 255  # OpenID Connect Core, 2
-TIME_MAX = 253_402_300_799  # the end of the year 9999: more is milliseconds by mistake, and breaks datetime
-JWKS_SECONDS_MAX = 3.0  # for a whole fetch: somebody is waiting to connect
+TIME_MAX = 253_402_300_799  # the end of the year 9999; a larger time is in milliseconds by mistake, and breaks datetime
+JWKS_SECONDS_MAX = 3.0  # for a whole fetch, because a client is waiting to connect
 JWKS_BYTES_MAX = 1_048_576  # real sets have a few KiB
 JWKS_FRESH_SECONDS = 600.0  # how late a withdrawn key is noticed
-JWKS_COOLDOWN_SECONDS = 30.0  # anybody can make up a kid, and must not make us hammer the issuer
-JWKS_RETRY_SECONDS = 1.0  # sooner than that, as nobody can connect before the first fetch
+JWKS_COOLDOWN_SECONDS = 30.0  # an invented kid must not make nodes ask the issuer again and again
+JWKS_RETRY_SECONDS = 1.0  # shorter, because nobody can connect before the first fetch
 RSA_BITS_MIN = 2048  # RFC 7518, 3.3
 
-# What verifies, by (kty, crv), and its public members: private ones are never loaded.
+# The algorithm and the public members of each (kty, crv); private members are never loaded.
 _KINDS = {("RSA", None): ("RS256", ("n", "e")), ("EC", "P-256"): ("ES256", ("crv", "x", "y"))}
 _EXPLANATIONS: dict[type[Exception], str] = {
     jwt.InvalidAudienceError: "the token is for another audience (aud)",
@@ -43,26 +43,26 @@ _EXPLANATIONS: dict[type[Exception], str] = {
     jwt.InvalidSignatureError: "the token's signature is wrong",
     jwt.InvalidAlgorithmError: "the token is signed with an algorithm that its key is not for (alg)",
 }
-# _identity checks the three: PyJWT takes strings and booleans for times, and refuses an iat slightly in the future.
+# `_identity` checks exp, iat and sub: PyJWT accepts strings and booleans as times, and refuses an iat slightly ahead.
 _OPTIONS: Options = {
     "require": ["exp", "iat", "sub", "aud", "iss"],
     "verify_exp": False,
     "verify_iat": False,
     "verify_sub": False,
 }
-_log = logging.getLogger(__name__)
+logger = logging.getLogger("anynode.auth")
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A user, and until when the token says so (Unix seconds)."""
+    """The user that a token names, and when the token expires (Unix seconds)."""
 
     user_id: str
     expires_at: float
 
 
 class Authenticator:
-    """Verifies tokens as the settings say; ConfigurationError when they hold no usable secret and no JWKS address."""
+    """Verifies tokens. Raises ConfigurationError where the settings hold no usable secret and no JWKS address."""
 
     def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
@@ -72,7 +72,7 @@ class Authenticator:
             raise ConfigurationError("no token can be verified: set JWT_SECRET or JWT_JWKS_URL")
 
     async def authenticate(self, token: str) -> Identity:
-        """The identity that `token` proves; raises Unauthorized, and nothing else, for any string."""
+        """Return the identity that the token proves. Raises only Unauthorized, for any string."""
         if len(token) > TOKEN_CHARACTERS_MAX:
             raise Unauthorized(f"the token is longer than {TOKEN_CHARACTERS_MAX} characters")
         try:
@@ -87,7 +87,7 @@ class Authenticator:
             )
         except jwt.MissingRequiredClaimError as error:
             raise Unauthorized(f"the token has no {error.claim} claim") from error
-        # Besides its own errors, what PyJWT lets through of parsing (versions before 2.15 more of it).
+        # PyJWT raises its own errors, and lets some errors of parsing through (more of them before 2.15).
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise Unauthorized(_EXPLANATIONS.get(type(error), "the token is malformed")) from error
         if "crit" in decoded["header"]:
@@ -95,11 +95,11 @@ class Authenticator:
         return _identity(decoded["payload"])
 
     async def _key_of(self, token: str) -> jwt.PyJWK:
-        # With both configured (development only) the header chooses a key, never what a key is used for.
+        # With both configured (development only) the header chooses the key, never the key's algorithm.
         header = {} if self._jwks is None else jwt.get_unverified_header(token)
         if self._secret is not None and (self._jwks is None or header.get("alg") == "HS256"):
             return self._secret
-        assert self._jwks is not None  # __init__ has seen to it
+        assert self._jwks is not None  # __init__ makes sure of it
         return await self._jwks.find(header.get("kid"))
 
     async def close(self) -> None:
@@ -108,14 +108,14 @@ class Authenticator:
 
 
 def make_token(secret: str, *, user_id: str, audience: str, issuer: str, ttl_seconds: float) -> str:
-    """An HS256 token for `user_id`, valid from now on."""
+    """Return an HS256 token for the user, valid from now on."""
     now = time.time()
     claims = {"sub": user_id, "aud": audience, "iss": issuer, "iat": int(now), "exp": round(now + ttl_seconds, 3)}
     return jwt.encode(claims, secret, algorithm="HS256")
 
 
 def bearer_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The token of `Authorization: Bearer …` in ASGI headers."""
+    """Return the token of `Authorization: Bearer …` in ASGI headers, or None."""
     for name, value in headers:
         scheme, _, token = value.strip().partition(b" ")
         if name.lower() == b"authorization" and scheme.lower() == b"bearer" and token.strip():
@@ -124,18 +124,18 @@ def bearer_of(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
 
 
 def token_of_subprotocols(offered: Sequence[str]) -> str | None:
-    """The JWT of an offered `bearer.JWT`: a page's WebSocket cannot set headers."""
+    """Return the JWT of an offered subprotocol `bearer.JWT`, or None. A page's WebSocket cannot set headers."""
     return next((name[7:] for name in offered if name.startswith("bearer.") and len(name) > 7), None)
 
 
 def _identity(claims: dict[str, Any]) -> Identity:
     for name in ("exp", "iat"):
-        value = claims[name]  # Python reads NaN, 1e400 and integers beyond any float as numbers; and True is an int
+        value = claims[name]  # Python reads NaN, 1e400 and integers beyond any float as numbers, and True as an int
         if isinstance(value, bool) or not isinstance(value, int | float) or not -TIME_MAX <= value <= TIME_MAX:
             raise Unauthorized(f"the token's {name} claim must be a time in Unix seconds")
     if claims["exp"] <= time.time():
         raise Unauthorized("the token has expired")
-    user_id = claims["sub"]  # not printable are also NUL and lone surrogates, which Postgres cannot hold
+    user_id = claims["sub"]  # this also refuses NUL and lone surrogates, which Postgres cannot store
     if not (isinstance(user_id, str) and 0 < len(user_id) <= USER_ID_CHARACTERS_MAX and user_id.isprintable()):
         raise Unauthorized(f"the token's sub claim must be 1 to {USER_ID_CHARACTERS_MAX} printable characters")
     return Identity(user_id, float(claims["exp"]))
@@ -150,7 +150,7 @@ def _secret_key(secret: str) -> jwt.PyJWK:
 
 
 def signing_keys(body: bytes) -> list[jwt.PyJWK]:
-    """The keys of a JWKS that verify RS256 or ES256; all others are left out. Raises ValueError when none remains."""
+    """Return the keys of a JWKS that verify RS256 or ES256. Raises ValueError when there are none."""
     try:
         document = json.loads(body)
         keys = [key for entry in document["keys"] if (key := _signing_key(entry)) is not None]
@@ -174,7 +174,7 @@ def _signing_key(entry: Any) -> jwt.PyJWK | None:
 
 
 class _Jwks:
-    """The keys of one address. All callers share one fetch; when it fails, the older keys go on serving."""
+    """The keys of one address. All callers share one fetch; when it fails, the older keys stay in use."""
 
     def __init__(self, url: str, monotonic: Callable[[], float]) -> None:
         self._url, self._monotonic = url, monotonic
@@ -187,7 +187,7 @@ class _Jwks:
         now, had_keys = self._monotonic(), bool(self._keys)
         retry_at = self._tried_at + (JWKS_COOLDOWN_SECONDS if had_keys else JWKS_RETRY_SECONDS)
         if now >= max(self._fetched_at + JWKS_FRESH_SECONDS, retry_at):
-            self._start_fetch(now)  # who finds a key does not wait for it
+            self._start_fetch(now)  # a caller that finds its key does not wait for the fetch
         key = self._pick(kid)
         if key is None:
             if had_keys and self._fetching is None and now >= self._unknown_at + JWKS_COOLDOWN_SECONDS:
@@ -211,7 +211,9 @@ class _Jwks:
             self._fetching = asyncio.create_task(self._fetch())
 
     async def _end_of_fetch(self) -> None:
-        if self._fetching is not None:  # wait() and not await: a caller that goes away must not end it for the others
+        if (
+            self._fetching is not None
+        ):  # wait() and not await: a caller that is cancelled must not end the fetch for the others
             await asyncio.wait((self._fetching,))
 
     async def _fetch(self) -> None:
@@ -219,7 +221,7 @@ class _Jwks:
 
         body, timeout = bytearray(), aiohttp.ClientTimeout(total=JWKS_SECONDS_MAX)
         try:
-            # No redirects: they may lead from https to http. A session for one fetch: nothing idles for ten minutes.
+            # No redirects, because they may lead from https to http. One session a fetch, so that no connection idles.
             async with (
                 aiohttp.ClientSession(timeout=timeout) as session,
                 session.get(self._url, allow_redirects=False) as response,
@@ -232,7 +234,7 @@ class _Jwks:
                         raise ValueError(f"more than {JWKS_BYTES_MAX} bytes")
             self._keys, self._fetched_at = signing_keys(bytes(body)), self._monotonic()
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            _log.warning("the signing keys were not fetched: %s: %s", type(error).__name__, error)
+            logger.warning("the signing keys were not fetched: %s: %s", type(error).__name__, error)
         finally:
             self._fetching = None
 

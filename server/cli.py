@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import runpy
 import sys
@@ -15,26 +14,23 @@ import click
 import platformdirs
 
 from anynode.models.migrate import migrate
-from anynode.server.agents.load import check_agent, check_tools
 from anynode.server.auth import make_token
 from anynode.server.client.terminal import chat
-from anynode.server.dev.orders import Orders
-from anynode.server.dev.run import DEV_USER, dev_secret, run_dev
 from anynode.server.errors import ConfigurationError
-from anynode.server.serve import listen
-from anynode.server.settings import Settings, check_for_production, read_settings
-from anynode.server.startup import on_database
+from anynode.server.serve import run_node
+from anynode.server.settings import Settings, read_settings
+from anynode.server.startup import on_database, one_line_errors
 
 _DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class Duration(click.ParamType[float]):
-    """Seconds, or a number with s, m, h or d behind it."""
+    """A duration: a number of seconds, or a number followed by s, m, h or d."""
 
     name = "duration"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Parse it."""
+        """Return the duration in seconds."""
         if isinstance(value, int | float):
             return float(value)
         number, unit = (value[:-1], value[-1]) if value[-1:] in _DURATIONS else (value, "s")
@@ -54,7 +50,7 @@ data_directory = click.option(
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("anynode"), prog_name="anynode")
 def cli() -> None:
-    """Anynode: a WebSocket chat server for streaming AI answers. Any node can pick up a reconnect."""
+    """Anynode: a WebSocket chat server for streaming AI answers. Any node can resume a dropped connection."""
 
 
 @cli.command()
@@ -62,23 +58,15 @@ def cli() -> None:
 @data_directory
 def dev(nodes: int, data_dir: Path) -> None:
     """Run everything on this machine: Postgres, migrations, the echo agent, the page."""
+    from anynode.server.dev.run import run_dev  # here, as serving needs nothing of it
+
     run_dev(os.environ, nodes=nodes, data_directory=data_dir)
 
 
 @cli.command()
-@click.option("--stop-with-input", is_flag=True, hidden=True)
-@click.option("--quiet", is_flag=True, hidden=True)
-@click.option("--orders", "pipe", type=int, hidden=True, help="The inherited pipe that takes orders for …")
-@click.option("--neighbours", "names", default="", hidden=True, help="… the nodes with these names.")
-def serve(stop_with_input: bool, quiet: bool, pipe: int | None, names: str) -> None:
+def serve() -> None:
     """Run one node, for production."""
-    _log(logging.WARNING if quiet else logging.INFO)
-    settings = read_settings(os.environ)
-    check_for_production(settings)
-    check_agent(settings.agent)
-    check_tools(settings.tools)
-    orders = None if pipe is None else Orders(pipe, names.split(","))
-    listen(settings, stop_with_input=stop_with_input, orders=orders)
+    run_node(os.environ)
 
 
 @cli.command(name="migrate")
@@ -115,6 +103,8 @@ def token(user: str, ttl: float, data_dir: Path) -> None:
 @data_directory
 def chat_command(urls: tuple[str, ...], given_token: str | None, conversation: str | None, data_dir: Path) -> None:
     """Chat in the terminal. It reconnects and resumes by itself; given several nodes, it hops between them."""
+    from anynode.server.dev.run import DEV_USER
+
     settings = read_settings(os.environ)
     urls = urls or (f"ws://127.0.0.1:{settings.port}",)
     given_token = given_token or _token(settings, data_dir, DEV_USER, 86_400)
@@ -133,17 +123,16 @@ def bench(arguments: tuple[str, ...]) -> None:
 
 
 def main() -> None:
-    """Run the command; what is wrong with the configuration is one line, and status 2."""
-    try:
+    """Run the command `anynode`."""
+    with one_line_errors():
         cli()
-    except ConfigurationError as error:
-        click.secho(f"anynode: {error}", fg="red", err=True)
-        sys.exit(2)
 
 
 def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: float) -> str:
     if settings.jwt_jwks_url is not None:
         raise ConfigurationError("tokens are signed elsewhere (JWT_JWKS_URL): ask there for one")
+    from anynode.server.dev.run import dev_secret
+
     secret = settings.jwt_secret or dev_secret(data_directory)
     return make_token(
         secret,
@@ -152,15 +141,6 @@ def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: flo
         issuer=settings.jwt_issuer,
         ttl_seconds=ttl_seconds,
     )
-
-
-def _log(level: int) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # At INFO uvicorn logs the path of every WebSocket with its query, in which some client may put a token.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("anynode").setLevel(level)
-    # It also logs a traceback for every peer that sends invalid UTF-8, and any peer can.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Invalid UTF-8"))
 
 
 if __name__ == "__main__":

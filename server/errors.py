@@ -1,6 +1,6 @@
-"""Every error a client can be told of: its code, HTTP status, and whether trying again can help.
+"""Every error that a client can see: its code, its HTTP status, and whether trying again can help.
 
-The docstring of a class is the message that people read when the raiser has nothing more exact to say.
+The docstring of a class is its message if the code that raises it gives none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from uuid import UUID
 
 
 class CloseCode(IntEnum):
-    """Why the server closes a socket (PROTOCOL.md, "Close codes")."""
+    """The codes with which the server closes a socket (PROTOCOL.md, "Close codes")."""
 
     BINARY = 1003
     LIMITS = 1008
@@ -38,14 +38,14 @@ class ClientError(Exception):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a part of what a client sent, and where: `messages[2].role`."""
+    """One fault of a request, with its place: `messages[2].role`."""
 
     path: str
     message: str
 
 
 class InvalidFrame(ClientError):
-    """The frame is not one that this server understands."""
+    """This server does not understand the frame."""
 
     code = "invalid_frame"
     http_status = 422
@@ -66,7 +66,7 @@ class MessageIdTaken(InvalidFrame):
 
 
 class BodyTimeout(InvalidFrame):
-    """The body did not come in time."""
+    """The body did not arrive in time; send the request again."""
 
     http_status = 408
 
@@ -123,7 +123,7 @@ class Forbidden(ClientError):
 
 
 class Draining(ClientError):
-    """This node is shutting down; connect again to reach another one."""
+    """This node is shutting down; reconnect to reach another one."""
 
     code = "draining"
     http_status = 503
@@ -171,8 +171,8 @@ HTTP_ERRORS: tuple[type[ClientError], ...] = (
     *CLIENT_ERRORS,
     BodyTimeout,
     MessageIdTaken,
-)  # those that differ in their status
+)  # also the kinds that differ in their status
 
 
 class ConfigurationError(Exception):
-    """The server cannot start as it is configured; the message is one line that says what to change."""
+    """The server cannot start with this configuration; the message is one line that says what to change."""

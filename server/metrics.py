@@ -1,4 +1,4 @@
-"""What a node counts, in Prometheus' terms."""
+"""The counters and gauges of a node, for Prometheus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["CONTENT_TYPE", "exposition"]
 
 registry = CollectorRegistry()
 
-connections = Gauge("anynode_connections", "WebSocket connections that are open.", registry=registry)
+connections = Gauge("anynode_connections", "Open WebSocket connections.", registry=registry)
 turns_running = Gauge("anynode_turns_running", "Turns that this node runs.", registry=registry)
 turns_ended = Counter("anynode_turns_ended", "Turns that ended here, by status.", ["status"], registry=registry)
 turns_taken_over = Counter("anynode_turns_taken_over", "Turns taken over from nodes that died.", registry=registry)
@@ -19,5 +19,5 @@ events = Counter("anynode_events", "Events that flushes committed.", registry=re
 
 
 def exposition() -> bytes:
-    """All of it, in the text format."""
+    """Return all figures in Prometheus' text format."""
     return generate_latest(registry)

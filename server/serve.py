@@ -1,4 +1,8 @@
-"""Uvicorn, made to drain before it closes sockets, and its WebSocket transport, made to bound what a peer can do."""
+"""Uvicorn, which here drains before it closes sockets, and bounds what a peer can do over HTTP and WebSockets.
+
+The classes override methods of uvicorn that are not its public interface. So pyproject.toml bounds the versions of
+uvicorn and websockets, and tests/system/test_uvicorn.py checks that each override is still called.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from types import FrameType
 from typing import Final
 
@@ -17,20 +22,25 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request
 
+from anynode.server.agents.load import check_agent, check_tools
 from anynode.server.api.ai_sdk.wire import REQUEST_BYTES_MAX
 from anynode.server.api.operations import AI_SDK_PATH
-from anynode.server.app import Anynode, open_anynode
-from anynode.server.dev.orders import Orders
+from anynode.server.app import Anynode, ExtraRoutes, no_routes, open_anynode
 from anynode.server.errors import CloseCode
-from anynode.server.settings import Settings
+from anynode.server.settings import Settings, check_for_production, read_settings
 from anynode.server.transport.http import BREAK_OFF
+
+try:
+    import uvloop
+except ImportError:  # there is none for this platform
+    uvloop = None  # type: ignore[assignment]
 
 logger = logging.getLogger("anynode")
 
 FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost far more memory than their bytes
 WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
 KEEPALIVE_SECONDS: Final = 20.0
-HTTP_IDLE_SECONDS: Final = 75  # longer than load balancers keep a connection, who else send requests into a closed one
+HTTP_IDLE_SECONDS: Final = 75  # longer than load balancers keep a connection, or they would send into a closed one
 HEAD_SECONDS_MAX: Final = 10.0  # for the head of a request to come …
 HEAD_BYTES_MAX: Final = 65_536  # … and how long it may be
 UNSENT_SECONDS_MAX: Final = 60  # how long a peer that reads nothing of a response holds its connection
@@ -41,19 +51,20 @@ CLOSING_SECONDS: Final = 3  # how long closing handshakes may take at the end
 
 
 class BoundedWebSocket(WebSocketsSansIOProtocol):
-    """Uvicorn's transport, less what lets a peer grow memory or hold a dead socket."""
+    """Uvicorn's WebSocket connection, with bounds on a peer's use of memory and on the life of a dead connection."""
 
-    lingered_bytes = 0
+    is_lingering = False  # the connection has failed, and the peer is given a moment to read why
+    lingered_bytes = 0  # what it has sent since
 
     def handle_connect(self, event: Request) -> None:
-        """Begin; clients of the AI SDK post all messages of a chat at once."""
+        """Begin the connection. AI SDK clients send all messages of a chat at once, so theirs may be longer."""
         if event.path.partition("?")[0] == AI_SDK_PATH:
             self.conn.max_message_size = REQUEST_BYTES_MAX
         super().handle_connect(event)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the connection has failed already."""
-        if self.conn.close_sent is not None and self.conn.close_rcvd is None and self.lingered_bytes:
+        """Parse what was received, or discard it when the connection has failed already."""
+        if self.conn.close_sent is not None and self.conn.close_rcvd is None and self.is_lingering:
             self.lingered_bytes += len(data)
             if self.lingered_bytes > LINGERING_BYTES_MAX:
                 self.transport.abort()
@@ -61,19 +72,19 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         super().data_received(data)
 
     def handle_parser_exception(self) -> None:
-        """Say why the connection fails, and give the peer a moment to read it: a socket that is closed with input
-        unread is reset, and the close code would be lost with it."""
+        """Tell the peer why the connection fails, and give it a moment to read that. A socket that is closed with input
+        unread is reset, and the close code would be lost."""
         assert self.conn.close_sent is not None
         self.queue.put_nowait({"type": "websocket.disconnect", "code": self.conn.close_sent.code})
         self.transport.write(b"".join(self.conn.data_to_send()))
         self.close_sent = True
-        self.lingered_bytes = 1
+        self.is_lingering = True
         self.close_timer = self.loop.call_later(LINGERING_SECONDS, self.transport.close)
         self.transport.resume_reading()
 
     def handle_cont(self, event: Frame) -> None:
-        """Refuse messages in too many pieces."""
-        if self.lingered_bytes:
+        """Take a fragment of a message; fail the connection when the message has too many of them."""
+        if self.is_lingering:
             return
         if len(self.frames) >= FRAGMENTS_MAX:
             self.conn.fail(CloseCode.LIMITS, "too many fragments")
@@ -82,43 +93,43 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         super().handle_cont(event)
 
     def handle_ping(self) -> None:
-        """Answer, unless the peer does not read the answers."""
+        """Answer a ping; drop a peer that does not read the answers."""
         if self.transport.get_write_buffer_size() > WRITE_BUFFER_MAX:
             self.transport.abort()
             return
         super().handle_ping()
 
     def keepalive_timeout(self) -> None:
-        """Drop the socket: closing it would wait for a peer that does not read."""
+        """Drop the socket of a peer that answers no ping: closing it would wait for the peer to read."""
         super().keepalive_timeout()
         self.transport.abort()
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """Uvicorn's transport, less what lets a peer send the head of a request for ever."""
+    """Uvicorn's HTTP connection, with bounds on the time and size of a request's head."""
 
     _head_timer: asyncio.TimerHandle
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request as for the next one: browsers and balancers connect in advance."""
+        """Wait for the first request as long as for a later one: browsers and load balancers connect in advance."""
         super().connection_made(transport)
         self._await_head(HTTP_IDLE_SECONDS)
 
     def on_message_begin(self) -> None:
-        """A request begins."""
+        """Start the time for the head of a request, and put the means to break it off into its scope."""
         self._head_timer.cancel()
         self._await_head(HEAD_SECONDS_MAX)
         super().on_message_begin()
         self.scope[BREAK_OFF] = self.transport.close  # type: ignore[typeddict-unknown-key]
 
     def on_headers_complete(self) -> None:
-        """Its head is whole."""
+        """Stop the time for the head of a request, as the head is complete."""
         self._head_timer.cancel()
         self._is_in_head = False
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
-        """Parse, unless the head has become too long."""
+        """Parse what was received; drop the connection when the head of a request is too long."""
         super().data_received(data)
         if self._is_in_head:
             self._head_bytes += len(data)
@@ -126,12 +137,12 @@ class BoundedHttp(HttpToolsProtocol):
                 self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing more will come."""
+        """Stop the time for the head of a request, as the connection is lost."""
         self._head_timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Where it is answered already, the rest of a request is not waited for."""
+        """Close the connection soon if a request was answered before its body came: the rest is not waited for."""
         if self.cycle.more_body and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(LINGERING_SECONDS, self.transport.close)
         super().on_response_complete()
@@ -148,17 +159,17 @@ class Server(uvicorn.Server):
     anynode: Anynode
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's: that raises the signal again at the end, and the exit status would not be 0."""
+        """Take a signal. Unlike uvicorn, do not raise it again at the end: the exit status would not be 0."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
 
     def exit_soon(self) -> None:
-        """As at a signal."""
+        """Stop the server as a signal does."""
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen; what is accepted inherits the bound on what a peer may leave unread."""
+        """Listen. Accepted connections inherit the bound on how long a peer may leave what it is sent unread."""
         await super().startup(sockets)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
             for server in self.servers:
@@ -166,7 +177,7 @@ class Server(uvicorn.Server):
                     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNSENT_SECONDS_MAX)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Drain, then shut down."""
+        """Drain the node, then shut the server down."""
         logger.info("draining")
         draining = asyncio.create_task(self.anynode.drain())
         while not draining.done() and not self.force_exit:
@@ -180,17 +191,44 @@ class Server(uvicorn.Server):
             connection.transport.abort()
 
 
-def listen(settings: Settings, *, stop_with_input: bool = False, orders: Orders | None = None) -> None:
-    """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent dies;
-    `orders`: pass on what the page orders. Raises ConfigurationError, or SystemExit when the node has failed."""
+def run_node(
+    environment: Mapping[str, str],
+    *,
+    log_level: int = logging.INFO,
+    stop_with_input: bool = False,
+    extra_routes: ExtraRoutes = no_routes,
+) -> None:
+    """Run one node, as the environment configures it, until a signal. `stop_with_input` and `extra_routes`: see
+    `listen`. Raises ConfigurationError, or SystemExit when the node has failed."""
+    configure_logging(log_level)
+    settings = read_settings(environment)
+    check_for_production(settings)
+    check_agent(settings.agent)
+    check_tools(settings.tools)
+    listen(settings, stop_with_input=stop_with_input, extra_routes=extra_routes)
+
+
+def configure_logging(level: int) -> None:
+    """Log to standard error, and keep tokens and other people's mistakes out of the log."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # At INFO uvicorn logs the path of every WebSocket with its query, in which some client may put a token.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    logging.getLogger("anynode").setLevel(level)
+    # It also logs a traceback for every peer that sends invalid UTF-8, and any peer can.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Invalid UTF-8"))
+
+
+def listen(settings: Settings, *, stop_with_input: bool = False, extra_routes: ExtraRoutes = no_routes) -> None:
+    """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent process
+    dies. `extra_routes`: serve these routes too. Raises ConfigurationError, or SystemExit when the node has failed."""
     _spare_garbage_collection()
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(settings, stop_with_input, orders))
+    with asyncio.Runner(loop_factory=None if uvloop is None else uvloop.Loop) as runner:
+        runner.run(_serve(settings, stop_with_input, extra_routes))
         runner.run(_let_go())
 
 
-async def _serve(settings: Settings, stop_with_input: bool, orders: Orders | None) -> None:
-    async with open_anynode(settings, orders) as anynode:
+async def _serve(settings: Settings, stop_with_input: bool, extra_routes: ExtraRoutes) -> None:
+    async with open_anynode(settings, extra_routes) as anynode:
         config = uvicorn.Config(
             anynode.app(),
             host=settings.host,
@@ -220,15 +258,18 @@ async def _serve(settings: Settings, stop_with_input: bool, orders: Orders | Non
 
 
 def _spare_garbage_collection() -> None:
-    """Make the collector look at what lives long less often: at 1,000 turns it took 11 % of the node's time, in pauses
-    of up to 0.18 s. Nearly all that a turn makes is freed by its reference count."""
+    """Make the garbage collector visit long-lived objects less often.
+
+    At 1,000 turns it took 11 % of the node's time, in pauses of up to 0.18 s. Nearly all objects of a turn are freed by
+    their reference counts.
+    """
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)
 
 
 async def _let_go() -> None:
-    """End what is left; an agent that does not stop when it is cancelled does not hold up the exit."""
+    """Cancel the tasks that are left. An agent that does not stop then does not hold up the exit."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -244,11 +285,3 @@ def _stop(server: Server) -> None:
     if not os.read(sys.stdin.fileno(), 4096):
         asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
         server.exit_soon()
-
-
-def _loop_factory() -> type[asyncio.AbstractEventLoop] | None:
-    try:
-        import uvloop
-    except ImportError:  # not on this platform
-        return None
-    return uvloop.Loop

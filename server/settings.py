@@ -1,4 +1,4 @@
-"""Settings: the only reader of the environment. Every bad value is one clear line, never a traceback."""
+"""Settings, which only this module reads from the environment. A bad value is refused with one line."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _origins(name: str, value: str) -> tuple[str, ...]:
 
 
 class ScriptedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A call of a tool that the echo agent makes."""
+    """One call of a tool that the echo agent makes."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     arguments: dict[str, Any] = {}
@@ -118,92 +118,108 @@ def _setting(default: Any, parse: Callable[[str, str], Any], doc: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What the server can be told, one field for each environment variable of the same name in capitals."""
+    """All settings: each field is read from the environment variable of the same name in capitals."""
 
     host: str = _setting("0.0.0.0", _text, "Address to listen on (`anynode dev`: 127.0.0.1).")  # noqa: S104
-    port: int = _setting(8000, _whole(0, 65535), "Port to listen on; 0 takes any free one.")
+    port: int = _setting(8000, _whole(0, 65535), "Port to listen on; 0: any free one.")
     node_name: str | None = _setting(
         None,
         _node_name,
-        "What the node's id begins with; by default the machine's name (`anynode dev`: always A, B, C …).",
+        "First part of the node's id; by default the machine's name (`anynode dev`: always A, B, C …).",
     )
     database_url: str | None = _setting(
         None, _text, "`postgresql://user:password@host:port/database`; required by `serve`."
     )
     database_pool_max: int = _setting(
-        10, _whole(1, 1000), "Connections to Postgres for requests; three more serve the node itself."
+        10, _whole(1, 1000), "Connections to Postgres for requests; a node opens three more for itself."
     )
     jwt_secret: str | None = _setting(None, _text, "Secret of HS256 tokens, at least 32 bytes; this or `JWT_JWKS_URL`.")
-    jwt_jwks_url: str | None = _setting(None, _http_url, "Where the public keys of RS256 and ES256 tokens are.")
+    jwt_jwks_url: str | None = _setting(
+        None, _http_url, "URL of the public keys (JWKS) of RS256 and ES256 tokens; this or `JWT_SECRET`."
+    )
     jwt_audience: str = _setting("anynode", _text, "The `aud` that a token must have.")
     jwt_issuer: str = _setting("anynode", _text, "The `iss` that a token must have.")
     allowed_origins: tuple[str, ...] = _setting(
-        (), _origins, "Origins of pages that may connect, separated by commas; the server's own always may."
+        (), _origins, "Origins of pages that may connect, separated by commas; the server's own is always allowed."
     )
-    agent: str = _setting("echo", _text, "`echo`, `openai`, or `package.module:attribute`.")
+    agent: str = _setting("echo", _text, "`echo`, `openai`, or your own as `package.module:attribute`.")
     agent_timeout_seconds: float = _setting(
-        60.0, _number(0.1, 3600), "A turn fails when its agent yields nothing for so long."
+        60.0, _number(0.1, 3600), "Seconds an agent may stay silent before its turn fails."
     )
-    answer_bytes_max: int = _setting(1_048_576, _whole(1, 67_108_864), "A turn fails when its text grows beyond this.")
+    answer_bytes_max: int = _setting(
+        1_048_576,
+        _whole(1, 67_108_864),
+        "Longest text of an answer, in bytes of UTF-8; a turn whose text grows longer fails.",
+    )
     tools: str | None = _setting(
-        None, _text, "`package.module:attribute`, a list of functions that the model may call (`openai`, `echo`)."
+        None, _text, "`package.module:attribute` of a list of functions that the model may call (`openai`, `echo`)."
     )
     tool_steps_max: int = _setting(
-        10, _whole(1, 1000), "Requests to the model in a turn; in the last one it may not call tools."
+        10, _whole(1, 1000), "Requests to the model in one turn; the last one may not call tools."
     )
     tool_timeout_seconds: float = _setting(
-        30.0, _number(0.1, 3600), "A call that takes longer is an error that the model is told."
+        30.0, _number(0.1, 3600), "Seconds a tool call may take; a longer one is reported to the model as an error."
     )
     tool_result_bytes_max: int = _setting(
-        65_536, _whole(1, 16_777_216), "So is a result that is longer, in bytes of UTF-8."
+        65_536,
+        _whole(1, 16_777_216),
+        "Longest tool result, in bytes of UTF-8; a longer one is reported to the model as an error.",
     )
-    openai_base_url: str = _setting("https://api.openai.com/v1", _http_url, "Any server of the chat completions API.")
-    openai_api_key: str | None = _setting(None, _text, "Sent to it as a bearer token.")
-    model: str = _setting("gpt-4o-mini", _text, "The model that is asked for.")
+    openai_base_url: str = _setting(
+        "https://api.openai.com/v1", _http_url, "Base URL of a server of the chat completions API."
+    )
+    openai_api_key: str | None = _setting(None, _text, "API key, sent to `OPENAI_BASE_URL` as a bearer token.")
+    model: str = _setting("gpt-4o-mini", _text, "Name of the model to ask (`openai`).")
     continue_partial: bool = _setting(
-        False, _flag, "After a takeover, give the model what it had said as an assistant's prefix to go on from."
+        False,
+        _flag,
+        "After a takeover, send the model the text that it had produced, as an assistant prefix to continue.",
     )
-    system_prompt: str | None = _setting(
-        None, _text, "Put before every history whose conversation has none of its own."
-    )
+    system_prompt: str | None = _setting(None, _text, "System prompt of conversations that have none of their own.")
     echo_tokens_per_second: float = _setting(50.0, _number(0, 1e6), "Speed of the echo agent; 0: as fast as possible.")
     echo_tokens: int = _setting(
-        0, _whole(0, 1_000_000), "The echo agent streams `w0 w1 …`, so many tokens, instead of the echo."
+        0,
+        _whole(0, 1_000_000),
+        "Number of tokens `w0 w1 …` that the echo agent streams instead of the echo; 0: the echo.",
     )
-    echo_fail_after: int = _setting(0, _whole(0, 1_000_000), "The echo agent fails after so many tokens; 0: never.")
+    echo_fail_after: int = _setting(
+        0, _whole(0, 1_000_000), "Number of tokens after which the echo agent fails; 0: never."
+    )
     echo_tool_calls: tuple[tuple[ScriptedCall, ...], ...] = _setting(
         (), _scripted_calls, "Calls that the echo agent makes first: JSON, a list of steps, each a list of calls."
     )
     flush_interval_ms: float = _setting(
-        25.0, _number(0, 1000), "How long a token waits at most for others to be committed with."
+        25.0, _number(0, 1000), "Milliseconds that a token waits at most to be committed together with others."
     )
     lease_seconds: float = _setting(
-        5.0, _number(1, 300), "A node that says nothing for so long loses its turns to others."
+        5.0, _number(1, 300), "Seconds without a renewal after which other nodes take over a node's turns."
     )
-    max_attempts: int = _setting(3, _whole(1, 100), "A turn fails after so many nodes have died of it.")
-    drain_seconds: float = _setting(25.0, _number(0, 3600), "How long running turns may go on after SIGTERM.")
+    max_attempts: int = _setting(3, _whole(1, 100), "A turn fails once this many nodes have died while running it.")
+    drain_seconds: float = _setting(25.0, _number(0, 3600), "Seconds that running turns may take to end after SIGTERM.")
     history_messages_max: int = _setting(
-        200, _whole(1, 100_000), "The newest messages that an agent and a snapshot get."
+        200, _whole(1, 100_000), "Number of the newest messages that an agent and a snapshot get."
     )
     message_bytes_max: int = _setting(
         65_536, _whole(1, 16_777_216), "Longest `content` of a message, in bytes of UTF-8."
     )
     journal_retention_minutes: float = _setting(
-        10.0, _number(0.001, 525_600), "How long the events of an ended turn are kept."
+        10.0, _number(0.001, 525_600), "Minutes that the events of an ended turn are kept."
     )
     heartbeat_seconds: float = _setting(
-        10.0, _number(0.1, 3600), "A client that hears nothing for twice so long goes elsewhere."
+        10.0,
+        _number(0.1, 3600),
+        "Seconds between heartbeats; a client that hears nothing for twice as long reconnects elsewhere.",
     )
     connections_max: int = _setting(
-        20_000, _whole(1, 1_000_000), "WebSocket connections of this node; more are closed with 1013."
+        20_000, _whole(1, 1_000_000), "WebSocket connections of this node; further ones are closed with 1013."
     )
     turns_max: int = _setting(
-        5_000, _whole(1, 1_000_000), "Turns that this node runs at once; more are `rate_limited`."
+        5_000, _whole(1, 1_000_000), "Turns that this node runs at once; further ones are refused with `rate_limited`."
     )
 
     @property
     def frame_bytes_max(self) -> int:
-        """The longest frame, and body of a request: a JSON string may need six bytes for one of its content."""
+        """Longest frame, and longest body of a request, in bytes: JSON may need six bytes for one of its content."""
         return 6 * self.message_bytes_max + 16_384
 
 
@@ -221,7 +237,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
 
 def check_for_production(settings: Settings) -> None:
-    """What `anynode serve` insists on. Raises ConfigurationError with one line that says what to change."""
+    """Check what `anynode serve` requires. Raises ConfigurationError with one line that says what to change."""
     if settings.jwt_jwks_url is None:
         if settings.jwt_secret is None:
             raise ConfigurationError(

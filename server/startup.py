@@ -1,13 +1,15 @@
-"""The configured database, where what is wrong with it is one line."""
+"""Starting a command: the configured database, and one line that says what is wrong with the configuration."""
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import asyncpg
+import click
 
 from anynode.models.database import BadDatabaseUrl, normalise_url
 from anynode.models.migrate import SchemaBehind
@@ -16,28 +18,38 @@ from anynode.server.errors import ConfigurationError
 Result = TypeVar("Result")
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Print a ConfigurationError as one line, and exit with status 2."""
+    try:
+        yield
+    except ConfigurationError as error:
+        click.secho(f"anynode: {error}", fg="red", err=True)
+        sys.exit(2)
+
+
 def on_database(url: str | None, work: Callable[[str], Coroutine[Any, Any, Result]]) -> Result:
-    """Run `work(url)` to its end. Raises ConfigurationError."""
-    with explained():
-        return asyncio.run(work(normalise_url(configured(url))))
+    """Return what `work(url)` returns, run to its end. Raises ConfigurationError."""
+    with explain_database_errors():
+        return asyncio.run(work(normalise_url(require_url(url))))
 
 
-def configured(url: str | None) -> str:
-    """The URL, which must be there. Raises ConfigurationError."""
+def require_url(url: str | None) -> str:
+    """Return the URL. Raises ConfigurationError where none is set."""
     if url is None:
         raise ConfigurationError("DATABASE_URL is not set: set it to postgresql://user:password@host:port/database")
     return url
 
 
 @contextmanager
-def explained() -> Iterator[None]:
-    """Make a ConfigurationError of what people must change before the database can be used."""
+def explain_database_errors() -> Iterator[None]:
+    """Turn an error of the database into a ConfigurationError that says what to change."""
     try:
         yield
     except SchemaBehind as error:
         raise ConfigurationError(f"the database's schema is behind ({error}): run `anynode migrate`") from error
     except BadDatabaseUrl as error:
-        raise ConfigurationError(f"DATABASE_URL is not one of Postgres: {error}") from error
+        raise ConfigurationError(f"DATABASE_URL is not a Postgres URL: {error}") from error
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(f"Postgres cannot be used at DATABASE_URL: {reason}") from error

@@ -1,7 +1,7 @@
-"""The one seam: what an agent is given, and what it yields.
+"""What an agent is given, and what it yields.
 
 An agent is an async generator function ``answer(turn)``. It is cancelled (``asyncio.CancelledError`` at its
-``await``) when the turn is cancelled, times out or loses its lease; it must then let go of what it holds.
+``await``) when the turn is cancelled, times out or loses its lease. It must then release what it holds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from msgspec import Struct
 
 
 class HistoryMessage(Struct, frozen=True):
-    """One message as the agent sees it; ``tool_calls`` is a JSON list, the tool fields are for role ``tool``."""
+    """One message of the history that an agent is given.
+
+    ``role`` is ``system``, ``user``, ``assistant`` or ``tool``. ``tool_calls`` are the calls that an assistant made, in
+    the form of chat completions. ``tool_name`` and ``tool_call_id`` are set for role ``tool``.
+    """
 
     role: str
     content: str
@@ -25,16 +29,16 @@ class HistoryMessage(Struct, frozen=True):
 
 
 class TextDelta(Struct, frozen=True):
-    """Some more text of the answer; none at all is a sign of life of an agent that thinks."""
+    """Text to append to the answer. An empty text shows that an agent which takes long is still working."""
 
     text: str
 
 
 class ToolCall(Struct, frozen=True):
-    """The model asks for a tool; ``arguments`` is the JSON object that the model gave.
+    """A call of a tool, as the model asked for it; ``arguments`` is the JSON object that the model gave.
 
-    The first event behind calls that is none, be it an empty ``TextDelta``, is heard when they are committed: an agent
-    that runs tools yields one before it does.
+    After its calls an agent must yield one more event (an empty ``TextDelta`` will do) before it runs them. It is
+    resumed from that event only when the calls are committed, so that a takeover finds them.
     """
 
     tool_call_id: str
@@ -43,7 +47,7 @@ class ToolCall(Struct, frozen=True):
 
 
 class ToolResult(Struct, frozen=True):
-    """A tool has answered."""
+    """The result of a tool call; ``is_error`` says that ``content`` describes why the call failed."""
 
     tool_call_id: str
     tool_name: str
@@ -52,11 +56,11 @@ class ToolResult(Struct, frozen=True):
 
 
 class StepEnd(Struct, frozen=True):
-    """One model request of the turn is complete; what came before is not produced again after a takeover."""
+    """The end of a step, one request to the model. Completed steps are not produced again after a takeover."""
 
 
 class Usage(Struct, frozen=True):
-    """What a model request cost, in tokens; several in a turn add up."""
+    """Tokens that a request to the model used. The usages of one turn are added up."""
 
     input_tokens: int
     output_tokens: int
@@ -64,18 +68,24 @@ class Usage(Struct, frozen=True):
 
 
 AgentEvent: TypeAlias = TextDelta | ToolCall | ToolResult | StepEnd | Usage
+"""Any event that an agent may yield."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What an agent is asked to answer.
+    """One turn: the question that an agent is asked to answer, and what is known of it.
 
     ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``).
-    ``attempt`` is 1, or more after a takeover; ``steps`` then holds the messages of the steps that were
-    completed before, which follow the history: their tools are not to be run again. ``partial`` is what the step that
-    was cut had said, which is shown already and not to be said again; always empty unless the agent ``can_continue``
-    or ``can_resume_calls``. ``pending`` are the calls of that step that have no result yet, always none unless it
-    ``can_resume_calls``: it yields them again, with the ids that they have, and runs them, before all else.
+
+    The other fields matter after a takeover, when another node calls the agent again for the same turn:
+
+    - ``attempt`` counts the calls of the agent for this turn, from 1.
+    - ``steps`` are the messages of the steps that were completed; they follow the history. Their tools must not be run
+      again.
+    - ``partial`` is the text of the step that was cut. Clients have seen it, so the agent must not yield it again. It
+      is empty unless the agent is decorated with ``continues`` or ``resumes_calls``.
+    - ``pending`` are the calls of the step that was cut which have no result yet. It is empty unless the agent is
+      decorated with ``resumes_calls``. The agent must first yield them again, with the same ids, and run them.
     """
 
     turn_id: UUID
@@ -89,36 +99,37 @@ class Turn:
 
 
 Agent: TypeAlias = Callable[[Turn], AsyncIterator[AgentEvent]]
+"""An agent: an async generator function that yields the events of the answer to a turn."""
 
 AnyAgent = TypeVar("AnyAgent", bound=Agent)
 
 
 def continues(agent: AnyAgent) -> AnyAgent:
-    """Say of an agent, as a decorator, that it goes on from ``turn.partial`` after a takeover. The step that was cut is
-    otherwise started again."""
+    """Decorate an agent that continues from ``turn.partial`` after a takeover. Without it, the step that was cut is
+    started again."""
     agent.can_continue = True  # type: ignore[attr-defined]
     return agent
 
 
 def can_continue(agent: Agent) -> bool:
-    """Whether the agent has said that it goes on from ``turn.partial``."""
+    """Return whether the agent is decorated with `continues`."""
     return bool(getattr(agent, "can_continue", False))
 
 
 def resumes_calls(agent: AnyAgent) -> AnyAgent:
-    """Say of an agent, as a decorator, that it runs the calls in ``turn.pending`` after a takeover instead of asking
-    the model again. The step that was cut is otherwise started again, and its calls get other ids."""
+    """Decorate an agent that runs the calls in ``turn.pending`` after a takeover, instead of asking the model again.
+    Without it, the step that was cut is started again, and its calls get other ids."""
     agent.can_resume_calls = True  # type: ignore[attr-defined]
     return agent
 
 
 def can_resume_calls(agent: Agent) -> bool:
-    """Whether the agent has said that it runs the calls in ``turn.pending``."""
+    """Return whether the agent is decorated with `resumes_calls`."""
     return bool(getattr(agent, "can_resume_calls", False))
 
 
 class AgentError(Exception):
-    """Raised by an agent to end the turn as failed with a message that people can act on.
+    """Raise it in an agent to end the turn as failed, with a message that people can act on.
 
     ``retryable`` says whether sending the question again later may succeed.
     """

@@ -34,8 +34,10 @@ async def echo(text: str) -> str:
 
 
 def make_echo(settings: Settings, tools: Sequence[Tool] = ()) -> Agent:
-    """The agent that streams `[n] question` (n: messages given), or `w0 w1 …`, at the speed of the settings; before
-    that it makes the calls of ECHO_TOOL_CALLS, where there are no `tools` to one that is `echo`."""
+    """Make the agent that streams `[n] question` (n: messages given), or `w0 w1 …`, at the speed of the settings.
+
+    Before that it makes the calls of ECHO_TOOL_CALLS. Where there are no `tools`, there is one, `echo`.
+    """
     runner = ToolRunner(tools or (make_tool(echo),), settings)
     script = settings.echo_tool_calls
     tokens_per_second = settings.echo_tokens_per_second
@@ -72,8 +74,10 @@ def make_echo(settings: Settings, tools: Sequence[Tool] = ()) -> Agent:
 
 
 def _calls(turn: Turn, script: ScriptedSteps) -> Iterator[Sequence[ToolCall]]:
-    """The calls that are still to be made, step by step, first those that are pending. The ids count through the turn,
-    so that they are the same in every attempt."""
+    """Yield the calls that are still to be made, step by step, the pending ones first.
+
+    The ids count through the turn, so that they are the same in every attempt.
+    """
     if turn.pending:
         yield turn.pending
     made = {message.tool_call_id for message in turn.steps} | {call.tool_call_id for call in turn.pending}
@@ -94,7 +98,7 @@ def _echo(turn: Turn) -> Iterator[TextDelta]:
 
 
 def _after(partial: str, deltas: Iterator[TextDelta]) -> Iterator[TextDelta]:
-    """The deltas without those that have been said."""
+    """Yield the deltas behind the text `partial`, which was streamed already."""
     left = len(partial)
     for delta in deltas:
         if left < len(delta.text):

@@ -1,4 +1,4 @@
-"""Finds the agent that `AGENT` names, and opens it with the tools that `TOOLS` names."""
+"""Loads the agent that `AGENT` names, with the tools that `TOOLS` names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUILT_IN = ("echo", "openai")
 
 @asynccontextmanager
 async def open_agent(settings: Settings) -> AsyncIterator[Agent]:
-    """The agent of the settings, and what it holds, for as long as the context lasts. Raises ConfigurationError."""
+    """Open the agent of the settings, with what it needs, while the context lasts. Raises ConfigurationError."""
     tools = load_tools(settings.tools)
     if settings.agent == "echo":
         yield make_echo(settings, tools)
@@ -35,13 +35,13 @@ async def open_agent(settings: Settings) -> AsyncIterator[Agent]:
 
 
 def check_agent(name: str) -> None:
-    """Raise ConfigurationError, with one line that says why, unless `name` can be opened."""
+    """Raise ConfigurationError, with one line that says why, unless `name` names an agent."""
     if name not in BUILT_IN:
         _import_agent(name)
 
 
 def check_tools(name: str | None) -> None:
-    """The same for what TOOLS names."""
+    """Raise ConfigurationError, with one line that says why, unless `name` is None or names tools."""
     load_tools(name)
 
 

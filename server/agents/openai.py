@@ -91,7 +91,7 @@ class _Provider:
 
 @asynccontextmanager
 async def open_openai(settings: Settings, tools: Sequence[Tool] = ()) -> AsyncIterator[Agent]:
-    """The agent over the connections that it holds; one serves all turns of a node. Raises ConfigurationError."""
+    """Open the agent, with the connections that all turns of a node share. Raises ConfigurationError."""
     base = URL(settings.openai_base_url)
     # Compressed streams come late: a compressor waits for more to compress.
     headers = {"Accept": "text/event-stream", "Accept-Encoding": "identity", "Content-Type": "application/json"}
@@ -139,21 +139,21 @@ def _tools(tools: Sequence[Tool]) -> msgspec.Raw:
 async def _answer(
     provider: _Provider, runner: ToolRunner, turn: Turn, *, requests_max: int
 ) -> AsyncGenerator[AgentEvent, None]:
-    """Ask the model and run the tools that it asks for, in turn, until it asks for none."""
+    """Ask the model, run the tools that it calls, and ask it again with the results, until it calls none."""
     messages = [*turn.history, *turn.steps]
     requests = sum(message.role == "assistant" for message in turn.steps)  # those of earlier attempts
-    said = turn.partial
+    text = turn.partial
     calls: Sequence[ToolCall] = turn.pending
     errors = NO_ERRORS
     while True:
         if not calls:
             requests += 1
-            step = _Step(provider, [*messages, HistoryMessage("assistant", said)] if said else messages)
-            async with aclosing(step.stream(may_call=requests < requests_max)) as events:
+            request = _ModelRequest(provider, [*messages, HistoryMessage("assistant", text)] if text else messages)
+            async with aclosing(request.stream(may_call=requests < requests_max)) as events:
                 async for event in events:
                     yield event
-            said += clean("".join(step.texts))
-            calls, errors = step.calls, step.errors
+            text += clean("".join(request.texts))
+            calls, errors = request.calls, request.errors
             if not calls:
                 return
             if requests >= requests_max:
@@ -167,13 +167,13 @@ async def _answer(
                     results[event.tool_call_id] = event
                 yield event
         yield StepEnd()
-        messages += messages_of(said, calls, [results[call.tool_call_id] for call in calls])
-        said, calls = "", ()
+        messages += messages_of(text, calls, [results[call.tool_call_id] for call in calls])
+        text, calls = "", ()
 
 
-class _Step:
-    """One model request; after its stream, `texts` and `calls` are what the model has said, and `errors` says by their
-    ids why some of the calls cannot be run."""
+class _ModelRequest:
+    """One request to the model. After `stream` has ended, `texts` and `calls` are the model's answer, and `errors` says
+    for the ids of some calls why they cannot be run."""
 
     def __init__(self, provider: _Provider, messages: Sequence[HistoryMessage]) -> None:
         self.texts: list[str] = []
@@ -183,7 +183,7 @@ class _Step:
         self._messages = messages
 
     async def stream(self, *, may_call: bool) -> AsyncGenerator[AgentEvent, None]:
-        """Its text as it comes, one delta for each read, then what it cost. Raises AgentError."""
+        """Yield the text as it comes, one delta for each read, then the usage. Raises AgentError."""
         provider = self._provider
         response = await _post(provider, _encode(provider, self._messages, may_call=may_call))
         try:
@@ -195,7 +195,7 @@ class _Step:
                 data = await _read(provider, response, finishing=decoder.finish_reason is not None)
                 text = decoder.feed(data) if data else decoder.end()
                 self.texts.append(text)
-                yield TextDelta(text)  # an empty one, too: a model that thinks is no silent one
+                yield TextDelta(text)  # also an empty one: a model that thinks is not silent
             decoder.check()
             if decoder.usage is not None:
                 yield Usage(
@@ -212,7 +212,7 @@ class _Step:
 
 
 def _ids(messages: Iterable[HistoryMessage]) -> set[str]:
-    """The ids that calls have had."""
+    """Return the ids of the calls that have results in the messages."""
     return {message.tool_call_id for message in messages if message.tool_call_id is not None}
 
 
@@ -261,7 +261,7 @@ def _silent(provider: _Provider) -> AgentError:
 
 
 async def _read(provider: _Provider, response: aiohttp.ClientResponse, *, finishing: bool) -> bytes:
-    """The next bytes; none at the end of the stream, however it came."""
+    """Return the next bytes, or none at the end of the stream, however it ended."""
     try:
         async with asyncio.timeout(FINISHING_SECONDS if finishing else None):
             return await response.content.readany()
@@ -282,27 +282,27 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
 
 
 async def _refused(provider: _Provider, response: aiohttp.ClientResponse) -> AgentError:
-    """What to tell people about a response that is no stream."""
+    """Return the error that explains a response that is not a stream of an answer."""
     status = response.status
-    said = quote(await _error_message(response), provider.key)
+    reason = quote(await _error_message(response), provider.key)
     if status == 200:
-        if said and response.content_type == "application/json":
-            return AgentError(f"the provider answers without a stream{said}")
+        if reason and response.content_type == "application/json":
+            return AgentError(f"the provider answers without a stream{reason}")
         kind = quote(response.content_type, provider.key)
         return AgentError(f"the provider answers with no event stream, check OPENAI_BASE_URL{kind}")
     if 300 <= status < 400:
         return AgentError(f"the provider redirects (status {status}): set OPENAI_BASE_URL to where it leads")
     if status in (401, 403):
-        return AgentError(f"the provider refuses access (status {status}), check OPENAI_API_KEY{said}")
+        return AgentError(f"the provider refuses access (status {status}), check OPENAI_API_KEY{reason}")
     if status == 404:
-        return AgentError(f"the provider knows no such address or model, check OPENAI_BASE_URL and MODEL{said}")
+        return AgentError(f"the provider knows no such address or model, check OPENAI_BASE_URL and MODEL{reason}")
     wait = _wait_seconds(response.headers, time.time())
     again = "try again later" if wait is None else f"try again in {wait} s"
     if status == 429:
-        return AgentError(f"the provider limits requests, {again}{said}", retryable=True)
+        return AgentError(f"the provider limits requests, {again}{reason}", retryable=True)
     if status >= 500 or status == 408:
-        return AgentError(f"the provider failed (status {status}), {again}{said}", retryable=True)
-    return AgentError(f"the provider refuses the request (status {status}){said}")
+        return AgentError(f"the provider failed (status {status}), {again}{reason}", retryable=True)
+    return AgentError(f"the provider refuses the request (status {status}){reason}")
 
 
 async def _error_message(response: aiohttp.ClientResponse) -> str | None:
@@ -325,7 +325,7 @@ async def _error_message(response: aiohttp.ClientResponse) -> str | None:
 
 
 def _wait_seconds(headers: Mapping[str, str], now: float) -> int | None:
-    """How long a provider asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as a date."""
+    """Return the seconds that a provider asks to wait: `retry-after-ms`, or `Retry-After` as seconds or a date."""
     try:
         if "retry-after-ms" in headers:
             seconds = float(headers["retry-after-ms"]) / 1000

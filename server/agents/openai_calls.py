@@ -1,6 +1,6 @@
-"""The calls in the stream of a chat completion: put together from whatever pieces a provider sends.
+"""The tool calls in the stream of a chat completion, put together from the pieces that a provider sends.
 
-Providers differ: an index may be missing or always 0, an id missing, empty or there twice, a call whole in one chunk.
+Providers differ: the index may be missing or always 0; the id missing, empty or repeated; a call whole in one chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _FunctionDelta(msgspec.Struct, gc=False):
 
 
 class CallDelta(msgspec.Struct, gc=False):
-    """A piece of a call."""
+    """One piece of a call."""
 
     index: int | None = None
     id: str | None = None
@@ -43,7 +43,7 @@ class _Call:
 
 
 class Calls:
-    """The calls of one step, in the order in which they begin; `bytes_max` is for all that they say."""
+    """The calls of one step, in the order in which they begin. `bytes_max` bounds all names and arguments together."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_left = bytes_max
@@ -54,7 +54,7 @@ class Calls:
         return len(self._calls)
 
     def add(self, deltas: Iterable[CallDelta]) -> None:
-        """Raises AgentError where there are too many calls, or they say too much."""
+        """Take pieces of calls. Raises AgentError where there are too many calls, or they are too long."""
         for delta in deltas:
             function = delta.function or _FunctionDelta()
             given, name = function.arguments, function.name or ""
@@ -71,7 +71,7 @@ class Calls:
                 raise AgentError("the model's calls are longer than an answer may be (ANSWER_BYTES_MAX)")
 
     def _call(self, delta: CallDelta, name: str) -> _Call:
-        """The call that a piece belongs to."""
+        """Return the call that a piece belongs to."""
         if delta.index is None:
             known = [call for call in self._calls if delta.id and call.id == delta.id]
             if not known and not name and not delta.id:
@@ -89,8 +89,10 @@ class Calls:
         return call
 
     def finish(self, ids: Collection[str]) -> tuple[list[ToolCall], dict[str, str]]:
-        """The calls; and by their ids, why some cannot be run. Those get new ids that have none, or one that is in
-        `ids` or another call's."""
+        """Return the calls, and for the ids of some why they cannot be run.
+
+        A call gets a new id if it has none, or one that is in `ids` or belongs to another call.
+        """
         taken = set(ids)
         finished: list[ToolCall] = []
         errors: dict[str, str] = {}
@@ -99,7 +101,7 @@ class Calls:
             if not id or id in taken or len(id) > ID_CHARACTERS_MAX or not is_storable(id):
                 id = f"call_{secrets.token_hex(12)}"
             taken.add(id)
-            # A name that is none would be refused when it is sent back with the result.
+            # The provider would refuse an invalid name when it is sent back with the result.
             name = _NOT_OF_A_NAME.sub("_", call.name)[:64] or "unnamed"
             try:
                 arguments = _decode("".join(call.arguments))
@@ -110,14 +112,14 @@ class Calls:
 
 
 def _is_another(call: _Call, id: str | None, name: str) -> bool:
-    """Whether a piece under a call's index begins another one all the same."""
+    """Return whether a piece begins another call, although its index is that of `call`."""
     if id and call.id:
         return id != call.id
     return bool(name and not id and name != call.name and any(call.arguments))
 
 
 def _decode(text: str) -> Mapping[str, Any]:
-    """Raises ValueError."""
+    """Return the arguments. Raises ValueError where they are not a JSON object."""
     if not text.strip():
         return {}  # of a tool without parameters
     try:

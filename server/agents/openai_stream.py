@@ -1,4 +1,4 @@
-"""The stream of a chat completion: bytes cut anywhere become text, calls, usage, and an end, whole or an error."""
+"""The stream of a chat completion: decodes bytes, cut anywhere, into text, calls, usage, and an end or an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Tokens(msgspec.Struct, gc=False):
 
 
 class ProviderError(msgspec.Struct):
-    """What a provider says went wrong."""
+    """The error object of a provider."""
 
     message: str | None = None
 
@@ -46,14 +46,14 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 class _Garbage(AgentError):
-    """A line of the stream is no chunk."""
+    """A line of the stream is not a chunk."""
 
 
 class StepDecoder:
-    """One streamed answer, fed in bytes cut anywhere, until it has `ended`; `check` then says whether it is whole.
+    """One streamed answer. Feed it bytes, cut anywhere, until it has `ended`; `check` then raises if it is not whole.
 
-    Every `data:` line is an event by itself, also without the empty line that should follow it. Tools that are asked
-    for go to `calls`; where that is None, asking for one is an error.
+    Every `data:` line is an event by itself, also without the empty line that should follow it. Tool calls go to
+    `calls`; if that is None, a tool call is an error.
     """
 
     def __init__(self, key: str | None, calls: Calls | None = None) -> None:
@@ -65,10 +65,10 @@ class StepDecoder:
         self._key = key
         self._line = bytearray()  # whose end has not come
         self._error: AgentError | None = None
-        self._said = False
+        self._has_text = False
 
     def feed(self, data: bytes) -> str:
-        """The text that `data` completes."""
+        """Take bytes, and return the text that they complete."""
         pieces: list[str] = []
         try:
             for line in self._lines(data):
@@ -79,11 +79,11 @@ class StepDecoder:
         except AgentError as error:
             self.ended, self._error = True, error
         text = "".join(pieces)
-        self._said = self._said or bool(text)
+        self._has_text = self._has_text or bool(text)
         return text
 
     def end(self) -> str:
-        """The text of a last line that lacks its end; nothing comes after it."""
+        """Take the end of the bytes, and return the text of a last line that lacks its end."""
         text = self.feed(b"\n")
         if not self.ended or isinstance(self._error, _Garbage):
             self.ended = True
@@ -92,10 +92,10 @@ class StepDecoder:
         return text
 
     def check(self) -> None:
-        """Raise the AgentError of an answer that is not whole."""
+        """Raise AgentError if the answer is not whole."""
         if self._error is not None:
             raise self._error
-        if self.finish_reason == "content_filter" and not self._said:
+        if self.finish_reason == "content_filter" and not self._has_text:
             raise AgentError("the provider's content filter stopped the answer")
         if self.finish_reason == "tool_calls" and not self.calls:
             raise AgentError("the model asked for a tool, and did not say for which", retryable=True)
@@ -117,8 +117,8 @@ class StepDecoder:
             return
         chunk = self._decode(payload)
         if chunk.error is not None:
-            said = chunk.error if isinstance(chunk.error, str) else chunk.error.message
-            raise AgentError(f"the provider failed during the answer{quote(said, self._key)}", retryable=True)
+            reason = chunk.error if isinstance(chunk.error, str) else chunk.error.message
+            raise AgentError(f"the provider failed during the answer{quote(reason, self._key)}", retryable=True)
         for choice in chunk.choices or ():
             if choice.delta is not None:
                 if choice.delta.content:
@@ -146,13 +146,13 @@ class StepDecoder:
             # (the turn puts the halves together).
             return msgspec.convert(json.loads(payload), _Chunk)
         except (ValueError, RecursionError) as error:
-            said = quote(payload.decode(errors="replace"), self._key)
-            raise _Garbage(f"the provider sent something else than chat completion chunks{said}") from error
+            quoted = quote(payload.decode(errors="replace"), self._key)
+            raise _Garbage(f"the provider sent something else than chat completion chunks{quoted}") from error
 
 
-def quote(said: str | None, key: str | None) -> str:
-    """`: "…"` with what a provider said, without the key, on one line and not too long; empty if it said nothing."""
-    text = said or ""
+def quote(text: str | None, key: str | None) -> str:
+    """Return `: "…"` with a provider's text in one short line, without the key; an empty string if there is no text."""
+    text = text or ""
     if key:
         text = text.replace(key, "…")
     text = "".join(character if character.isprintable() else " " for character in text)

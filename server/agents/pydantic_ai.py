@@ -64,11 +64,11 @@ ERROR_CODE: Final = re.compile(r"[A-Za-z_]{1,40}")  # no key is without digits
 def from_pydantic_ai(
     agent: AbstractAgent[AnyDeps, Any], *, deps: AnyDeps | Callable[[Turn], AnyDeps] | None = None
 ) -> Agent:
-    """The agent that answers with a run of `agent`; `deps` are its dependencies, or a function that makes them of the
-    turn.
+    """Make an agent that answers each turn with a run of a Pydantic AI `agent`.
 
-    Output that is not text is told as JSON. After a takeover, calls that were made are run with the ids that they have.
-    Files that tools return do not outlive the run: messages hold text.
+    `deps` are its dependencies, or a function that makes them of the turn. Output that is not text is sent as JSON.
+    After a takeover, calls that have no result yet are run with the same ids. Files that tools return are lost with the
+    run, as messages hold only text.
     """
 
     @resumes_calls
@@ -103,7 +103,7 @@ def _messages(turn: Turn, prompts: Sequence[SystemPromptPart]) -> list[ModelMess
     messages: list[ModelMessage] = [ModelRequest(parts=[*prompts])] if prompts else []
     for message in (*turn.history, *turn.steps):
         if message.role == "assistant":
-            # Of a turn that was cancelled before it said anything: providers refuse a message without content.
+            # A turn that was cancelled before its first text has an empty message, which providers refuse.
             if message.content or message.tool_calls:
                 messages.append(_response(message.content, _calls(message)))
         elif messages and isinstance(last := messages[-1], ModelRequest):
@@ -138,7 +138,7 @@ def _request_part(message: HistoryMessage) -> ModelRequestPart:
 
 @dataclass(slots=True)
 class _Run:
-    """What has been heard of a run."""
+    """A run, as far as its events have come."""
 
     events: AgentRunEvents[Any]
     waiting: set[str] = field(default_factory=set)  # the ids of calls that were told and have no result yet
@@ -147,7 +147,7 @@ class _Run:
     output_tokens: int = 0
 
     def hear(self, event: AgentStreamEvent | AgentRunResultEvent[Any]) -> Iterator[AgentEvent]:
-        """What an event of the run is to people; whatever else happens is a sign of life."""
+        """Yield our events for an event of the run, or an empty text where it has none of interest."""
         match event:
             case PartStartEvent(part=TextPart(content=text)) | PartDeltaEvent(delta=TextPartDelta(content_delta=text)):
                 self.has_spoken = self.has_spoken or bool(text)
@@ -165,8 +165,11 @@ class _Run:
                 yield TextDelta("")
 
     def _tell_calls(self) -> Iterator[AgentEvent]:
-        """All calls of the response at once: one that is only begun when another has its result, as sequential tools
-        are, would count as a call of the next step."""
+        """Yield all calls of the response at once.
+
+        A sequential tool begins only when the one before has its result; its call would then count as one of the next
+        step.
+        """
         response = next(message for message in reversed(self.events.all_messages()) if message.kind == "response")
         for part in response.tool_calls:
             self.waiting.add(part.tool_call_id)
@@ -181,7 +184,7 @@ class _Run:
         yield from self._tell_usage(result.response.model_name)
 
     def _tell_usage(self, model: str | None) -> Iterator[AgentEvent]:
-        """What was used since it was told: a turn that fails or is cancelled later has still cost this."""
+        """Yield the usage since it was last told, early, as a turn that fails or is cancelled later has cost it too."""
         usage = self.events.usage
         input_tokens, output_tokens = usage.input_tokens - self.input_tokens, usage.output_tokens - self.output_tokens
         self.input_tokens, self.output_tokens = usage.input_tokens, usage.output_tokens
@@ -216,20 +219,20 @@ def _refused(error: exceptions.ModelAPIError) -> AgentError:
     details = [f"status {status}"] if status else []
     if ERROR_CODE.fullmatch(error.provider_error_code or ""):
         details.append(str(error.provider_error_code))
-    said = f" ({', '.join(details)})" if details else ""
+    shown = f" ({', '.join(details)})" if details else ""
     if isinstance(error, exceptions.ModelQuotaExceededError):
-        return AgentError(f"the provider's quota is used up, check its billing{said}")
+        return AgentError(f"the provider's quota is used up, check its billing{shown}")
     if isinstance(error, exceptions.ModelRateLimitError) or status == 429:
-        return AgentError(f"the provider limits requests, {again}{said}", retryable=True)
+        return AgentError(f"the provider limits requests, {again}{shown}", retryable=True)
     if isinstance(error, exceptions.ModelAuthenticationError) or status in (401, 403):
-        return AgentError(f"the provider refuses access, check the API key{said}")
+        return AgentError(f"the provider refuses access, check the API key{shown}")
     if isinstance(error, exceptions.ModelNotFoundError) or status == 404:
-        return AgentError(f"the provider knows no such address or model, check the agent's model{said}")
+        return AgentError(f"the provider knows no such address or model, check the agent's model{shown}")
     if isinstance(error, exceptions.ModelContextWindowExceededError):
-        return AgentError(f"the conversation is longer than the model can take{said}")
+        return AgentError(f"the conversation is longer than the model can take{shown}")
     if isinstance(error, exceptions.ModelRequestRejectedError) or (400 <= status < 500 and status != 408):
-        return AgentError(f"the provider refuses the request{said}")
-    return AgentError(f"the provider failed or cannot be reached, {again}{said}", retryable=True)
+        return AgentError(f"the provider refuses the request{shown}")
+    return AgentError(f"the provider failed or cannot be reached, {again}{shown}", retryable=True)
 
 
 def _line(text: str) -> str:

@@ -1,6 +1,6 @@
 """Makes an agent of a function `run_agent(messages) -> (response, tool_calls)`.
 
-The tools have run when the function returns: its calls are told, with their results, before the text.
+The function has run its tools when it returns. The agent yields their calls and results first, then the text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from anynode.server.agents.agent import (
     ToolResult,
     Turn,
 )
-from anynode.server.protocol.encoding import encode
 
 Messages: TypeAlias = list[dict[str, Any]]
 Outcome: TypeAlias = tuple[str, Sequence[Any] | None]
@@ -36,11 +35,11 @@ CALL: Final = "a tool's name, or an object that has its `name`, and maybe `argum
 
 
 def from_run_agent(run_agent: RunAgent) -> Agent:
-    """The agent that answers with what `run_agent` returns for the messages, in the form of chat completions.
+    """Make an agent of a function that gets the messages, in the form of chat completions, and returns the answer.
 
-    An async generator function streams: it yields text, and maybe `(response, tool_calls)`, whose response begins with
-    the text before it or is empty; yielded before the text, it tells of calls that were made for it. What is neither
-    ends the turn with an AgentError that says what it must be.
+    An `async def` function returns `(response, tool_calls)`. An async generator function streams: it yields text, and
+    may yield `(response, tool_calls)` before or after it; the response is then empty, or begins with the text so far.
+    Anything else ends the turn with an AgentError that says what it must be.
     """
 
     async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
@@ -74,17 +73,17 @@ def _message(message: HistoryMessage) -> dict[str, Any]:
 
 
 async def _stream(pieces: AsyncGenerator[object, None]) -> AsyncIterator[AgentEvent]:
-    said = ""
+    text = ""
     ids: set[str] = set()
     async for piece in pieces:
         if not isinstance(piece, str):
             response, calls = _outcome(piece)
             for event in _told(calls, ids):
                 yield event
-            if response and not response.startswith(said):
+            if response and not response.startswith(text):
                 raise AgentError("the response that run_agent yields must begin with the text that it has yielded")
-            piece = response[len(said) :]
-        said += piece
+            piece = response[len(text) :]
+        text += piece
         yield TextDelta(piece)
 
 
@@ -106,7 +105,7 @@ def _described(returned: object) -> str:
 
 
 def _told(calls: Sequence[object], ids: set[str]) -> Iterator[AgentEvent]:
-    """The calls and their results; `ids` are those that calls have before them, and after."""
+    """Yield the calls with their results. `ids` are the ids that earlier calls have; those of these calls are added."""
     for number, call in enumerate(calls):
         fields = _fields(call, number)
         function = fields.get("function")
@@ -135,7 +134,7 @@ def _first(fields: Mapping[str, Any], *names: str) -> Any:
 
 
 def _unique(id: object, ids: set[str]) -> str:
-    """The id, or another one where there is none or a call has it already."""
+    """Return the id, or a new one where there is none or an earlier call has it."""
     unique = "" if id is None else str(id)
     number = len(ids)
     while not unique or unique in ids:
@@ -150,7 +149,7 @@ def _arguments(arguments: object, number: int) -> Mapping[str, Any]:
         try:
             arguments = msgspec.json.decode(arguments or "{}")
         except ValueError as error:
-            raise AgentError(f"the arguments of tool_calls[{number}] are no JSON") from error
+            raise AgentError(f"the arguments of tool_calls[{number}] are not JSON") from error
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):
@@ -164,6 +163,6 @@ def _content(result: object, number: int) -> str:
     if isinstance(result, str):
         return result
     try:
-        return encode(result)
+        return msgspec.json.encode(result).decode()
     except (TypeError, ValueError) as error:
         raise AgentError(f"the result of tool_calls[{number}] is neither text nor JSON") from error

@@ -1,6 +1,6 @@
-"""Runs the calls of tools that a model makes, all of a step at once, and makes a result of whatever comes of them.
+"""Runs the tool calls that a model makes, all calls of a step at once.
 
-What goes wrong with a call is a result that the model can act on, never the end of the turn.
+A call that fails has a result too, which tells the model why. It never ends the turn.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ NO_ERRORS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class ToolRunner:
-    """Runs the calls of all turns of a node.
+    """Runs the tool calls of all turns of a node.
 
-    Async functions run in its loop. Others run in daemon threads, `THREADS_MAX` at once; who waits for one does so
-    within the call's timeout. A thread cannot be stopped: one whose call has timed out, or whose turn is over, goes on
-    until its function returns, and only then makes room for another.
+    Async functions run in the node's loop. Others run in daemon threads, at most `THREADS_MAX` at once; the wait for a
+    thread counts towards the call's timeout. A thread cannot be stopped: when its call has timed out, or its turn is
+    over, it keeps its place until the function returns.
     """
 
     def __init__(self, tools: Sequence[Tool], settings: Settings) -> None:
@@ -51,16 +51,16 @@ class ToolRunner:
     async def run(
         self, turn: Turn, calls: Sequence[ToolCall], errors: Mapping[str, str] = NO_ERRORS
     ) -> AsyncGenerator[AgentEvent, None]:
-        """All `calls`, then the result of each as it comes, with signs of life in between. `errors` says of calls, by
-        their ids, why they cannot be run.
+        """Yield all `calls`, then the result of each as it comes, with empty texts in between while none comes.
 
-        Where the generator is cancelled or closed, so are the tools, and it ends when they have let go.
+        `errors` says for the ids of some calls why they cannot be run. When the generator is cancelled or closed, the
+        tools are cancelled too, and it ends when they have stopped.
         """
         # Without an await in between, so that they are committed together.
         for call in calls:
             yield call
         if calls:
-            yield TextDelta("")  # the turn goes on when they are
+            yield TextDelta("")  # after it the calls are committed
         running: dict[asyncio.Task[ToolResult], ToolCall] = {}
         try:
             for call in calls:
@@ -84,7 +84,7 @@ class ToolRunner:
             await _stop(running)
 
     def _given_up(self, task: asyncio.Task[ToolResult], call: ToolCall) -> ToolResult:
-        """Cancel a call that has had its time. Its turn does not wait for it: it may not let go."""
+        """Cancel a call that has timed out. Its turn does not wait for it, as the tool may ignore the cancellation."""
         self._left.add(task)
         task.add_done_callback(self._left.discard)
         task.cancel()
@@ -160,7 +160,7 @@ class ToolRunner:
 
 
 def messages_of(text: str, calls: Sequence[ToolCall], results: Sequence[ToolResult]) -> list[HistoryMessage]:
-    """What a completed step is in what the agent sees."""
+    """Return the messages of a completed step, as an agent sees them."""
     return [
         HistoryMessage("assistant", text, tool_calls_json(calls)),
         *(HistoryMessage("tool", result.content, None, result.tool_name, result.tool_call_id) for result in results),
@@ -168,7 +168,7 @@ def messages_of(text: str, calls: Sequence[ToolCall], results: Sequence[ToolResu
 
 
 def tool_calls_json(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
-    """The calls as a message has them."""
+    """Return the calls in the form that messages have them in."""
     return [
         {
             "id": call.tool_call_id,
@@ -196,7 +196,7 @@ def _error(call: ToolCall, text: str) -> ToolResult:
 
 
 async def _stop(tasks: Collection[asyncio.Task[ToolResult]]) -> None:
-    """Cancel them all, and wait until they have let go, also when that is interrupted."""
+    """Cancel all tasks, and wait until they have stopped, even if this is itself cancelled."""
     for task in tasks:
         task.cancel()
     interrupted: asyncio.CancelledError | None = None

@@ -1,4 +1,4 @@
-"""Tools: plain typed functions that a model may call, and what it is told of them."""
+"""Tools: typed functions that a model may call, and the JSON Schemas that describe them to it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 @dataclass(frozen=True, slots=True)
 class ToolContext:
-    """What a tool may ask to be told, by a parameter that is annotated with this; the model does not see it.
+    """The call that a tool is run for: a tool gets it in a parameter with this annotation, which the model never sees.
 
-    A call that was under way when its node died is made again with the same `tool_call_id`, which no other call of the
-    turn has: it is the idempotency key of what a tool does outside. `attempt` is 1, or more after a takeover.
+    A call that was under way when its node died is made again on another node, with the same `tool_call_id`. No other
+    call of the turn has this id, so with `turn_id` it makes an idempotency key. `attempt` is 1, or more after a
+    takeover.
     """
 
     tool_call_id: str
@@ -37,7 +38,7 @@ class ToolContext:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function with its `name`, `description`, and the JSON Schema of its `parameters`."""
+    """A tool: a function, with the name, the description and the JSON Schema that the model gets."""
 
     name: str
     description: str
@@ -48,14 +49,14 @@ class Tool:
     _contexts: tuple[str, ...]  # the parameters that are given the context
 
     def bind(self, arguments: Mapping[str, Any], context: ToolContext) -> Callable[[], Any]:
-        """The call, ready to be made. Raises msgspec.ValidationError where the arguments do not fit the schema."""
+        """Return the call, ready to be made. Raises msgspec.ValidationError where the arguments do not fit."""
         valid = msgspec.convert(dict(arguments), self._arguments, str_keys=True)
         given = {name: getattr(valid, name) for name in self._arguments.__struct_fields__}
         return partial(self._function, **given, **dict.fromkeys(self._contexts, context))
 
 
 def load_tools(name: str | None) -> Sequence[Tool]:
-    """The tools that TOOLS names; none where it is unset. Raises ConfigurationError with one line."""
+    """Return the tools that TOOLS names, or none where it is unset. Raises ConfigurationError with one line."""
     if name is None:
         return ()
     functions = import_named("TOOLS", name)
@@ -76,7 +77,7 @@ def load_tools(name: str | None) -> Sequence[Tool]:
 
 
 def make_tool(function: Any) -> Tool:
-    """The tool that a function is. Raises TypeError with what keeps it from being one."""
+    """Return the tool that calls the function. Raises TypeError where the function cannot be a tool."""
     if not (inspect.isfunction(function) or inspect.ismethod(function)):
         raise TypeError(f"{function!r} is no function that is defined with `def` or `async def`")
     name = function.__name__
@@ -135,7 +136,7 @@ def _field(parameter: inspect.Parameter) -> Any:
 
 
 def _schema(name: str, fields: Sequence[tuple[str, Any, Any]]) -> tuple[type[msgspec.Struct], dict[str, Any]]:
-    """The type of the arguments, and its JSON Schema."""
+    """Return the type of the arguments, and its JSON Schema."""
     try:
         arguments = msgspec.defstruct(
             f"arguments of {name}", fields, module=__name__, kw_only=True, forbid_unknown_fields=True

@@ -1,16 +1,17 @@
-"""The connections of our own wire (PROTOCOL.md): conversations followed over `/ws`."""
+"""Anynode's own wire (PROTOCOL.md): conversations followed over `/ws`."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, assert_never
 from uuid import UUID
 
-from anynode.models.conversations import Admission, Snapshot
-from anynode.models.database import Unavailable
-from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, RateLimited, Unauthorized
+from anynode.server.engine.admission import Admitted
+from anynode.server.engine.conversations import Snapshot
+from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, InternalError, RateLimited, Unauthorized
 from anynode.server.protocol.encoding import encode, error_frame, event_frames, snapshot_frame
 from anynode.server.protocol.frames import (
     SUBPROTOCOL,
@@ -29,15 +30,16 @@ from anynode.server.protocol.frames import (
     decode_frame,
     request_id_of,
 )
-from anynode.server.transport.connection import FOLLOWS_MAX, Closed, Connection
+from anynode.server.transport.connection import FOLLOWS_MAX, Connection
+from anynode.server.transport.failures import show_to_end
 
 logger = logging.getLogger("anynode.websocket")
 
 _HEARTBEAT: Final = encode(Heartbeat())
 
 
-class NativeConnection(Connection):
-    """One client's connection, in the frames of `protocol`."""
+class AnynodeConnection(Connection):
+    """One client's connection in the frames of `anynode.v1`."""
 
     __slots__ = ("_follows",)
 
@@ -58,14 +60,12 @@ class NativeConnection(Connection):
         self._start_heartbeats(_HEARTBEAT)
 
     async def _say_ready(self) -> None:
-        assert self._identity is not None
-        ready = Ready(self._identity.user_id, self._node.node_id, SUBPROTOCOL, self._settings.heartbeat_seconds)
+        ready = Ready(self._user_id, self._node.node_id, SUBPROTOCOL, self._settings.heartbeat_seconds)
         await self._send(encode(ready))
 
     async def _obey(self, text: str) -> None:
         frame = decode_frame(text)
-        assert self._identity is not None
-        node, user_id = self._node, self._identity.user_id
+        node, user_id = self._node, self._user_id
         match frame:
             case MessageSend():
                 self._may_follow(frame.conversation_id)
@@ -105,10 +105,11 @@ class NativeConnection(Connection):
         if len(self._follows) >= FOLLOWS_MAX and conversation_id not in self._follows:
             raise RateLimited(f"A connection follows at most {FOLLOWS_MAX} conversations: unfollow one.")
 
-    async def _follow_admitted(self, admission: Admission) -> None:
-        if admission.outcome == "repeated" or admission.conversation_id not in self._follows:
-            after = None if admission.first_seq is None else admission.first_seq - 1
-            await self._follow(admission.conversation_id, after, is_own=True)
+    async def _follow_admitted(self, admitted: Admitted) -> None:
+        turn = admitted.turn
+        if not admitted.is_new or turn.conversation_id not in self._follows:
+            after = None if turn.first_seq is None else turn.first_seq - 1
+            await self._follow(turn.conversation_id, after, is_own=True)
 
     async def _follow(
         self, conversation_id: UUID, after: int | None, *, is_own: bool = False, request_id: str | None = None
@@ -123,30 +124,28 @@ class NativeConnection(Connection):
             await asyncio.wait((task,))
 
     async def _show(self, conversation_id: UUID, after: int | None, is_own: bool, request_id: str | None) -> None:
-        assert self._identity is not None
-        user_id, follows, shown_id = self._identity.user_id, self._node.follows, str(conversation_id)
-        try:
-            while True:
-                try:
-                    async with aclosing(follows.follow(user_id, conversation_id, after, is_own=is_own)) as steps:
-                        async for step in steps:
-                            if isinstance(step, Snapshot):
-                                await self._send(snapshot_frame(conversation_id, step))
-                                after = step.seq
-                            else:
-                                for frame in event_frames(shown_id, step):
-                                    await self._send(frame)
-                                after = step[-1].seq
-                except Unavailable:
-                    # Say so, and go on trying from where the client is.
-                    error = DatabaseUnavailable(conversation_id=conversation_id)
-                    await self._send(error_frame(error, request_id))
-        except ClientError as error:
-            await self._send(error_frame(error, request_id))
-        except (OSError, Closed):
-            pass  # the reader learns of it by itself
-        except Exception:
-            logger.exception("following conversation %s failed", conversation_id)
-            self.close_soon(CloseCode.INTERNAL, "internal error")
+        showing = self._send_updates(conversation_id, after, is_own, request_id)
+        await show_to_end(showing, partial(self._say_last_words, request_id), logger, f"conversation {conversation_id}")
         if self._follows.get(conversation_id) is asyncio.current_task():
             del self._follows[conversation_id]
+
+    async def _send_updates(
+        self, conversation_id: UUID, after: int | None, is_own: bool, request_id: str | None
+    ) -> None:
+        shown_id = str(conversation_id)
+        following = self._node.follows.keep_following(self._user_id, conversation_id, after, is_own=is_own)
+        async with aclosing(following) as updates:
+            async for update in updates:
+                if isinstance(update, DatabaseUnavailable):
+                    await self._send(error_frame(update, request_id))
+                elif isinstance(update, Snapshot):
+                    await self._send(snapshot_frame(conversation_id, update))
+                else:
+                    for frame in event_frames(shown_id, update):
+                        await self._send(frame)
+
+    async def _say_last_words(self, request_id: str | None, error: ClientError) -> None:
+        if isinstance(error, InternalError):
+            self.close_soon(CloseCode.INTERNAL, "internal error")
+        else:
+            await self._send(error_frame(error, request_id))

@@ -1,18 +1,19 @@
-"""What operators ask a node: is it alive, does it take work, what has it counted."""
+"""Health for operators: whether a node lives, whether it takes work, and its metrics."""
 
 from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from anynode.models.database import Database
 from anynode.server import metrics
 from anynode.server.engine.node import Node
 
 
-def health_routes(node: Node, database: Database) -> list[Route]:
-    """`/livez`, `/readyz` and `/metrics`."""
+def health_routes(node: Node, is_database_reachable: Callable[[], Awaitable[bool]]) -> list[Route]:
+    """Return the routes of `/livez`, `/readyz` and `/metrics`."""
 
     async def livez(request: Request) -> Response:
         if not node.is_running:
@@ -22,7 +23,7 @@ def health_routes(node: Node, database: Database) -> list[Route]:
     async def readyz(request: Request) -> Response:
         if node.is_draining:
             return JSONResponse({"status": "draining", "node_id": node.node_id}, status_code=503)
-        if not await database.is_reachable():
+        if not await is_database_reachable():
             return JSONResponse({"status": "database_unavailable", "node_id": node.node_id}, status_code=503)
         return JSONResponse({"status": "ready", "node_id": node.node_id})
 

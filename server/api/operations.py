@@ -1,4 +1,4 @@
-"""The operations over HTTP: `rest` serves them as they are listed here, and `/openapi.json` tells of them."""
+"""The list of operations over HTTP: what the APIs serve, and what `/openapi.json` describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat page as `hatch_build.py` has built it of `web/`: files that may load and run nothing from elsewhere."""
+"""The chat page, which `hatch_build.py` builds from `web/`: files that load and run nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DEV: Final = '<meta name="anynode-dev" content="true"></head>'  # that there is
 
 
 def page_routes(*, is_dev: bool = False, directory: Path = DIRECTORY) -> list[Route]:
-    """The page at `/`, and what it loads; without the files, a word on what is missing."""
+    """Return the routes of the page at `/` and its files, or of a hint where the page has not been built."""
 
     async def page(request: Request) -> Response:
         try:
@@ -54,7 +54,7 @@ def page_routes(*, is_dev: bool = False, directory: Path = DIRECTORY) -> list[Ro
 
 
 def missing(directory: Path = DIRECTORY) -> str | None:
-    """Why there is no page, or an older one than its sources are; None: it is there."""
+    """Return why the page is missing or older than its sources, None where it is up to date."""
     try:
         return (directory / "NOT_BUILT").read_text()
     except FileNotFoundError:

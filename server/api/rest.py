@@ -1,40 +1,27 @@
-"""Conversations over HTTP: what each operation does. `bodies` has what it takes and gives, `operations` the list."""
+"""The REST API: what each operation on conversations does. `operations` lists them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, TypeAlias
+from typing import Final
 from urllib.parse import urlencode
 from uuid import UUID
 
-import asyncpg
 import msgspec
-from msgspec import UNSET, Raw, UnsetType
-from starlette.types import ASGIApp, Receive, Scope, Send
+from msgspec import UNSET, UnsetType
+from starlette.types import ASGIApp
 
-from anynode.models.conversations import (
-    Admission,
-    create_conversation,
-    list_conversations,
-    read_conversation,
-    update_conversation,
-)
-from anynode.models.database import Database, Unavailable
-from anynode.models.ids import uuid7
-from anynode.models.messages import read_messages
 from anynode.models.text import is_storable
 from anynode.server.api.export import exported
+from anynode.server.engine.admission import Admitted, new_message_id
+from anynode.server.engine.conversations import Snapshot
 from anynode.server.engine.node import Node
-from anynode.server.errors import (
-    ClientError,
-    DatabaseUnavailable,
-    InvalidFrame,
-    MessageTooLarge,
-    NotFound,
-    Problem,
-)
+from anynode.server.engine.turn_reader import TurnRef
+from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame, MessageTooLarge, Problem
 from anynode.server.protocol.bodies import (
     Appended,
     Body,
@@ -56,207 +43,198 @@ from anynode.server.protocol.bodies import (
     Regenerate,
     StartedTurn,
 )
-from anynode.server.protocol.encoding import message_of
-from anynode.server.protocol.frames import SEQ_MAX, MessageSend, TurnRegenerate
+from anynode.server.protocol.encoding import encode, error_frame, message_of, numbered_frames, snapshot_frame
+from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
-from anynode.server.transport.http import Call, Holding, refusal, reply
-from anynode.server.transport.sse import EventStream
-from anynode.server.transport.turn_end import answer_of, stored_turn
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, refusal, reply
+from anynode.server.transport.sse import EventStream, sse_data
+from anynode.server.transport.turn_end import answer_of
 
 METADATA_BYTES_MAX: Final = 16_384
 METADATA_DEPTH_MAX: Final = 100
 MESSAGES_LISTED: Final = 50  # unless a `limit` is given …
 MESSAGES_EXPORTED: Final = 1000  # … which for an export is as much as there may be
-
+RETRY_MILLISECONDS: Final = (200, 1000)  # from, to: clients of a node that goes away come back one by one
 MARK_DIGITS_MAX: Final = 16  # until the year 2286
 
+_HEARTBEAT: Final = sse_data(encode(Heartbeat()))
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-AnyCall: TypeAlias = Call[Any, Any]
 
 
 class Rest:
-    """What serves the operations on conversations; `holding` bounds those that wait or stream."""
+    """Serves the operations on conversations; `slots` bounds the requests that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, database: Database, holding: Holding) -> None:
+    def __init__(self, settings: Settings, node: Node, slots: Slots) -> None:
         self._settings = settings
         self._node = node
-        self._database = database
-        self._holding = holding
+        self._slots = slots
 
     # Conversations.
 
-    async def create(self, call: Call[NoQuery, NewConversation]) -> ASGIApp:
+    async def create(self, request: ApiRequest[NoQuery, NewConversation]) -> ASGIApp:
         """`POST /conversations`."""
-        fields = self._stored(call.body)
-        row = await create_conversation(
-            self._database,
-            call.user_id,
-            uuid7(),
+        fields = self._storable(request.body)
+        conversation = await self._node.conversations.create(
+            request.user_id,
             title=fields["title"],
             system_prompt=fields["system_prompt"],
-            metadata=fields["metadata"] or "{}",
-            created_at=datetime.now(UTC),
+            metadata=fields["metadata"],
         )
-        return reply(_conversation(row), 201, {"Location": f"/conversations/{row['id']}"})
+        return reply(conversation, 201, {"Location": f"/conversations/{conversation.id}"})
 
-    async def list(self, call: Call[ConversationsQuery, None]) -> ASGIApp:
+    async def list(self, request: ApiRequest[ConversationsQuery, None]) -> ASGIApp:
         """`GET /conversations`."""
-        limit, skip, before = call.query.limit, call.query.skip, call.query.before
+        limit, skip, before = request.query.limit, request.query.skip, request.query.before
         place = None if before is UNSET else _place(before)
-        search = None if call.query.search is UNSET else call.query.search
+        search = None if request.query.search is UNSET else request.query.search
         if search is not None and not is_storable(search):
             raise InvalidFrame(problems=[Problem("query.search", "has a NUL")])
-        rows = await list_conversations(
-            self._database, call.user_id, limit=limit + 1, skip=skip, before=place, search=search
+        found = await self._node.conversations.list(
+            request.user_id, limit=limit + 1, skip=skip, before=place, search=search
         )
-        listed = [_conversation(row) for row in rows[:limit]]
-        is_more = len(rows) > limit
-        return reply(
-            Conversations(
-                listed,
-                skip + limit if is_more and place is None else None,
-                _mark(listed[-1]) if is_more else None,
-            )
-        )
+        listed, is_more = found[:limit], len(found) > limit
+        next_skip = skip + limit if is_more and place is None else None
+        return reply(Conversations(listed, next_skip, _mark(listed[-1]) if is_more else None))
 
-    async def read(self, call: AnyCall) -> ASGIApp:
+    async def read(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}`."""
-        return reply(_conversation(await self._own(call)))
+        return reply(await self._node.conversations.read(request.user_id, request.conversation_id))
 
-    async def update(self, call: Call[NoQuery, ConversationChanges]) -> ASGIApp:
+    async def update(self, request: ApiRequest[NoQuery, ConversationChanges]) -> ASGIApp:
         """`PATCH /conversations/{conversation_id}`."""
-        changes = self._stored(call.body)
-        row = await update_conversation(self._database, call.user_id, call.conversation_id, changes)
-        if row is None:
-            raise NotFound
-        return reply(_conversation(row))
+        changes = self._storable(request.body)
+        return reply(await self._node.conversations.update(request.user_id, request.conversation_id, changes))
 
-    async def delete(self, call: AnyCall) -> ASGIApp:
+    async def delete(self, request: AnyApiRequest) -> ASGIApp:
         """`DELETE /conversations/{conversation_id}`."""
-        await self._node.delete(call.user_id, call.conversation_id)
-        return _no_content
+        await self._node.delete(request.user_id, request.conversation_id)
+        return no_content
 
     # Messages.
 
-    async def messages(self, call: Call[MessagesQuery, None]) -> ASGIApp:
+    async def messages(self, request: ApiRequest[MessagesQuery, None]) -> ASGIApp:
         """`GET /conversations/{conversation_id}/messages`."""
-        is_export = call.query.format is not UNSET
-        before = None if call.query.before is UNSET else call.query.before
-        limit = call.query.limit or (MESSAGES_EXPORTED if is_export else MESSAGES_LISTED)
-        page = await read_messages(
-            self._database,
-            call.user_id,
-            call.conversation_id,
+        is_export = request.query.format is not UNSET
+        limit = request.query.limit or (MESSAGES_EXPORTED if is_export else MESSAGES_LISTED)
+        page = await self._node.conversations.messages(
+            request.user_id,
+            request.conversation_id,
             limit=limit,
-            before=before,
+            before=None if request.query.before is UNSET else request.query.before,
             with_superseded=not is_export,
         )
-        if page is None:
-            await self._own(call)
-            raise NotFound("There is no such message in this conversation.")
         next_before = None if page.is_first else page.messages[0]["id"]
-        headers = {} if next_before is None else {"Link": _link(call, limit, next_before)}
+        headers = {} if next_before is None else {"Link": _link(request, limit, next_before)}
         if is_export:
             return reply(exported(page), headers=headers)
         return reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers)
 
-    async def append(self, call: AnyCall) -> ASGIApp:
+    async def append(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /conversations/{conversation_id}/messages`."""
-        is_bulk = isinstance(call.body, NewMessages)
-        given = call.body.messages if is_bulk else [call.body]
-        messages, seq = await self._node.append(call.user_id, call.conversation_id, given)
+        is_bulk = isinstance(request.body, NewMessages)
+        given = request.body.messages if is_bulk else [request.body]
+        messages, seq = await self._node.append(request.user_id, request.conversation_id, given)
         return reply(Appended(messages, seq) if is_bulk else messages[0], 201)
 
     # Turns.
 
-    async def proceed(self, call: Call[NoQuery, Continue]) -> ASGIApp:
+    async def proceed(self, request: ApiRequest[NoQuery, Continue]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/continue`."""
-        body = call.body
-        frame = MessageSend(body.message_id or str(uuid7()), body.content, call.conversation_id, body.if_busy)
-        with self._holding():
-            admission = await self._node.send(call.user_id, frame)
-            return await self._answered(call, admission, frame.message_id) if body.wait else _started(admission)
+        body = request.body
+        frame = MessageSend(body.message_id or new_message_id(), body.content, request.conversation_id, body.if_busy)
+        with self._slots.acquire():
+            admitted = await self._node.send(request.user_id, frame)
+            return await self._answer(request, admitted, frame.message_id) if body.wait else _started(admitted)
 
-    async def regenerate(self, call: Call[NoQuery, Regenerate]) -> ASGIApp:
+    async def regenerate(self, request: ApiRequest[NoQuery, Regenerate]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/regenerate`."""
-        with self._holding():
-            frame = TurnRegenerate(call.conversation_id, call.body.message_id)
-            admission = await self._node.regenerate(call.user_id, frame)
-            return await self._answered(call, admission) if call.body.wait else _started(admission)
+        with self._slots.acquire():
+            frame = TurnRegenerate(request.conversation_id, request.body.message_id)
+            admitted = await self._node.regenerate(request.user_id, frame)
+            return await self._answer(request, admitted) if request.body.wait else _started(admitted)
 
-    async def chat(self, call: Call[NoQuery, Chat]) -> ASGIApp:
+    async def chat(self, request: ApiRequest[NoQuery, Chat]) -> ASGIApp:
         """`POST /api/{user_id}/chat`."""
-        body = call.body
-        frame = MessageSend(body.message_id or str(uuid7()), body.message, body.conversation_id, body.if_busy)
-        with self._holding():
-            admission = await self._node.send(call.user_id, frame)
-            return await self._answered(call, admission, frame.message_id, is_short=True)
+        body = request.body
+        frame = MessageSend(body.message_id or new_message_id(), body.message, body.conversation_id, body.if_busy)
+        with self._slots.acquire():
+            admitted = await self._node.send(request.user_id, frame)
+            return await self._answer(request, admitted, frame.message_id, is_short=True)
 
-    async def cancel(self, call: Call[NoQuery, Cancel]) -> ASGIApp:
+    async def cancel(self, request: ApiRequest[NoQuery, Cancel]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/cancel`."""
-        turn_id = await self._node.cancel(call.user_id, call.conversation_id, call.body.turn_id)
-        return reply(CancelledTurn(call.conversation_id, turn_id))
+        turn_id = await self._node.cancel(request.user_id, request.conversation_id, request.body.turn_id)
+        return reply(CancelledTurn(request.conversation_id, turn_id))
 
-    async def turn(self, call: AnyCall) -> ASGIApp:
+    async def turn(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}/turns/{turn_id}`."""
-        return reply(await stored_turn(self._database, call.user_id, call.conversation_id, call.ids["turn_id"]))
+        turn = TurnRef(request.user_id, request.conversation_id, request.ids["turn_id"], None)
+        return reply(await self._node.turns.stored(turn))
 
-    async def events(self, call: Call[EventsQuery, None]) -> ASGIApp:
+    async def events(self, request: ApiRequest[EventsQuery, None]) -> ASGIApp:
         """`GET /conversations/{conversation_id}/events`."""
-        after = None if call.query.after is UNSET else call.query.after
-        if (last := call.headers.get("last-event-id")) is not None:  # of a client that comes back to the same address
+        after = None if request.query.after is UNSET else request.query.after
+        if (last := request.headers.get("last-event-id")) is not None:  # of a client that comes back to this address
             if not (last.isascii() and last.isdigit() and len(last) < 20 and int(last) <= SEQ_MAX):
                 raise InvalidFrame(problems=[Problem("Last-Event-ID", "is not a seq")])
             after = int(last)
-        await self._own(call)
+        await self._node.conversations.read(request.user_id, request.conversation_id)
         stream = EventStream(
-            self._node,
-            call.identity,
-            call.conversation_id,
-            after,
-            disconnected=call.disconnected,
+            node=self._node,
+            request=request,
+            pieces=self._frames(request, after),
+            last_words=lambda error: sse_data(error_frame(error, None)),
+            heartbeat=_HEARTBEAT,
             heartbeat_seconds=self._settings.heartbeat_seconds,
+            must_be_whole=False,
         )
+        return self._slots.streaming(stream)
 
-        return self._holding.streaming(stream)
+    async def _frames(self, request: AnyApiRequest, after: int | None) -> AsyncGenerator[bytes, None]:
+        """Yield the frames of the socket, each with its seq as `id`."""
+        yield f"retry: {random.randint(*RETRY_MILLISECONDS)}\n\n".encode()  # noqa: S311
+        conversation_id = request.conversation_id
+        following = self._node.follows.keep_following(request.user_id, conversation_id, after, is_own=True)
+        async with aclosing(following) as updates:
+            async for update in updates:
+                if isinstance(update, DatabaseUnavailable):
+                    yield sse_data(error_frame(DatabaseUnavailable(), None))
+                elif isinstance(update, Snapshot):
+                    yield sse_data(snapshot_frame(conversation_id, update), id=update.seq)
+                else:
+                    frames = numbered_frames(conversation_id, update)
+                    yield b"".join(sse_data(frame, id=seq) for seq, frame in frames)
 
-    # What they share.
-
-    async def _own(self, call: AnyCall) -> asyncpg.Record:
-        row = await read_conversation(self._database, call.user_id, call.conversation_id)
-        if row is None:
-            raise NotFound
-        return row
-
-    async def _answered(
-        self, call: AnyCall, admission: Admission, message_id: str | UnsetType = UNSET, *, is_short: bool = False
+    async def _answer(
+        self,
+        request: AnyApiRequest,
+        admitted: Admitted,
+        message_id: str | UnsetType = UNSET,
+        *,
+        is_short: bool = False,
     ) -> ASGIApp:
-        """The end of a turn. What goes wrong with waiting for it does not end the turn, so the ids are told."""
+        """Wait for the end of a turn. What goes wrong with waiting does not end the turn, so its ids are told."""
         try:
-            answer = await call.while_connected(answer_of(self._node, self._database, call.user_id, admission))
-        except Unavailable:
-            error: ClientError = DatabaseUnavailable()
-        except ClientError as refused:
-            error = refused
-        else:
-            return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls) if is_short else answer)
-        return refusal(error, conversation_id=admission.conversation_id, message_id=message_id)
+            answer = await request.while_connected(answer_of(self._node, admitted.turn))
+        except ClientError as error:
+            return refusal(error, conversation_id=admitted.turn.conversation_id, message_id=message_id)
+        return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls) if is_short else answer)
 
-    def _stored(self, body: Body) -> dict[str, str | None]:
-        """The fields that a body has, as the database takes them. Raises MessageTooLarge."""
-        stored: dict[str, str | None] = {}
+    def _storable(self, body: Body) -> dict[str, str | None]:
+        """Return the fields that a body has, as the database takes them. Raises InvalidFrame or MessageTooLarge."""
+        fields: dict[str, str | None] = {}
         for name, value in msgspec.structs.asdict(body).items():
             if name == "metadata" and value is not UNSET:
                 if _is_deep(value):
                     raise InvalidFrame(problems=[Problem(name, "is nested too deeply")])
                 value = msgspec.json.encode(value).decode()
             if value is not UNSET:
-                stored[name] = value
-        if len((stored.get("system_prompt") or "").encode()) > self._settings.message_bytes_max:
+                fields[name] = value
+        if len((fields.get("system_prompt") or "").encode()) > self._settings.message_bytes_max:
             raise MessageTooLarge(f"system_prompt is longer than {self._settings.message_bytes_max} bytes.")
-        if _stored_bytes(stored.get("metadata") or "") > METADATA_BYTES_MAX:
+        if _stored_bytes(fields.get("metadata") or "") > METADATA_BYTES_MAX:
             raise MessageTooLarge(f"metadata is longer than {METADATA_BYTES_MAX} bytes.")
-        return stored
+        return fields
 
 
 def _is_deep(value: object) -> bool:
@@ -271,7 +249,7 @@ def _items(value: object) -> Iterable[object]:
 
 
 def _stored_bytes(text: str) -> int:
-    """How long JSON is as Postgres stores it: numbers with all their digits, 1e308 with 309."""
+    """Return how many bytes JSON has as Postgres stores it: numbers with all their digits, 1e308 with 309."""
     size = len(text.encode())
 
     def count(number: str) -> float:
@@ -284,33 +262,20 @@ def _stored_bytes(text: str) -> int:
     return size
 
 
-def _conversation(row: asyncpg.Record) -> Conversation:
-    return Conversation(
-        row["id"],
-        row["client_id"],
-        row["title"],
-        row["system_prompt"],
-        Raw(row["metadata"].encode()),
-        row["last_seq"],
-        row["created_at"],
-        row["updated_at"],
-    )
+def _started(admitted: Admitted) -> ASGIApp:
+    turn = admitted.turn
+    after = None if turn.first_seq is None else turn.first_seq - 1
+    return reply(StartedTurn(turn.conversation_id, turn.turn_id, after), 202)
 
 
-def _started(admission: Admission) -> ASGIApp:
-    assert admission.turn_id is not None
-    after = None if admission.first_seq is None else admission.first_seq - 1
-    return reply(StartedTurn(admission.conversation_id, admission.turn_id, after), 202)
-
-
-def _link(call: Call[MessagesQuery, None], limit: int, before: UUID) -> str:
+def _link(request: ApiRequest[MessagesQuery, None], limit: int, before: UUID) -> str:
     parameters = {"limit": limit, "before": before}
-    if call.query.format is not UNSET:
-        parameters["format"] = call.query.format
-    return f'</conversations/{call.conversation_id}/messages?{urlencode(parameters)}>; rel="next"'
+    if request.query.format is not UNSET:
+        parameters["format"] = request.query.format
+    return f'</conversations/{request.conversation_id}/messages?{urlencode(parameters)}>; rel="next"'
 
 
-# A place in the list of conversations, behind which the next page begins: a time in microseconds, and an id.
+# A mark is a place in the list of conversations, behind which the next page begins: microseconds, a dot, and an id.
 
 
 def _mark(conversation: Conversation) -> str:
@@ -325,8 +290,3 @@ def _place(mark: str) -> tuple[datetime, UUID]:
         return _EPOCH + timedelta(microseconds=int(time)), msgspec.convert(id, UUID)
     except ValueError:  # msgspec's too
         raise InvalidFrame(problems=[Problem("query.before", "is not a next_before of this list")]) from None
-
-
-async def _no_content(scope: Scope, receive: Receive, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 204, "headers": []})
-    await send({"type": "http.response.body", "body": b""})

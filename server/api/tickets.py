@@ -1,7 +1,7 @@
-"""Tickets for clients that can set nothing but a URL: each lets one connection in, once and soon, on any node.
+"""Tickets for clients that can set nothing but a URL: each admits one connection, within 30 seconds, on any node.
 
-A long-lived token has no place in a URL, which proxies and servers write to their logs. A ticket there is worth nothing
-by the time that anybody reads it.
+Proxies and servers write URLs to their logs, so a long-lived token does not belong into one. A ticket is used up by
+the time that anybody reads the log.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 from anynode.models.database import Database
 from anynode.models.tickets import add_ticket, redeem_ticket
 from anynode.server.auth import Identity
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import RateLimited, Unauthorized
 
 TICKET_SECONDS: Final = 30.0
@@ -20,29 +21,32 @@ TICKETS_MAX: Final = 100  # of one user at once
 
 
 class Tickets:
-    """All tickets; the database knows them by their hashes."""
+    """Issues and redeems tickets; the database holds their hashes."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def issue(self, identity: Identity) -> tuple[str, float]:
-        """A new ticket, and when it expires (Unix seconds). Raises RateLimited or Unavailable."""
+        """Return a new ticket, and when it expires (Unix seconds). Raises RateLimited or DatabaseUnavailable."""
         ticket = secrets.token_urlsafe(32)
-        expires_at = await add_ticket(
-            self._database,
-            _hash(ticket),
-            identity.user_id,
-            token_expires_at=identity.expires_at,
-            lasts_seconds=TICKET_SECONDS,
-            tickets_max=TICKETS_MAX,
-        )
+        with unavailable_as_client_error():
+            expires_at = await add_ticket(
+                self._database,
+                _hash(ticket),
+                identity.user_id,
+                token_expires_at=identity.expires_at,
+                lasts_seconds=TICKET_SECONDS,
+                tickets_max=TICKETS_MAX,
+            )
         if expires_at is None:
-            raise RateLimited(f"There are {TICKETS_MAX} tickets of yours that nobody has come with.")
+            raise RateLimited(f"You have {TICKETS_MAX} unused tickets; use one, or wait {TICKET_SECONDS:g} seconds.")
         return ticket, expires_at
 
     async def redeem(self, ticket: str) -> Identity:
-        """Whom it was issued to, and until when that one's token is good. Raises Unauthorized or Unavailable."""
-        redeemed = await redeem_ticket(self._database, _hash(ticket))
+        """Use a ticket up. Returns the user that it was issued to, and until when the user's token is valid. Raises
+        Unauthorized or DatabaseUnavailable."""
+        with unavailable_as_client_error():
+            redeemed = await redeem_ticket(self._database, _hash(ticket))
         if redeemed is None:
             raise Unauthorized("the ticket is unknown, expired or used")
         return Identity(*redeemed)

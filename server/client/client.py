@@ -1,6 +1,6 @@
 """A client of the native protocol that reconnects and resumes by itself.
 
-The terminal chat uses it, and it shows what any client has to do.
+The terminal chat uses it, and it shows what every client has to do.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from anynode.server.protocol.frames import SUBPROTOCOL
 TERMINAL: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 BACKOFF_SECONDS: Final = (0.05, 2.0)  # the first and the longest wait between attempts
 
-INBOX_FRAMES: Final = 1000  # frames that wait for whoever asked for them
+INBOX_FRAMES: Final = 1000  # frames that have come and were not asked for yet
 
 Frame = dict[str, Any]
 
 
 class Refused(Exception):
-    """The server said no in a way that trying again does not change."""
+    """The server refused the request, and would refuse it again; `code` and `message` are the server's."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{message} ({code})")
@@ -36,13 +36,14 @@ class Refused(Exception):
 
 
 class GivenUp(Exception):
-    """No node could be reached in the time given."""
+    """No node could be reached within the client's `patience_seconds`."""
 
 
 class Client:
-    """One user's way to the nodes at `urls` (ws://host:port), tried in turn; use it as an async context manager.
+    """A client for one user, which reconnects to the nodes at `urls` in turn and resumes where it was.
 
-    `on_status` is told in words whenever the connection changes. One turn at a time.
+    Use it as an async context manager, for one turn at a time. `urls` are base URLs such as ws://127.0.0.1:8000.
+    `on_status` is called with a text when the connection changes.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Client:
                             return
 
     async def follow(self, conversation_id: str, after: int | None = None) -> AsyncGenerator[Frame, None]:
-        """Yield the frames of a conversation for ever, from the cursor or a snapshot on. Raises Refused or GivenUp."""
+        """Yield the frames of a conversation without end, from the cursor or a snapshot. Raises Refused or GivenUp."""
 
         def opening(cursors: Mapping[str, int]) -> Frame:
             cursor = cursors.get(conversation_id, after)
@@ -130,12 +131,12 @@ class Client:
                     yield received
 
     async def cancel(self, conversation_id: str) -> None:
-        """Ask for the turn that runs, if any, to be stopped."""
+        """Ask the server to stop the turn that runs in the conversation, if there is one."""
         if self._connection is not None:
             await self._connection.send(json.dumps({"type": "turn.cancel", "conversation_id": conversation_id}))
 
     async def _frames(self, opening: Callable[[Mapping[str, int]], Frame]) -> AsyncGenerator[Frame, None]:
-        """Every journal frame once, in order; after each reconnect `opening` says, given the cursors, what to ask."""
+        """Yield every frame of the journal once, in order. `opening` makes the first request of each connection."""
         cursors: dict[str, int] = {}
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + self._patience_seconds
@@ -214,7 +215,7 @@ class Client:
         return received
 
     async def _read(self, connection: ClientConnection, inbox: asyncio.Queue[Frame | Exception]) -> None:
-        """Read even while nobody asks for frames, so that heartbeats and pings are answered for."""
+        """Read also while no frames are asked for, so that pings are answered and a silent node is noticed."""
         try:
             while True:
                 async with asyncio.timeout(2 * self._heartbeat_seconds):
@@ -235,7 +236,7 @@ class Client:
 
 
 def _turn_of(snapshot: Frame, content: str) -> str | None:
-    """The turn of a message whose events are gone: the newest one with this content."""
+    """Return the turn of a message whose events are gone: that of the newest message with this content."""
     for message in reversed(snapshot["messages"]):
         if message["role"] == "user" and message["content"] == content:
             turn_id: str | None = message["turn_id"]
@@ -244,7 +245,7 @@ def _turn_of(snapshot: Frame, content: str) -> str | None:
 
 
 def _ending_in(snapshot: Frame, turn_id: str) -> Frame | None:
-    """The end of a turn whose events are gone, from a snapshot that has its answer."""
+    """Return the end of a turn whose events are gone, made from a snapshot that has its answer."""
     running = snapshot["turn"]
     if running is not None and running["turn_id"] == turn_id:
         return None
@@ -262,7 +263,7 @@ def _ending_in(snapshot: Frame, turn_id: str) -> Frame | None:
 
 
 def _words(error: Exception) -> str:
-    """Why, as far as it is worth saying: most connections just break."""
+    """Return why the connection is lost, in parentheses, or nothing where it just broke."""
     if isinstance(error, websockets.ConnectionClosed) and error.rcvd is None:
         return ""
     return f" ({str(error) or type(error).__name__})"

@@ -1,4 +1,4 @@
-"""`anynode chat`: a terminal to talk in, that reconnects and resumes by itself."""
+"""The command `anynode chat`: a chat in the terminal, which reconnects and resumes by itself."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:  # not on this platform
 
 
 async def chat(urls: Sequence[str], token: str, conversation_id: str | None) -> int:
-    """Talk until the input ends; returns the exit status."""
+    """Chat until the input ends; return the exit status."""
     is_terminal = sys.stdin.isatty()
     sockets = [url.replace("http", "ws", 1) if url.startswith("http") else url for url in urls]
     if is_terminal:
@@ -45,7 +45,7 @@ async def chat(urls: Sequence[str], token: str, conversation_id: str | None) -> 
 
 
 class _Status:
-    """Says when the connection changes, but not when it is first made."""
+    """Prints when the connection changes, but not when it is first made."""
 
     def __init__(self) -> None:
         self._last = ""
@@ -77,13 +77,13 @@ async def _answer(client: Client, line: str, conversation_id: str | None) -> str
 
 
 class _Shown:
-    """What the terminal shows of an answer."""
+    """The answer that the terminal shows."""
 
     def __init__(self) -> None:
         self._text = ""
 
     def show(self, frame: Frame) -> None:
-        """Show what a frame adds."""
+        """Show what a frame adds to the answer."""
         match frame["type"]:
             case "turn.delta":
                 self._add(frame["text"])
@@ -105,7 +105,7 @@ class _Shown:
         click.echo(text, nl=False)
 
     def _replace(self, text: str, if_continued: str, otherwise: str) -> None:
-        """What is on a terminal stays there: go on behind it, or begin anew."""
+        """Continue the text that is shown, or show all of the new text where it does not begin with that."""
         if text.startswith(self._text):
             _say(if_continued)
             self._add(text[len(self._text) :])
@@ -120,7 +120,7 @@ def _say(text: str) -> None:
 
 
 class _Lines:
-    """Lines of the standard input, read by a thread that does not keep the process alive."""
+    """Reads lines of standard input, in a thread that does not keep the process alive."""
 
     def __init__(self, prompt: str) -> None:
         self._prompt = f"\001\033[1;32m\002{prompt}\001\033[0m\002" if prompt else ""
@@ -130,7 +130,7 @@ class _Lines:
         threading.Thread(target=self._read, daemon=True).start()
 
     async def next(self) -> str | None:
-        """The next line, or None at the end."""
+        """Return the next line, or None at the end of the input."""
         self._wanted.release()
         return await self._lines.get()
 

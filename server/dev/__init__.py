@@ -1,1 +1,4 @@
-"""The command `anynode dev`: embedded Postgres, several nodes, a load balancer. Serving imports nothing of it."""
+"""The command `anynode dev`: embedded Postgres, several nodes, a load balancer, and the orders of the page.
+
+It stands above `serve`, as its nodes are run through that. Serving imports nothing of it.
+"""

@@ -1,4 +1,4 @@
-"""A plain load balancer for the nodes of one machine: each connection goes to the next node, bytes pass both ways."""
+"""A plain load balancer for the nodes of one machine: each connection goes to the next node."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ CONNECT_SECONDS: Final = 1.0  # for a node to take a connection, before the next
 PIECE_BYTES_MAX: Final = 65_536  # of what is on its way in one direction, besides what the sockets hold
 
 
-class Front:
-    """The nodes by name. Those that may be chosen take turns; what a node has is kept until it is cut."""
+class LoadBalancer:
+    """Forwards connections to the nodes that may be chosen, which take turns. A connection stays with its node."""
 
     def __init__(self) -> None:
         self._chosen: dict[str, tuple[str, int]] = {}  # where they listen; whose turn is next comes first
@@ -21,22 +21,22 @@ class Front:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def choose(self, name: str, host: str, port: int) -> None:
-        """From now on the node gets connections."""
+        """Give the node connections from now on."""
         self._chosen[name] = (host, port)
 
     def avoid(self, name: str) -> None:
-        """The node gets no more connections; those that it has live on."""
+        """Give the node no more connections; those that it has live on."""
         self._chosen.pop(name, None)
 
     def cut(self, name: str) -> None:
-        """The node is dead: so are its connections, at once, whatever of them is still to be sent."""
+        """Abort the connections of a node that has ended, whatever is still to be sent over them."""
         self.avoid(name)
         for writer in self._open.get(name, ()):
             writer.transport.abort()
 
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[asyncio.Server]:
-        """Take connections; all of them are cut at the end. Raises OSError."""
+        """Take connections while the context lasts; all of them are cut at its end. Raises OSError."""
         server = await asyncio.start_server(self._accept, host, port)
         try:
             yield server
@@ -69,7 +69,7 @@ class Front:
             client.transport.abort()
 
     async def _connect(self) -> tuple[str, StreamReader, StreamWriter] | None:
-        """The node whose turn it is; one that does not take the connection is passed over."""
+        """Connect to the next node that takes the connection, and return its name with the connection."""
         for name, (host, port) in list(self._chosen.items()):
             if name not in self._chosen:
                 continue
@@ -86,7 +86,7 @@ class Front:
 
     @contextmanager
     def _kept(self, name: str, *writers: StreamWriter) -> Iterator[None]:
-        """The ends of a connection to be cut with its node; aborted, where they are still open, at the end."""
+        """Let `cut` abort both ends of a connection while it is forwarded; abort them at the end of the context."""
         kept = self._open.setdefault(name, set())
         kept.update(writers)
         try:
@@ -98,7 +98,7 @@ class Front:
 
 
 async def _forward(reader: StreamReader, writer: StreamWriter) -> None:
-    """One direction, up to its end, which is passed on; the other one may go on."""
+    """Forward one direction up to its end, and pass that on; the other direction may go on."""
     while data := await reader.read(PIECE_BYTES_MAX):
         writer.write(data)
         await writer.drain()

@@ -1,6 +1,6 @@
-"""The nodes of `anynode dev`, as processes: started, watched, started again where their end was ordered, and stopped.
+"""The nodes of `anynode dev`, as processes: started, supervised, restarted where their end was ordered, and stopped.
 
-None is left behind: what we do not stop ends by itself when we die.
+No node is left behind: one that is not stopped here ends by itself when this process dies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO, Final
 
 import click
 
-from anynode.server.dev.load_balancer import Front
+from anynode.server.dev.load_balancer import LoadBalancer
 from anynode.server.dev.orders import Action, read_order
 from anynode.server.errors import ConfigurationError
 
@@ -28,7 +28,7 @@ STOPPING_SECONDS: Final = 10.0  # how long a node may take to end, besides its d
 
 
 class DevNode:
-    """A node on its port, under its name, through all of its lives."""
+    """A node on its port, under its name, through all of its processes."""
 
     def __init__(self, name: str, host: str, port: int) -> None:
         self.name = name
@@ -39,23 +39,23 @@ class DevNode:
 
     @property
     def pid(self) -> int | None:
-        """Of its process, while that runs."""
+        """The id of the process that runs now, or None."""
         return None if self.process is None or self.process.returncode is not None else self.process.pid
 
     def signal(self, number: signal.Signals) -> None:
-        """Send its process a signal, if it runs."""
+        """Send the process a signal, if it runs."""
         if (pid := self.pid) is not None:
             try:
                 os.kill(pid, number)  # `Process.send_signal` may take the exit status away from `wait`
             except ProcessLookupError:
                 pass
 
-    async def ended(self) -> int | None:
-        """Wait for the end of its process; returns the exit status."""
+    async def wait_ended(self) -> int | None:
+        """Wait for the end of the process, and return its exit status."""
         return None if self.process is None else await self.process.wait()
 
     async def is_ready(self) -> bool:
-        """Whether it says so."""
+        """Ask the node whether it is ready."""
         try:
             async with asyncio.timeout(READY_ANSWER_SECONDS):
                 reader, writer = await asyncio.open_connection(self.host, self.port)
@@ -69,19 +69,25 @@ class DevNode:
 
 
 class DevNodes:
-    """All nodes of `anynode dev`, and the front that is told which of them to choose."""
+    """All nodes of `anynode dev`; the load balancer is told which of them to choose."""
 
     def __init__(
-        self, environment: Mapping[str, str], host: str, ports: Sequence[int], front: Front, *, drain_seconds: float
+        self,
+        environment: Mapping[str, str],
+        host: str,
+        ports: Sequence[int],
+        load_balancer: LoadBalancer,
+        *,
+        drain_seconds: float,
     ) -> None:
         self.nodes = [DevNode(name, host, port) for name, port in zip(ascii_uppercase, ports, strict=False)]
         self._environment = environment
-        self._front = front
+        self._load_balancer = load_balancer
         self._drain_seconds = drain_seconds
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Start them all; at the end they are stopped, or killed where they do not stop or are not waited for."""
+        """Start all nodes. At the end of the context they are stopped; those that do not stop in time are killed."""
         with _pipe() as (self._orders, self._orders_in), _pipe() as (self._lifeline, _):
             os.set_blocking(self._orders_in.fileno(), False)
             try:
@@ -95,10 +101,10 @@ class DevNodes:
                     for node in self.nodes:
                         node.signal(signal.SIGKILL)
                     for node in self.nodes:
-                        await node.ended()
+                        await node.wait_ended()
 
-    async def ready(self) -> None:
-        """Wait until all of them are, and have them chosen. Raises ConfigurationError."""
+    async def wait_ready(self) -> None:
+        """Wait until all nodes are ready, and have them chosen. Raises ConfigurationError."""
         deadline = asyncio.get_running_loop().time() + READY_SECONDS
         for node in self.nodes:
             while not await node.is_ready():
@@ -108,22 +114,22 @@ class DevNodes:
                     late = f"is not ready after {READY_SECONDS:g} seconds"
                     raise ConfigurationError(f"the node on port {node.port} {late}")
                 await asyncio.sleep(READY_POLL_SECONDS)
-            self._front.choose(node.name, node.host, node.port)
+            self._load_balancer.choose(node.name, node.host, node.port)
 
-    async def watch(self) -> None:
-        """Obey orders and start again whom they have ended, until none is left and none is to start again."""
+    async def supervise(self) -> None:
+        """Obey orders and restart the nodes that they have ended, until no node is left or will be restarted."""
         async with asyncio.TaskGroup() as group:
             obeying = group.create_task(self._obey())
             await asyncio.gather(*(self._keep(node) for node in self.nodes))
             obeying.cancel()
 
     async def _start(self, node: DevNode) -> None:
-        """In a session of its own, so that Ctrl-C reaches only us and it can drain; it stops by itself when we die, as
-        its input then ends."""
+        """Start the node's process, in a session of its own: Ctrl-C then reaches only this process, and the node can
+        drain. The node stops by itself when this process dies, as its standard input then ends."""
         names, orders = ",".join(each.name for each in self.nodes), self._orders_in.fileno()
         node.is_ordered_to_end = False
         node.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "anynode.server.cli", "serve", "--stop-with-input", "--quiet"),
+            *(sys.executable, "-P", "-m", "anynode.server.dev.node"),
             *("--orders", str(orders), "--neighbours", names),
             env={**self._environment, "PORT": str(node.port), "NODE_NAME": node.name},
             stdin=self._lifeline,
@@ -132,10 +138,10 @@ class DevNodes:
         )
 
     async def _keep(self, node: DevNode) -> None:
-        """See a node through its lives, up to an end that nobody has ordered."""
+        """Restart a node as often as its end was ordered, until it ends without an order."""
         while True:
-            status = await node.ended()
-            self._front.cut(node.name)
+            status = await node.wait_ended()
+            self._load_balancer.cut(node.name)
             if not node.is_ordered_to_end:
                 click.secho(f"  the node on port {node.port} ended (status {status})", fg="yellow", err=True)
                 return
@@ -143,7 +149,7 @@ class DevNodes:
             await self._start(node)
             while node.pid is not None and not node.is_ordered_to_end:
                 if await node.is_ready() and not node.is_ordered_to_end:
-                    self._front.choose(node.name, node.host, node.port)
+                    self._load_balancer.choose(node.name, node.host, node.port)
                     break
                 await asyncio.sleep(READY_POLL_SECONDS)
 
@@ -165,15 +171,15 @@ class DevNodes:
         """End a node as was ordered. Its connections are cut when it has ended, not now: the answer to the order may
         be on its way over one of them."""
         node.is_ordered_to_end = True
-        self._front.avoid(node.name)
+        self._load_balancer.avoid(node.name)
         match action:
             case "kill":
                 node.signal(signal.SIGKILL)
-                said = f"was killed from the page; it starts again in {AGAIN_SECONDS} seconds"
+                notice = f"was killed from the page; it starts again in {AGAIN_SECONDS} seconds"
             case "drain":
                 node.signal(signal.SIGTERM)
-                said = f"drains, as the page has asked; it starts again {AGAIN_SECONDS} seconds after its end"
-        click.secho(f"  node {node.name} {said}", fg="yellow")
+                notice = f"drains, as the page has asked; it starts again {AGAIN_SECONDS} seconds after its end"
+        click.secho(f"  node {node.name} {notice}", fg="yellow")
 
     async def _stop(self) -> None:
         for node in self.nodes:
@@ -181,7 +187,7 @@ class DevNodes:
         try:
             async with asyncio.timeout(self._drain_seconds + STOPPING_SECONDS):
                 for node in self.nodes:
-                    await node.ended()
+                    await node.wait_ended()
         except TimeoutError:
             for node in self.nodes:
                 if node.pid is not None:
@@ -196,5 +202,5 @@ def _pipe() -> Iterator[tuple[BinaryIO, BinaryIO]]:
 
 
 def reachable(host: str) -> str:
-    """Where that can be reached which listens on an address."""
+    """Return an address at which a server can be reached that listens on `host`."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104

@@ -1,6 +1,6 @@
-"""What the page of `anynode dev` may order: that a node is killed, or drained.
+"""The orders that the page of `anynode dev` may give: kill a node, or drain it.
 
-Nodes pass orders on, as lines in a pipe, to the process that has started them all.
+A node writes each order as a line into a pipe, to the process that has started all nodes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Action: TypeAlias = Literal["kill", "drain"]
 
 
 class OrderBody(Body, frozen=True):
-    """What is to be done with the node."""
+    """The body of an order: what to do with the node."""
 
     action: Action
 
@@ -47,24 +47,24 @@ class Order(Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """The node's name: it keeps that through its lives."""
+        """The node's name, which stays when the node is restarted and its id changes."""
         return self.node_id.rpartition("-")[0]
 
 
 class Orders:
-    """The pipe to the process that runs the nodes with these names. It does not block."""
+    """The pipe to the process that runs the nodes with these names. Writing to it does not block."""
 
     def __init__(self, pipe: int, names: Sequence[str]) -> None:
         self._pipe = pipe
         self._names = frozenset(names)
 
     def knows(self, node_id: str) -> bool:
-        """Whether the id is one that a node of these may have, or has had."""
+        """Return whether the id may be, or may have been, that of one of these nodes."""
         found = NODE_ID.fullmatch(node_id)
         return found is not None and found[1] in self._names
 
     def give(self, order: Order) -> None:
-        """Pass the order on."""
+        """Write the order into the pipe."""
         try:
             os.write(self._pipe, f"{order.action} {order.node_id}\n".encode())  # short enough to go as a whole
         except OSError as error:  # nobody reads; without its parent this node ends too
@@ -72,7 +72,7 @@ class Orders:
 
 
 def read_order(line: bytes) -> Order | None:
-    """The order that a line of the pipe is; None: it is none."""
+    """Return the order that a line of the pipe holds, or None if it holds none."""
     match line.decode(errors="replace").split():
         case [("kill" | "drain") as action, node_id]:
             return Order(node_id, action)
@@ -80,7 +80,7 @@ def read_order(line: bytes) -> Order | None:
 
 
 def order_routes(orders: Orders, authenticator: Authenticator) -> list[Route]:
-    """`POST /dev/nodes/{node_id}`."""
+    """Return the route `POST /dev/nodes/{node_id}`."""
 
     async def order(request: Request) -> Response:
         try:
@@ -96,7 +96,7 @@ def order_routes(orders: Orders, authenticator: Authenticator) -> list[Route]:
             return refusal(error)
         given = Order(node_id, body.action)
         answer = reply(given, 202)
-        # Once the answer is on its way: the node that answers may be the one that is to die.
+        # After the answer is sent: the node that answers may be the one that is to be killed.
         answer.background = BackgroundTask(_give, orders, given)
         return answer
 
@@ -108,7 +108,7 @@ async def _give(orders: Orders, order: Order) -> None:
 
 
 async def _read(request: Request) -> bytes:
-    """The whole body. Raises MessageTooLarge, BodyTimeout or InvalidFrame."""
+    """Return the whole body. Raises MessageTooLarge, BodyTimeout or InvalidFrame."""
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):

@@ -22,7 +22,7 @@ from anynode.server.api.operations import AI_SDK_PATH
 from anynode.server.api.page import missing
 from anynode.server.auth import make_token
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from anynode.server.dev.load_balancer import Front
+from anynode.server.dev.load_balancer import LoadBalancer
 from anynode.server.dev.nodes import DevNode, DevNodes, reachable
 from anynode.server.errors import ConfigurationError
 from anynode.server.settings import Settings, read_settings
@@ -30,7 +30,7 @@ from anynode.server.startup import on_database
 
 DEV_USER: Final = "dev"
 TOKEN_SECONDS: Final = 7 * 86_400
-# Shorter than for production: who has killed a node waits for what becomes of the answer.
+# Shorter than for production: a developer who has killed a node waits to see the answer go on.
 SHORTER: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2"}
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Pages of other people's development servers that may connect.
@@ -38,7 +38,7 @@ DEV_ORIGINS: Final = ",".join(f"http://{host}:{port}" for host in ("localhost", 
 
 
 def dev_secret(data_directory: Path) -> str:
-    """The secret that `anynode dev` signs its tokens with; made once, kept beside its database."""
+    """Return the secret that `anynode dev` signs its tokens with. It is made once, and kept beside the database."""
     path = data_directory / "jwt_secret"
     try:
         return path.read_text()
@@ -49,7 +49,7 @@ def dev_secret(data_directory: Path) -> str:
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_urlsafe(48))
     try:
-        os.link(fresh, path)  # whoever comes second keeps the first one's
+        os.link(fresh, path)  # fails where another process was first: its secret is kept
     except FileExistsError:
         pass
     finally:
@@ -58,7 +58,7 @@ def dev_secret(data_directory: Path) -> str:
 
 
 def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path) -> None:
-    """Run until a signal. Raises ConfigurationError."""
+    """Run everything until a signal. Raises ConfigurationError."""
     settings = read_settings(environment)
     check_agent(settings.agent)
     check_tools(settings.tools)
@@ -96,30 +96,30 @@ async def _run(
     environment: Mapping[str, str],
     host: str,
     node_ports: Sequence[int],
-    front_ports: Sequence[int],
+    balancer_ports: Sequence[int],
     secret: str,
 ) -> None:
-    """Run the nodes, and a front where it has a port, until a signal cancels it. Raises ConfigurationError."""
-    front = Front()
+    """Run the nodes, and a load balancer where it has a port, until a signal cancels it. Raises ConfigurationError."""
+    load_balancer = LoadBalancer()
     drain_seconds = float(environment["DRAIN_SECONDS"])
-    nodes = DevNodes(environment, host, node_ports, front, drain_seconds=drain_seconds)
+    nodes = DevNodes(environment, host, node_ports, load_balancer, drain_seconds=drain_seconds)
     with _cancelled_by_signals():
         async with AsyncExitStack() as stack:
-            for port in front_ports:  # outside: the nodes' last words pass it
+            for port in balancer_ports:  # outside: the nodes' last words pass it
                 try:
-                    await stack.enter_async_context(front.listening(host, port))
+                    await stack.enter_async_context(load_balancer.listening(host, port))
                 except OSError as error:
                     raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
             await stack.enter_async_context(nodes.running())
-            await nodes.ready()
-            _say_where_to_go(settings, host, nodes.nodes, front_ports, secret)
-            await nodes.watch()
+            await nodes.wait_ready()
+            _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret)
+            await nodes.supervise()
             raise ConfigurationError("all nodes have ended")
 
 
 @contextmanager
 def _cancelled_by_signals() -> Iterator[None]:
-    """Each signal cancels the task once more: the second one cuts short what the first one has begun."""
+    """Cancel the current task at each signal: the second one cuts short what the first one has begun."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
 
@@ -148,7 +148,7 @@ def _database(settings: Settings, data_directory: Path) -> Iterator[str]:
 
 
 def _free_ports(host: str, first: int, count: int, *, is_fixed: bool) -> list[int]:
-    """Successive free ports. One that was asked for by PORT is not exchanged for another."""
+    """Return `count` successive free ports. Where PORT gives the first one, no others are tried."""
     for start in (first,) if is_fixed else range(first, first + 100):
         asked = range(start, start + count) if start else [0] * count
         with ExitStack() as probes:  # all at once: any free one is to be another one each time
@@ -174,10 +174,10 @@ def _url(host: str, port: int) -> str:
 
 
 def _say_where_to_go(
-    settings: Settings, host: str, nodes: Sequence[DevNode], front_ports: Sequence[int], secret: str
+    settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str
 ) -> None:
     urls = [_url(host, node.port) for node in nodes]
-    (entry,) = [_url(host, port) for port in front_ports] or urls
+    (entry,) = [_url(host, port) for port in balancer_ports] or urls
     token = None
     if settings.jwt_jwks_url is None:
         audience, issuer = settings.jwt_audience, settings.jwt_issuer
@@ -189,7 +189,7 @@ def _say_where_to_go(
     click.echo("\n  Open the page      " + click.style(f"{entry}{fragment}", fg="cyan"))
     if (lack := missing()) is not None:
         click.secho(indent(f"\n{lack.strip()}\n", " " * 21), fg="yellow")
-    if front_ports:
+    if balancer_ports:
         names = ", ".join(node.name for node in nodes)
         click.secho(f"                     a plain load balancer in front of nodes {names}", dim=True)
     click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {chat_urls}", fg="cyan"))

@@ -1,8 +1,9 @@
-"""Admission: what a client asks for, as the database takes it; what the database says, as an error or a history."""
+"""Admission: what a client asks for as the database takes it, and the database's answer as a turn or an error. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -12,6 +13,7 @@ from anynode.models.conversations import Admission, Question, StoredMessage
 from anynode.models.ids import uuid7
 from anynode.models.messages import AppendedMessage
 from anynode.models.rules import OutOfOrder, Tail, refused_user, visible
+from anynode.models.turns import TurnRef
 from anynode.server.agents.agent import HistoryMessage
 from anynode.server.errors import ConversationBusy, InvalidFrame, MessageIdTaken, MessageTooLarge, NotFound, RoleOrder
 from anynode.server.protocol.bodies import AnyPostedMessage, AssistantMessage, TextPart, ToolMessage
@@ -21,9 +23,24 @@ from anynode.server.protocol.frames import NOT_BLANK, Message, MessageSend, Turn
 TITLE_LENGTH: Final = 80
 
 
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The turn that answers a question; `is_new` is false where the question was repeated, and had its turn already."""
+
+    turn: TurnRef
+    is_new: bool
+
+
+def new_message_id() -> str:
+    """Return an id for a message whose client has given none."""
+    return str(uuid7())
+
+
 def question_of(user_id: str, frame: MessageSend, *, chat_id: str | None = None, message_bytes_max: int) -> Question:
-    """The question in a frame, with the ids that it will have; `chat_id` is a client's own id of the conversation.
-    Raises InvalidFrame or MessageTooLarge."""
+    """Return the question in a frame, with the ids that it will have. Raises InvalidFrame or MessageTooLarge.
+
+    `chat_id` is a client's own id of the conversation.
+    """
     if NOT_BLANK.search(frame.content) is None:
         raise InvalidFrame("content is empty", conversation_id=frame.conversation_id)
     if len(frame.content.encode()) > message_bytes_max:
@@ -38,13 +55,13 @@ def question_of(user_id: str, frame: MessageSend, *, chat_id: str | None = None,
         new_conversation_id=uuid7(),
         title=" ".join(frame.content.split())[:TITLE_LENGTH],
         message_id=message_id,
-        client_id=frame.message_id,
+        client_message_id=frame.message_id,
         content=frame.content,
         created_at=now,
         turn_id=turn_id,
         message_created=encode({"message": message}),
         turn_started=encode({"message_id": frame.message_id}),
-        chat_id=chat_id,
+        client_chat_id=chat_id,
     )
 
 
@@ -56,7 +73,7 @@ def appended_of(
     message_bytes_max: int,
     answer_bytes_max: int,
 ) -> list[tuple[AppendedMessage, Message]]:
-    """Messages that come after `tail`, as the database takes them and as people see them. Raises RoleOrder or
+    """Return messages that come after `tail`, as the database takes them and as people see them. Raises RoleOrder or
     MessageTooLarge."""
     appended = []
     for number, new in enumerate(given):
@@ -107,10 +124,14 @@ def _text_of(content: str | Sequence[TextPart] | None) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content or ())
 
 
-def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> None:
-    """Raise the ClientError that an admission's outcome is, if it is one."""
+def admitted_by(user_id: str, admission: Admission, frame: MessageSend | TurnRegenerate) -> Admitted:
+    """Return the turn of an admission, or raise the ClientError that its outcome is."""
     conversation_id = frame.conversation_id
     match admission.outcome:
+        case "admitted" | "repeated":
+            assert admission.turn_id is not None
+            turn = TurnRef(user_id, admission.conversation_id, admission.turn_id, admission.first_seq)
+            return Admitted(turn, is_new=admission.outcome == "admitted")
         case "not_found":
             raise NotFound(conversation_id=conversation_id)
         case "conversation_busy":
@@ -123,10 +144,12 @@ def raise_refusal(admission: Admission, frame: MessageSend | TurnRegenerate) -> 
             raise RoleOrder(refused_user(admission.last_role), conversation_id=conversation_id)
         case "message_id_taken":
             raise MessageIdTaken(conversation_id=conversation_id)
+        case outcome:
+            raise ValueError(f"an admission has the outcome {outcome!r}")
 
 
-def history_of(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:
-    """What the agent sees of a conversation's newest messages."""
+def agent_history(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:
+    """Return what the agent sees of a conversation's newest messages, the system prompt first."""
     history = [HistoryMessage("system", system_prompt)] if system_prompt else []
     for message in visible(stored):
         if message.tool_calls is None and message.tool_call_id is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Final, TypeAlias
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from anynode.models.conversations import Snapshot, read_snapshot
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event, Reading, read_events, read_running
 from anynode.models.rules import TERMINAL_EVENTS
-from anynode.server.errors import NotFound
+from anynode.server.errors import DatabaseUnavailable, NotFound
 
 logger = logging.getLogger("anynode.follow")
 
@@ -265,6 +266,22 @@ class Follows:
         finally:
             channel.followers -= 1
             self._drop_if_unused(conversation_id, channel)
+
+    async def keep_following(
+        self, user_id: str, conversation_id: UUID, after: int | None, *, is_own: bool = False
+    ) -> AsyncGenerator[Step | DatabaseUnavailable, None]:
+        """Follow as `follow` does, also while Postgres is away: yield DatabaseUnavailable then, and go on from the
+        cursor. Raises NotFound."""
+        while True:
+            try:
+                async with aclosing(self.follow(user_id, conversation_id, after, is_own=is_own)) as updates:
+                    async for update in updates:
+                        after = update.seq if isinstance(update, Snapshot) else update[-1].seq
+                        yield update
+            except Unavailable as error:
+                unavailable = DatabaseUnavailable(conversation_id=conversation_id)
+                unavailable.__cause__ = error
+                yield unavailable
 
     async def _read(self, channel: Channel, user_id: str, conversation_id: UUID, after: int) -> Reading:
         """What lies after the cursor; those who ask the same at the same change share one reading."""

@@ -14,7 +14,7 @@ from anynode.models.events import Event
 from anynode.models.turns import TakenTurn, release_leases, renew_leases, take_over
 from anynode.server import metrics
 from anynode.server.agents.agent import Agent, Turn, can_resume_calls
-from anynode.server.engine.admission import history_of
+from anynode.server.engine.admission import agent_history
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.steps import history_of_steps, standing_events, steps_in
 from anynode.server.engine.turn import RunningTurn
@@ -144,7 +144,7 @@ class Leases:
                     beat_seconds=self._beat_seconds,
                     limit=TAKEOVERS_AT_ONCE,
                     max_attempts=self._settings.max_attempts,
-                    standing=self._standing,
+                    stands_up_to=self._standing,
                     within_seconds=self._trusted_seconds,
                     on_sent=lease.is_asked,
                 )
@@ -168,7 +168,7 @@ class Leases:
             return
         system_prompt, stored = found
         try:
-            steps, partial, pending = steps_in(taken.journal)
+            steps, partial, pending = steps_in(taken.standing_events)
             is_readable = True
         except Exception:
             logger.exception("what stands of turn %s cannot be read", taken.turn_id)
@@ -177,7 +177,7 @@ class Leases:
             taken.turn_id,
             taken.conversation_id,
             taken.user_id,
-            history_of(stored, system_prompt or self._settings.system_prompt),
+            agent_history(stored, system_prompt or self._settings.system_prompt),
             attempt=taken.epoch,
             steps=history_of_steps(steps),
             partial=partial,

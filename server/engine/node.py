@@ -1,4 +1,4 @@
-"""A node: it admits messages, hears what other nodes do, and drains. `leases` and `running` have its turns."""
+"""A node: one server process among equals. It admits messages, and drains; its parts run and follow turns."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Final, TypedDict, TypeVar
 from uuid import UUID
 
 from anynode.models.conversations import Admission, admit, delete_conversation, regenerate
-from anynode.models.database import Database, Unavailable
+from anynode.models.database import Database
 from anynode.models.events import Event
 from anynode.models.ids import uuid7
 from anynode.models.messages import append_messages
-from anynode.models.tickets import delete_expired_tickets
-from anynode.models.turns import delete_expired_events, delete_expired_messages, forget_deletions, request_cancel, watch
+from anynode.models.turns import request_cancel
 from anynode.server.agents.agent import Agent, Turn
-from anynode.server.engine.admission import appended_of, history_of, question_of, raise_refusal
+from anynode.server.engine.admission import Admitted, admitted_by, agent_history, appended_of, question_of
+from anynode.server.engine.conversations import Conversations
 from anynode.server.engine.follow import Follows
+from anynode.server.engine.housekeeping import delete_expired
 from anynode.server.engine.leases import Lease, Leases
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.engine.running_turns import RunningTurns
-from anynode.server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
+from anynode.server.engine.turn_reader import TurnReader
+from anynode.server.engine.watch import hear_cluster
+from anynode.server.errors import ConversationBusy, Draining, NotFound, RateLimited
 from anynode.server.protocol.bodies import AnyPostedMessage
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import Message, MessageSend, TurnRegenerate
@@ -32,17 +36,11 @@ from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
 
-WATCH_SECONDS: Final = 0.25
-WATCH_TIMEOUT_SECONDS: Final = 2.0
-BEGUN_MAX: Final = 10_000  # turns of the whole cluster in one watch
-EXPIRIES_AT_ONCE: Final = 100  # turns
-EXPIRED_MESSAGES_AT_ONCE: Final = 1000
 INTERRUPT_SECONDS: Final = 5.0  # how long `if_busy: interrupt` waits for the running turn to end
-INTERRUPT_POLL_SECONDS: Final = 0.05
-DELETIONS_KNOWN_SECONDS: Final = 60.0  # a node that was cut off for longer looks at everything again
-CANCEL_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
+DELETE_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
+STOP_POLL_SECONDS: Final = 0.05
 
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 
 class AdmissionTerms(TypedDict):
@@ -54,30 +52,36 @@ class AdmissionTerms(TypedDict):
 
 
 class Node:
-    """One server process among equals. `run` must be running for anything else to work."""
+    """One server process among equals. `run` must be running for anything else to work.
+
+    `conversations` and `turns` read what is stored, `follows` what is committed from now on.
+    """
 
     def __init__(self, settings: Settings, database: Database, agent: Agent) -> None:
         self.node_id = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
+        self.conversations = Conversations(database)
+        self.turns = TurnReader(database, self.follows)
         self.is_running = True
         self.draining = asyncio.Event()
         self.drained = asyncio.Event()  # no turn runs here any more, and none will
         self._settings = settings
         self._database = database
-        self._turns = RunningTurns(settings, database, agent, self.follows)
-        self._leases = Leases(settings, database, self._turns, node_id=self.node_id, agent=agent)
+        self._running = RunningTurns(settings, database, agent, self.follows)
+        self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent)
 
     async def run(self) -> None:
         """Flush, beat and clean up until cancelled; it ends by itself only when the node has failed for good."""
+        retention_seconds = self._settings.journal_retention_minutes * 60
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._turns.journal.run())
+                group.create_task(self._running.journal.run())
                 group.create_task(self._leases.beat())
                 group.create_task(self._leases.watch())
                 group.create_task(self._leases.take_over_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
-                group.create_task(self._watch())
-                group.create_task(self._delete_expired())
+                group.create_task(hear_cluster(self._database, self.node_id, self._running, self.follows))
+                group.create_task(delete_expired(self._database, retention_seconds=retention_seconds))
         except Exception:
             logger.critical("the node has failed and must be restarted", exc_info=True)
         finally:
@@ -85,46 +89,64 @@ class Node:
 
     @property
     def is_draining(self) -> bool:
-        """Whether it takes no more work."""
+        """Whether the node takes no more work."""
         return self.draining.is_set()
 
-    # Messages.
+    async def drain(self, within_seconds: float) -> None:
+        """Admit nothing more, let the running turns end, and hand over those that do not in time."""
+        self.draining.set()
+        self._leases.may_take_over = False
+        await self._running.ended(within_seconds)
+        for _ in range(2):  # what was on its way may have begun after all
+            if left := self._running.all():
+                logger.info("handing over %d turns", len(left))
+                for running in left:
+                    running.lose()
+                await self._leases.release(left)
+            await self._running.ended(1.0)
+        self.drained.set()
+
+    # Messages that begin a turn.
 
     async def send(
-        self, user_id: str, frame: MessageSend, *, chat_id: str | None = None, stopped: UUID | None = None
-    ) -> Admission:
-        """Admit a message and start its turn, or find the turn that a repeated one has. `chat_id` is a client's own id
-        of the conversation, which is made where there is none yet; `stopped` is a turn that was asked to stop, whose
-        end is waited for. Raises ClientError."""
+        self,
+        user_id: str,
+        frame: MessageSend,
+        *,
+        client_chat_id: str | None = None,
+        wait_for: UUID | None = None,
+    ) -> Admitted:
+        """Admit a message and start its turn, or find the turn that a repeated one has.
+
+        `client_chat_id` is a client's own id of the conversation, which is made where there is none yet. `wait_for` is
+        a turn that was asked to stop: its end is waited for. Raises ClientError.
+        """
 
         async def attempt() -> Admission:
             # A new one each time: its ids and times are to be in the order of the conversation.
-            question = question_of(user_id, frame, chat_id=chat_id, message_bytes_max=self._settings.message_bytes_max)
-            with self._turns.starting(question.turn_id):
+            question = question_of(
+                user_id, frame, chat_id=client_chat_id, message_bytes_max=self._settings.message_bytes_max
+            )
+            first = [("message.created", question.message_created), ("turn.started", question.turn_started)]
+            with self._running.starting(question.turn_id), unavailable_as_client_error(question.conversation_id):
                 lease = self._leases.new()
-                asked = admit(self._database, question, on_sent=lease.is_asked, **self._terms())
-                admission = await self._ask(asked, question.conversation_id)
-                if admission.outcome == "admitted":
-                    said = [("message.created", question.message_created), ("turn.started", question.turn_started)]
-                    self._start_admitted(user_id, admission, said, lease)
+                admission = await admit(self._database, question, on_sent=lease.is_asked, **self._terms())
+                self._start(user_id, admission, first, lease)
             return admission
 
-        interrupts = frame.if_busy == "interrupt"
-        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts, stopped)
-        raise_refusal(admission, frame)
-        return admission
+        return await self._admitted(user_id, frame, attempt, frame.if_busy == "interrupt", wait_for)
 
     async def regenerate(
-        self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False, stopped: UUID | None = None
-    ) -> Admission:
+        self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False, wait_for: UUID | None = None
+    ) -> Admitted:
         """Start a turn that answers the last question again; its old answer is superseded. `interrupts`: a turn that
         runs is cancelled first. Raises ClientError."""
 
         async def attempt() -> Admission:
             turn_id = uuid7()
-            with self._turns.starting(turn_id):
+            with self._running.starting(turn_id), unavailable_as_client_error(frame.conversation_id):
                 lease = self._leases.new()
-                asked = regenerate(
+                admission = await regenerate(
                     self._database,
                     user_id,
                     frame.conversation_id,
@@ -134,45 +156,47 @@ class Node:
                     on_sent=lease.is_asked,
                     **self._terms(),
                 )
-                admission = await self._ask(asked, frame.conversation_id)
-                if admission.outcome == "admitted":
-                    said = [("turn.started", encode({"message_id": admission.client_id}))]
-                    self._start_admitted(user_id, admission, said, lease)
+                first = [("turn.started", encode({"message_id": admission.client_message_id}))]
+                self._start(user_id, admission, first, lease)
             return admission
 
-        admission = await self._admitted(user_id, frame.conversation_id, attempt, interrupts, stopped)
-        raise_refusal(admission, frame)
-        return admission
+        return await self._admitted(user_id, frame, attempt, interrupts, wait_for)
 
     async def _admitted(
         self,
         user_id: str,
-        conversation_id: UUID | None,
+        frame: MessageSend | TurnRegenerate,
         attempt: Callable[[], Awaitable[Admission]],
         interrupts: bool,
-        stopped: UUID | None,
-    ) -> Admission:
-        """What becomes of an attempt at an admission; one that `interrupts` cancels the turn that runs, and waits, as
-        it does for one that was `stopped`."""
-        # A turn whose node has died cannot be stopped before its lease has run out.
-        give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
+        wait_for: UUID | None,
+    ) -> Admitted:
+        """Make an attempt at an admission. One that `interrupts` cancels the turn that runs and is made again after its
+        end, and so is one behind the turn to `wait_for`. Raises ClientError."""
         interrupted: UUID | None = None
-        while True:
-            self._may_start(conversation_id)
-            admission = await attempt()
-            is_waited_for = interrupts or admission.turn_id == stopped
-            if admission.outcome != "conversation_busy" or not is_waited_for or time.monotonic() > give_up_at:
-                return admission
+
+        async def try_once() -> Admission:
+            self._check_room(frame.conversation_id)
+            return await attempt()
+
+        async def stop(admission: Admission) -> bool:
+            nonlocal interrupted
+            if admission.outcome != "conversation_busy" or not (interrupts or admission.turn_id == wait_for):
+                return False
             if admission.turn_id != interrupted:
                 interrupted = admission.turn_id
                 await self.cancel(user_id, admission.conversation_id, interrupted)
-            await asyncio.sleep(INTERRUPT_POLL_SECONDS)
+            return True
 
-    def _may_start(self, conversation_id: UUID | None) -> None:
+        # A turn whose node has died cannot be stopped before its lease has run out.
+        within_seconds = self._settings.lease_seconds + INTERRUPT_SECONDS
+        admission = await repeat_while_busy(try_once, stop, within_seconds=within_seconds)
+        return admitted_by(user_id, admission, frame)
+
+    def _check_room(self, conversation_id: UUID | None) -> None:
         if self.is_draining:
             raise Draining(conversation_id=conversation_id)
-        if len(self._turns) >= self._settings.turns_max:
-            raise RateLimited("This node runs as many turns as it may.", conversation_id=conversation_id)
+        if len(self._running) >= self._settings.turns_max:
+            raise RateLimited("This node is at its limit of running turns; try again.", conversation_id=conversation_id)
 
     def _terms(self) -> AdmissionTerms:
         return {
@@ -181,35 +205,30 @@ class Node:
             "history_messages_max": self._settings.history_messages_max,
         }
 
-    async def _ask(self, asked: Coroutine[Any, Any, Result], conversation_id: UUID | None) -> Result:
-        try:
-            return await asked
-        except Unavailable as error:
-            raise DatabaseUnavailable(conversation_id=conversation_id) from error
-
-    def _start_admitted(
-        self, user_id: str, admission: Admission, said: Sequence[tuple[str, str]], lease: Lease
-    ) -> None:
+    def _start(self, user_id: str, admission: Admission, first: Sequence[tuple[str, str]], lease: Lease) -> None:
+        """Run the turn of an admission, whose `first` events (type, JSON payload) are committed."""
+        if admission.outcome != "admitted":
+            return
         assert admission.turn_id is not None
-        if admission.first_seq is None or self._turns.get(admission.turn_id) is not None:
+        if admission.first_seq is None or self._running.get(admission.turn_id) is not None:
             return  # it is over, and its events are gone; or it has been taken over here before this answer came
         turn_id = str(admission.turn_id)
-        events = [Event(seq, type, turn_id, payload) for seq, (type, payload) in enumerate(said, admission.first_seq)]
-        history = history_of(admission.history, admission.system_prompt or self._settings.system_prompt)
+        events = [Event(seq, type, turn_id, payload) for seq, (type, payload) in enumerate(first, admission.first_seq)]
+        history = agent_history(admission.history, admission.system_prompt or self._settings.system_prompt)
         turn = Turn(admission.turn_id, admission.conversation_id, user_id, history)
-        self._turns.start(turn, events, lease.trusted_until)
+        self._running.start(turn, events, lease.trusted_until)
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> UUID | None:
-        """Ask for a turn to be stopped, wherever it runs; returns its id. Where it has ended already, or none runs
-        (None), that is all. Raises ClientError."""
-        asked = request_cancel(self._database, user_id, conversation_id, turn_id)
-        found = await self._ask(asked, conversation_id)
+        """Ask for a turn to be stopped, wherever it runs (`turn_id` None: the running one). Returns its id; None where
+        none runs. A turn that has ended already stays as it is. Raises ClientError."""
+        with unavailable_as_client_error(conversation_id):
+            found = await request_cancel(self._database, user_id, conversation_id, turn_id)
         if not found:
             raise NotFound(conversation_id=conversation_id)
         if found[0] is None:
             if turn_id is not None:
                 raise NotFound("There is no such turn in this conversation.", conversation_id=conversation_id)
-        elif (running := self._turns.get(found[0])) is not None:
+        elif (running := self._running.get(found[0])) is not None:
             running.cancel()
         return found[0]
 
@@ -221,20 +240,20 @@ class Node:
         """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. Raises
         ClientError."""
         created_at = datetime.now(UTC)
-        appending = append_messages(
-            self._database,
-            user_id,
-            conversation_id,
-            created_at=created_at,
-            checked=lambda tail: appended_of(
-                given,
-                tail,
-                created_at,
-                message_bytes_max=self._settings.message_bytes_max,
-                answer_bytes_max=self._settings.answer_bytes_max,
-            ),
-        )
-        appended = await self._ask(appending, conversation_id)
+        with unavailable_as_client_error(conversation_id):
+            appended = await append_messages(
+                self._database,
+                user_id,
+                conversation_id,
+                created_at=created_at,
+                checked=lambda tail: appended_of(
+                    given,
+                    tail,
+                    created_at,
+                    message_bytes_max=self._settings.message_bytes_max,
+                    answer_bytes_max=self._settings.answer_bytes_max,
+                ),
+            )
         match appended.outcome:
             case "not_found":
                 raise NotFound(conversation_id=conversation_id)
@@ -245,84 +264,40 @@ class Node:
 
     async def delete(self, user_id: str, conversation_id: UUID) -> None:
         """Delete a conversation; a turn that runs is cancelled first, and not waited for long. Raises ClientError."""
-        give_up_at = time.monotonic() + CANCEL_SECONDS
-        while True:
+        give_up_at = time.monotonic() + DELETE_SECONDS
+
+        async def attempt() -> str:
             is_forced = time.monotonic() > give_up_at
-            deleting = delete_conversation(self._database, user_id, conversation_id, is_forced=is_forced)
-            outcome = await self._ask(deleting, conversation_id)
+            with unavailable_as_client_error(conversation_id):
+                return await delete_conversation(self._database, user_id, conversation_id, is_forced=is_forced)
+
+        async def stop(outcome: str) -> bool:
             if outcome != "conversation_busy":
-                break
+                return False
             await self.cancel(user_id, conversation_id, None)
-            await asyncio.sleep(INTERRUPT_POLL_SECONDS)
+            return True
+
+        # The last attempt is forced: it finds no turn in its way.
+        outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS + 1)
         if outcome == "not_found":
             raise NotFound(conversation_id=conversation_id)
         self.follows.wake(conversation_id)
 
-    # The other nodes.
 
-    async def _watch(self) -> None:
-        """Hear what other nodes want of this one's turns, and where turns have begun."""
-        horizon: int | None = None
-        heard_at = 0.0
-        while True:
-            started = time.monotonic()
-            if started - heard_at > DELETIONS_KNOWN_SECONDS / 2:  # it was frozen
-                horizon = None
-            try:
-                news = await watch(
-                    self._database,
-                    node=self.node_id,
-                    since=horizon,
-                    limit=BEGUN_MAX,
-                    within_seconds=WATCH_TIMEOUT_SECONDS,
-                )
-                for turn_id in news.to_cancel:
-                    if (running := self._turns.get(turn_id)) is not None:
-                        running.cancel()
-                # Another server, which may know less; or more has happened than one answer tells.
-                if horizon is None or news.horizon < horizon or len(news.begun) >= BEGUN_MAX:
-                    self.follows.look_again()
-                else:
-                    self.follows.hear(news.begun)
-                horizon, heard_at = news.horizon, started
-            except Unavailable as error:
-                logger.warning("the watch waits for Postgres: %s", error)
-                horizon = None
-            except Exception:
-                logger.exception("a watch failed")
-                horizon = None
-            await asyncio.sleep(max(0.0, started + WATCH_SECONDS - time.monotonic()))
+async def repeat_while_busy(
+    attempt: Callable[[], Awaitable[Outcome]],
+    stop: Callable[[Outcome], Awaitable[bool]],
+    *,
+    within_seconds: float,
+) -> Outcome:
+    """Make an attempt, and make it again while a running turn is in its way. Returns the outcome of the last one.
 
-    async def _delete_expired(self) -> None:
-        retention_seconds = self._settings.journal_retention_minutes * 60
-        while True:
-            try:
-                await forget_deletions(self._database, after_seconds=DELETIONS_KNOWN_SECONDS)
-                await delete_expired_tickets(self._database)
-                for delete, limit in (
-                    (delete_expired_events, EXPIRIES_AT_ONCE),
-                    (delete_expired_messages, EXPIRED_MESSAGES_AT_ONCE),
-                ):
-                    while await delete(self._database, retention_seconds=retention_seconds, limit=limit) == limit:
-                        pass
-            except Unavailable as error:
-                logger.warning("expired events wait for Postgres: %s", error)
-            except Exception:
-                logger.exception("expired events could not be deleted")
-            await asyncio.sleep(min(60.0, max(0.1, retention_seconds / 4)))
-
-    # The end.
-
-    async def drain(self, within_seconds: float) -> None:
-        """Admit nothing more, let the running turns end, and hand over those that do not in time."""
-        self.draining.set()
-        self._leases.may_take_over = False
-        await self._turns.ended(within_seconds)
-        for _ in range(2):  # what was on its way may have begun after all
-            if left := self._turns.all():
-                logger.info("handing over %d turns", len(left))
-                for running in left:
-                    running.lose()
-                await self._leases.release(left)
-            await self._turns.ended(1.0)
-        self.drained.set()
+    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. After
+    `within_seconds` the outcome is returned as it is.
+    """
+    give_up_at = time.monotonic() + within_seconds
+    while True:
+        outcome = await attempt()
+        if time.monotonic() > give_up_at or not await stop(outcome):
+            return outcome
+        await asyncio.sleep(STOP_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""What HTTP requests and their answers hold, as types; `/openapi.json` is made of them. Pure."""
+"""Types of HTTP requests and responses; `/openapi.json` is made from them. No I/O."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from anynode.server.protocol.frames import NOT_BLANK, CallOfTool, ClientId, Cursor, ErrorDetail, Message, Time, Usage
 
-MESSAGES_AT_ONCE_MAX: Final = 2000  # more than an export has
+MESSAGES_AT_ONCE_MAX: Final = 2000  # twice what one export holds, so that an export can be imported
 TOOL_CALLS_MAX: Final = 128
 TEXT_PARTS_MAX: Final = 128
 
 Title: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-# Patterns are only said in the schemas, and checked elsewhere: with one in a union msgspec 0.22 frees what it still
-# uses, and the process dies.
+# Patterns stand only in the schemas, and `decoding` checks them: with a pattern inside a union, msgspec 0.22 reads
+# memory that it has freed, and the process crashes.
 Content: TypeAlias = Annotated[str, Meta(min_length=1, extra_json_schema={"pattern": NOT_BLANK.pattern})]
 Mark: TypeAlias = Annotated[
     str,
     Meta(
-        description="A `next_before`: fast, however far down.",
+        description="A `next_before` of an earlier page; as fast far down as at the top.",
         extra_json_schema={"pattern": r"^[0-9]{1,16}\.[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"},
     ),
 ]
@@ -30,7 +30,7 @@ Search: TypeAlias = Annotated[
     Meta(
         min_length=1,
         max_length=100,
-        description="A part of a title, in whatever case.",
+        description="A part of a title; case is ignored.",
         extra_json_schema={"pattern": r"^[^\u0000]*$"},
     ),
 ]
@@ -39,16 +39,16 @@ Metadata: TypeAlias = Annotated[dict[str, Any], Meta(description="Any JSON objec
 
 
 class Body(Struct, frozen=True, forbid_unknown_fields=True):
-    """What every body, and every query, of a client is."""
+    """Base of every body and query that a client sends; unknown fields are refused."""
 
 
 class NoQuery(Body, frozen=True):
-    """No parameters."""
+    """A query without parameters."""
 
 
 class ConversationsQuery(Body, frozen=True):
-    """Which conversations: the newest activity first, past so many (`skip`), or after a mark (`before`); with `search`
-    those whose title contains it, in whatever case."""
+    """Which conversations to list, newest activity first: after the first `skip`, or after a mark (`before`). `search`
+    keeps those whose title contains the text; case is ignored."""
 
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
     skip: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
@@ -57,7 +57,7 @@ class ConversationsQuery(Body, frozen=True):
 
 
 class MessagesQuery(Body, frozen=True):
-    """Which messages: the newest (50 of them, 1,000 for an export), or the newest before one."""
+    """Which messages to read: the newest (50, or 1,000 for an export), or the newest before one message."""
 
     limit: Annotated[int, Meta(ge=1, le=1000)] | UnsetType = UNSET
     before: Annotated[UUID, Meta(description="The id of a message.")] | UnsetType = UNSET
@@ -65,13 +65,13 @@ class MessagesQuery(Body, frozen=True):
 
 
 class EventsQuery(Body, frozen=True):
-    """From which cursor on; without one a snapshot comes first."""
+    """Which events to read: those after a cursor; without one a snapshot comes first."""
 
     after: Cursor | UnsetType = UNSET
 
 
 class NewConversation(Body, frozen=True):
-    """A conversation without messages; one without a title gets it from its first question."""
+    """A new conversation without messages. Without a title, it gets one from its first question."""
 
     title: Title | None = None
     system_prompt: str | None = None
@@ -79,7 +79,7 @@ class NewConversation(Body, frozen=True):
 
 
 class ConversationChanges(Body, frozen=True):
-    """What to change; what is absent stays."""
+    """Changes to a conversation; fields that are absent stay."""
 
     title: Title | UnsetType | None = UNSET
     system_prompt: str | UnsetType | None = UNSET
@@ -87,7 +87,7 @@ class ConversationChanges(Body, frozen=True):
 
 
 class NewCalledFunction(Body, frozen=True):
-    """Which tool a call calls, with its arguments as JSON text."""
+    """The tool of a call, and its arguments as JSON text."""
 
     name: ToolName
     arguments: str
@@ -124,26 +124,26 @@ class PostedMessage(Body, frozen=True, tag_field="role"):
 
 
 class SystemMessage(PostedMessage, frozen=True, tag="system"):
-    """Only the first message of a conversation can be one."""
+    """A system message; only the first message of a conversation can be one."""
 
     content: Content | SpokenParts
 
 
 class UserMessage(PostedMessage, frozen=True, tag="user"):
-    """A question that no agent is asked."""
+    """A user's message; no agent is asked to answer it."""
 
     content: Content | SpokenParts
 
 
 class AssistantMessage(PostedMessage, frozen=True, tag="assistant"):
-    """An answer; after one with calls comes the result of each."""
+    """An assistant's message. If it has calls, a tool's message follows for each of them."""
 
     content: str | Parts | None = None
     tool_calls: Annotated[list[NewCall], Meta(max_length=TOOL_CALLS_MAX)] | None = None
 
 
 class ToolMessage(PostedMessage, frozen=True, tag="tool"):
-    """The result of a call; its tool's name is that of the call where none is given."""
+    """The result of a call. `tool_name` is by default the name in the call."""
 
     tool_call_id: ClientId
     content: str | Parts
@@ -160,7 +160,8 @@ class NewMessages(Body, frozen=True):
 
 
 class Continue(Body, frozen=True):
-    """A question; `message_id` makes it repeatable. With `wait` false the answer is not waited for."""
+    """A question. `message_id` makes the request repeatable. With `wait` false, the answer does not wait for the turn's
+    end."""
 
     content: Content
     message_id: ClientId | None = None
@@ -169,7 +170,7 @@ class Continue(Body, frozen=True):
 
 
 class Chat(Body, frozen=True):
-    """A question, in a new conversation where none is named."""
+    """A question; without `conversation_id` it begins a new conversation."""
 
     message: Content
     conversation_id: UUID | None = None
@@ -178,7 +179,7 @@ class Chat(Body, frozen=True):
 
 
 class Cancel(Body, frozen=True):
-    """Which turn to stop; by default the running one."""
+    """The turn to stop; by default the running one."""
 
     turn_id: UUID | None = None
 
@@ -191,8 +192,8 @@ class Regenerate(Body, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """A conversation; `client_id` is the id that an outside client has given it (null: none), `seq` a cursor that all
-    of its later events come after; `updated_at` is its last activity."""
+    """A conversation. `client_id` is the id that the AI SDK's client gave it, or null. All later events come after the
+    cursor `seq`. `updated_at` is the last activity."""
 
     id: UUID
     client_id: str | None
@@ -205,7 +206,7 @@ class Conversation(Struct, frozen=True):
 
 
 class Conversations(Struct, frozen=True):
-    """A page of the list; the marks are null at its end."""
+    """A page of the list of conversations; both marks are null on the last page."""
 
     conversations: Sequence[Conversation]
     next_skip: int | None
@@ -213,7 +214,7 @@ class Conversations(Struct, frozen=True):
 
 
 class Messages(Struct, frozen=True):
-    """Messages, oldest first; `next_before` is where older ones are, null where there are none."""
+    """Messages, oldest first. `next_before` leads to older ones; it is null if there are none."""
 
     messages: Sequence[Message]
     next_before: UUID | None
@@ -229,20 +230,20 @@ class ExportedMessage(Struct, frozen=True, omit_defaults=True):
 
 
 class Export(Struct, frozen=True):
-    """Messages as the chat completions API has them; can be appended elsewhere as they are."""
+    """Messages as the chat completions API has them; the body can be appended to another conversation."""
 
     messages: Sequence[ExportedMessage]
 
 
 class Appended(Struct, frozen=True):
-    """The messages as they are now, and the seq of the last one's event."""
+    """The messages that were appended, and the seq of the last one's event."""
 
     messages: Sequence[Message]
     seq: int
 
 
 class Answer(Struct, frozen=True):
-    """How a turn ended: `response` is the answer's text, `tool_calls` all calls of the turn, `message` the answer."""
+    """The end of a turn: `response` is the answer's text, `tool_calls` all calls of the turn, `message` the answer."""
 
     conversation_id: UUID
     response: str
@@ -253,7 +254,7 @@ class Answer(Struct, frozen=True):
 
 
 class ChatAnswer(Struct, frozen=True):
-    """The answer, and where the conversation goes on."""
+    """The answer to a question, with the id of its conversation."""
 
     conversation_id: UUID
     response: str
@@ -261,7 +262,7 @@ class ChatAnswer(Struct, frozen=True):
 
 
 class StartedTurn(Struct, frozen=True):
-    """A turn that runs; `after` is the cursor that its events come after, null where they are gone already."""
+    """A turn that was started. Its events come after the cursor `after`, which is null if they are gone already."""
 
     conversation_id: UUID
     turn_id: UUID
@@ -269,7 +270,7 @@ class StartedTurn(Struct, frozen=True):
 
 
 class CancelledTurn(Struct, frozen=True):
-    """The turn that was asked to stop; null where none ran."""
+    """The turn that was asked to stop; `turn_id` is null if no turn ran."""
 
     conversation_id: UUID
     turn_id: UUID | None
@@ -289,8 +290,8 @@ class StoredTurn(Struct, frozen=True):
 
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True):
-    """Why a request was refused; `details` says what is wrong where. Where a question had been admitted by then, it and
-    its turn go on: its ids are told, to ask again with."""
+    """The reason of a refusal. `details` says which parts are wrong. The ids are there if a question had been admitted
+    by then: its turn goes on, and asking again with these ids gets its answer."""
 
     code: str
     message: str
@@ -300,7 +301,7 @@ class ErrorBody(Struct, frozen=True, omit_defaults=True):
 
 
 class WrongPart(Struct, frozen=True):
-    """What is wrong, and where: `messages[2].role`, or `query.limit`."""
+    """One fault of a request, with its place: `messages[2].role`, or `query.limit`."""
 
     path: str
     message: str

@@ -1,4 +1,4 @@
-"""Decodes bodies and queries strictly, with a list of what is wrong where. Pure."""
+"""Strict decoding of bodies and queries, with a list of all faults and their places. No I/O."""
 
 from __future__ import annotations
 
@@ -16,31 +16,37 @@ from anynode.server.errors import InvalidFrame, Problem
 from anynode.server.protocol.bodies import Body, Content, TextPart
 from anynode.server.protocol.frames import NOT_BLANK, strict_json
 
-PROBLEMS_MAX: Final = 20  # of one request; the first say enough
-ITEMS_MAX: Final = 1000  # of a list that are looked at
+PROBLEMS_MAX: Final = 20  # reported for one request; more would not help its sender
+ITEMS_MAX: Final = 1000  # items of a list in which faults are looked for
 SAID_CHARACTERS_MAX: Final = 200
 WHOLE_NUMBER: Final = re.compile(r"-?[0-9]{1,20}")
 _IDS: Final = ("id", "message_id", "tool_call_id")
 
 
 def decode_body(data: bytes, kinds: Sequence[type[Body]]) -> Any:
-    """The body that `data` is, nothing being an empty object: of the first kind that has any of its fields, else of the
-    last. Raises InvalidFrame."""
+    """Decode a JSON body; no bytes count as an empty object. The kind is the first of `kinds` that shares a field with
+    it, else the last. Raises InvalidFrame."""
+    value = json_object(data)
+    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
+    return _converted(value, kind, "", is_text=False)
+
+
+def json_object(data: bytes) -> dict[str, Any]:
+    """Decode a JSON body that is an object; no bytes count as an empty object. Raises InvalidFrame."""
     try:
         value = strict_json(data.decode() if data else "{}", "the body")
     except UnicodeDecodeError:
         raise InvalidFrame("the body is not UTF-8") from None
     if not isinstance(value, dict):
         raise InvalidFrame("the body is not a JSON object")
-    kind = next((kind for kind in kinds if _names(kind) & value.keys()), kinds[-1])
-    return _converted(value, kind, "", is_text=False)
+    return value
 
 
 def decode_query(parameters: Sequence[tuple[str, str]], kind: type[Body]) -> Any:
-    """The query's parameters. Raises InvalidFrame."""
+    """Decode the parameters of a query. Raises InvalidFrame."""
     value = dict(parameters)
     if len(value) != len(parameters):
-        raise InvalidFrame(problems=[Problem("query", "has a parameter twice")])
+        raise InvalidFrame(problems=[Problem("query", "has a duplicate parameter")])
     # msgspec would read 1e1 and 2.0 too.
     wrong = [name for name in value if name in _numbers(kind) and not WHOLE_NUMBER.fullmatch(value[name])]
     if wrong:
@@ -62,7 +68,8 @@ def _names(kind: Any) -> frozenset[str]:
 
 @cache
 def _fields(kind: type[Struct]) -> Mapping[str, FieldInfo]:
-    """By their names. Kept, as all that looks at types: it takes longer than decoding."""
+    """Return the fields of a kind by their names on the wire. Cached, because inspecting types takes longer than
+    decoding."""
     return {field.encode_name: field for field in fields(kind)}
 
 
@@ -80,7 +87,7 @@ def _converted(value: Mapping[str, Any], kind: Any, prefix: str, *, is_text: boo
 
 
 def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Problem]:
-    """Everything that is wrong with a value, where msgspec tells only the first. A path ends in a dot here."""
+    """Yield all faults of a value; msgspec reports only the first. `path` ends in a dot."""
     structs = _structs_in(kind)
     if isinstance(value, dict) and structs:
         chosen = _chosen(structs, value)
@@ -100,7 +107,7 @@ def _problems(value: Any, kind: Any, path: str, *, strict: bool) -> Iterator[Pro
     except msgspec.ValidationError as error:
         said, _, place = str(error).partition(" - at `$")
         if isinstance(value, list) and place.startswith("["):
-            return  # what is wrong with items has been told
+            return  # the faults of its items are reported already
         yield Problem(path[:-1], said)
 
 
@@ -117,7 +124,7 @@ def _problems_of_fields(value: Mapping[str, Any], kind: type[Struct], path: str,
 
 
 def _chosen(structs: Sequence[type[Struct]], value: Mapping[str, Any]) -> type[Struct] | None:
-    """Which one of a union the value is meant to be; None: its tag is none of theirs."""
+    """Return the member of a union that the value's tag names, or None if no member has it."""
     if structs[0].__struct_config__.tag_field is None:
         return structs[0]
     for struct in structs:
@@ -127,7 +134,7 @@ def _chosen(structs: Sequence[type[Struct]], value: Mapping[str, Any]) -> type[S
 
 
 def _plain(kind: Any) -> list[Any]:
-    """The kinds in a union, without what Annotated adds."""
+    """Return the members of a union, without their annotations."""
     if get_origin(kind) is Annotated:
         return _plain(get_args(kind)[0])
     if get_origin(kind) in (list, dict, Literal) or not get_args(kind):
@@ -140,7 +147,7 @@ def _structs_in(kind: Any) -> list[type[Struct]]:
 
 
 def _item_of(kind: Any) -> Any:
-    """What a list of this kind has as items, where those are Structs."""
+    """Return the type of a list's items if they are Structs, else None."""
     for part in _plain(kind):
         if get_origin(part) is list and _structs_in(get_args(part)[0]):
             return get_args(part)[0]
@@ -148,7 +155,7 @@ def _item_of(kind: Any) -> Any:
 
 
 def _problems_of_texts(value: Any, path: str) -> Iterator[Problem]:
-    """What is wrong with ids and contents that msgspec does not check."""
+    """Yield the faults of ids and contents that msgspec does not check."""
     if isinstance(value, Struct):
         contents = _contents(type(value))
         for name in value.__struct_fields__:
@@ -160,7 +167,7 @@ def _problems_of_texts(value: Any, path: str) -> Iterator[Problem]:
             elif not isinstance(item, str):
                 continue
             elif name in _IDS and not item.isprintable():
-                yield Problem(f"{path}{name}", "has characters that cannot be printed")
+                yield Problem(f"{path}{name}", "has unprintable characters")
     elif isinstance(value, list):
         for number, each in enumerate(value):
             if isinstance(each, Struct):
@@ -174,7 +181,7 @@ def _is_blank(content: str | list[TextPart]) -> bool:
 
 @cache
 def _contents(kind: type[Struct]) -> frozenset[str]:
-    """The fields of a kind that are contents."""
+    """Return the names of a kind's fields that hold contents."""
     return frozenset(name for name, field in _fields(kind).items() if Content in _alternatives(field.type))
 
 

@@ -1,4 +1,4 @@
-"""Encodes what clients are sent; what the journal holds as JSON is put into frames as it is."""
+"""Encoding of frames. JSON from the journal goes into frames without being decoded."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _USAGE = msgspec.json.Decoder(Usage)
 
 
 def encode(value: Any) -> str:
-    """Any frame, or part of one, as JSON text."""
+    """Encode a frame, or a part of one, as JSON text."""
     return _encoder.encode(value).decode()
 
 
 def tool_calls_of(stored: str | None) -> Any:
-    """The `tool_calls` of a message, as stored."""
+    """Decode the `tool_calls` of a stored message."""
     return None if stored is None else msgspec.json.decode(stored)
 
 
 def usage_of(stored: str | None) -> Usage | None:
-    """What a turn cost, as stored."""
+    """Decode the usage of a stored turn."""
     return None if stored is None else _USAGE.decode(stored)
 
 
 def error_frame(error: ClientError, request_id: str | None) -> str:
-    """The `error` frame of a refusal."""
+    """Encode the `error` frame of a refusal."""
     return encode(
         Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
     )
 
 
 def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
-    """A message as people see it, from a row that has its fields."""
+    """Return the message in a row that has its fields."""
     return Message(
         row["id"],
         row["role"],
@@ -57,7 +57,7 @@ def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
 
 
 def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
-    """The frame that shows a conversation at one instant."""
+    """Encode the `conversation.snapshot` frame of a snapshot."""
     messages = [message_of(row) for row in snapshot.messages]
     turn = None
     if snapshot.running_turn_id is not None:
@@ -66,14 +66,14 @@ def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
 
 
 def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[str]:
-    """The frames that show `events`, adjacent deltas of a turn merged into one."""
+    """Encode events as frames; adjacent deltas of a turn are merged into one frame."""
     if len(events) == 1:
         return [_event_frame(conversation_id, events[0])]
     return [frame for _, frame in numbered_frames(conversation_id, events)]
 
 
 def numbered_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[tuple[int, str]]:
-    """The same, each with its seq."""
+    """Encode events as frames, like `event_frames`, each with its seq; a merged frame has that of its last event."""
     frames = []
     start = 0
     while start < len(events):
@@ -93,7 +93,7 @@ def numbered_frames(conversation_id: UUID | str, events: Sequence[Event]) -> lis
 
 
 def _event_frame(conversation_id: UUID | str, event: Event) -> str:
-    # The payload is a JSON object already: its fields are put behind those that every frame has.
+    # The payload is a JSON object already: its fields follow those that every frame has.
     if event.frame is None:
         event.frame = _head(conversation_id, event) + "," + event.payload[1:]
     return event.frame

@@ -1,4 +1,4 @@
-"""The wire: typed frames, strict decoding of what clients send, encoding of what they are sent. Pure."""
+"""The frames of the wire `anynode.v1` as types, and strict decoding of those that clients send. No I/O."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from anynode.server.errors import InvalidFrame
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
-ID_CHARACTERS_MAX = 128  # of ids that clients give; printable ones
-# A character that is no space, whatever dialect reads this.
+ID_CHARACTERS_MAX = 128  # printable characters of an id that a client chose
+# A character that is no space in Python, in JavaScript, or in a JSON schema.
 NOT_BLANK = re.compile(r"[^\s\u001c-\u001f\u0085\ufeff]")
 
-# `decode_frame` and `decoding` check that it is printable.
+# `decode_frame` and `decoding` check that an id is printable.
 ClientId: TypeAlias = Annotated[
     str, Meta(min_length=1, max_length=ID_CHARACTERS_MAX, extra_json_schema={"format": "printable"})
 ]
@@ -35,7 +35,7 @@ Cursor: TypeAlias = Annotated[int, Meta(ge=0, le=SEQ_MAX)]
 
 
 class ClientFrame(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
-    """What every frame of a client is."""
+    """Base of every frame that a client sends; unknown fields are refused."""
 
 
 class Auth(ClientFrame, frozen=True, tag="auth"):
@@ -45,7 +45,7 @@ class Auth(ClientFrame, frozen=True, tag="auth"):
 
 
 class MessageSend(ClientFrame, frozen=True, tag="message.send"):
-    """Admit a turn and follow its conversation; without `conversation_id`, a new one."""
+    """Admit a turn and follow its conversation; without `conversation_id`, begin a new one."""
 
     message_id: ClientId
     content: str
@@ -55,7 +55,7 @@ class MessageSend(ClientFrame, frozen=True, tag="message.send"):
 
 
 class ConversationFollow(ClientFrame, frozen=True, tag="conversation.follow"):
-    """Catch up from the cursor `after`, or from a snapshot, then live."""
+    """Catch up from the cursor `after`, or from a snapshot, then follow live."""
 
     conversation_id: UUID
     after: Cursor | None = None
@@ -63,7 +63,7 @@ class ConversationFollow(ClientFrame, frozen=True, tag="conversation.follow"):
 
 
 class ConversationUnfollow(ClientFrame, frozen=True, tag="conversation.unfollow"):
-    """Hear no more of a conversation."""
+    """Stop following a conversation."""
 
     conversation_id: UUID
     request_id: ClientId | None = None
@@ -86,7 +86,7 @@ class TurnRegenerate(ClientFrame, frozen=True, tag="turn.regenerate"):
 
 
 class Ping(ClientFrame, frozen=True, tag="ping"):
-    """Answered with `pong`."""
+    """Ask for a `pong`."""
 
     request_id: ClientId | None = None
 
@@ -97,7 +97,7 @@ AnyClientFrame: TypeAlias = (
 
 
 def decode_frame(text: str) -> AnyClientFrame:
-    """Decode one text frame. Raises InvalidFrame for everything that is not exactly a frame."""
+    """Decode one text frame. Raises InvalidFrame for anything else."""
     value = strict_json(text, "the frame")
     if not isinstance(value, dict):
         raise InvalidFrame("a frame is a JSON object")
@@ -110,13 +110,13 @@ def decode_frame(text: str) -> AnyClientFrame:
     for name in ("message_id", "request_id"):
         identifier = getattr(frame, name, None)
         if identifier is not None and not is_client_id(identifier):
-            raise InvalidFrame(f"{name} has characters that cannot be printed")
+            raise InvalidFrame(f"{name} has unprintable characters")
     return frame
 
 
 def strict_json(text: str, noun: str) -> Any:
-    """The value of a JSON text without a key twice, NaN, or text that Postgres cannot hold. Raises InvalidFrame, which
-    calls the text by its noun."""
+    """Decode a JSON text strictly: no duplicate key, no NaN, no text that Postgres cannot store. Raises InvalidFrame,
+    whose message begins with the noun."""
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
@@ -134,7 +134,7 @@ def strict_json(text: str, noun: str) -> Any:
 
 
 def request_id_of(text: str, name: str = "request_id") -> str | None:
-    """The `request_id` of a frame that was refused, so that its sender can tell which one it was."""
+    """Return the `request_id` of a refused frame, if it has one, so that its sender knows which frame it was."""
     try:
         request_id = json.loads(text)[name]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -143,14 +143,14 @@ def request_id_of(text: str, name: str = "request_id") -> str | None:
 
 
 def is_client_id(value: object) -> TypeGuard[str]:
-    """Whether it is good as an id that a client gives."""
+    """Whether a value can be an id that a client chose."""
     return isinstance(value, str) and 0 < len(value) <= ID_CHARACTERS_MAX and value.isprintable()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("has a key twice")
+        raise ValueError("has a duplicate key")
     for name, item in pairs:
         if not is_storable(name):
             raise ValueError(f"has a NUL or half a surrogate pair in {name!a}")
@@ -160,7 +160,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_text(name: str, value: str | list[Any]) -> None:
-    """Objects inside have been checked when they were made."""
+    """Check a text, or the texts in a list. Objects in it were checked when they were decoded."""
     if isinstance(value, str):
         if not is_storable(value):
             raise ValueError(f"has a NUL or half a surrogate pair in {name}")
@@ -182,7 +182,7 @@ def _finite(text: str) -> float:
 
 
 class CalledFunction(Struct, frozen=True):
-    """Which tool a call calls, with its arguments as JSON text."""
+    """The tool of a call, and its arguments as JSON text."""
 
     name: str
     arguments: str
@@ -211,7 +211,7 @@ class Message(Struct, frozen=True):
 
 
 class ErrorDetail(Struct, frozen=True):
-    """Why a turn failed: one of the error codes, and a message that people can act on."""
+    """The reason why a turn failed: one of the error codes, and a message that people can act on."""
 
     code: str
     message: str
@@ -219,7 +219,7 @@ class ErrorDetail(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """What a turn cost: tokens of all its model requests, null where the agent does not say, and how long it took."""
+    """The cost of a turn: tokens of all its model requests (null if the agent does not say), and its duration."""
 
     input_tokens: int | None
     output_tokens: int | None
@@ -228,31 +228,31 @@ class Usage(Struct, frozen=True):
 
 
 class ServerFrame(Struct, frozen=True, tag_field="type"):
-    """What every frame of the server is."""
+    """Base of every frame that the server sends."""
 
 
 class JournalFrame(ServerFrame, frozen=True):
-    """A frame from the journal; in a merged one `seq` is the last that it holds."""
+    """A frame from the journal. `seq` of a merged frame is that of its last event."""
 
     conversation_id: UUID
     seq: int
 
 
 class MessageCreated(JournalFrame, frozen=True, tag="message.created"):
-    """A message has been added."""
+    """A message was added."""
 
     message: Message
 
 
 class TurnStarted(JournalFrame, frozen=True, tag="turn.started"):
-    """A turn answers the message with this `message_id`."""
+    """A turn begins to answer the message with this `message_id`."""
 
     turn_id: UUID
     message_id: str
 
 
 class TurnDelta(JournalFrame, frozen=True, tag="turn.delta"):
-    """Some more text of the answer."""
+    """The answer goes on with more text."""
 
     turn_id: UUID
     text: str
@@ -286,7 +286,7 @@ class TurnRestarted(JournalFrame, frozen=True, tag="turn.restarted"):
 
 
 class TurnCompleted(JournalFrame, frozen=True, tag="turn.completed"):
-    """The turn is over, and this is the answer."""
+    """The turn is over; `message` is the answer."""
 
     turn_id: UUID
     message: Message
@@ -294,14 +294,14 @@ class TurnCompleted(JournalFrame, frozen=True, tag="turn.completed"):
 
 
 class TurnCancelled(JournalFrame, frozen=True, tag="turn.cancelled"):
-    """The turn was stopped; the message holds what was said up to then."""
+    """The turn was stopped; `message` holds what was said up to then."""
 
     turn_id: UUID
     message: Message
 
 
 class TurnFailed(JournalFrame, frozen=True, tag="turn.failed"):
-    """The turn could not be finished; the message holds what was said up to then."""
+    """The turn could not be finished; `message` holds what was said up to then."""
 
     turn_id: UUID
     message: Message
@@ -322,7 +322,7 @@ class Heartbeat(ServerFrame, frozen=True, tag="heartbeat"):
 
 
 class RunningTurn(Struct, frozen=True):
-    """The turn that runs, and what it has said so far."""
+    """The running turn, and its text so far."""
 
     turn_id: UUID
     text: str
@@ -354,14 +354,14 @@ class AuthExpiring(ServerFrame, frozen=True, tag="auth.expiring"):
 
 
 class Goaway(ServerFrame, frozen=True, tag="goaway"):
-    """The node is going down at `deadline` (Unix seconds); connect again to reach another one."""
+    """The node goes down at `deadline` (Unix seconds); reconnect to reach another one."""
 
     reason: str
     deadline: float
 
 
 class Pong(ServerFrame, frozen=True, tag="pong"):
-    """The answer to `ping`."""
+    """The node answers a `ping`."""
 
     request_id: str | UnsetType = UNSET
 

@@ -1,4 +1,4 @@
-"""`/asyncapi.json`: the frames of the socket as AsyncAPI 3.0, made of the types that decode and encode them. Pure."""
+"""`/asyncapi.json`: the frames of the socket as AsyncAPI 3.0, made from the types that decode and encode them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ repository says when each is sent and what a client does with it."""
 
 
 def asyncapi() -> dict[str, Any]:
-    """The document."""
+    """Make the AsyncAPI document."""
     client, server = list(get_args(AnyClientFrame)), list(get_args(AnyServerFrame))
     _, schemas = msgspec.json.schema_components([*client, *server], ref_template=_SCHEMA)
     return {
@@ -33,7 +33,7 @@ def asyncapi() -> dict[str, Any]:
             "node": {
                 "host": "{host}",
                 "protocol": "wss",
-                "description": "Any node, or what balances the load of all.",
+                "description": "Any node, or a load balancer in front of all nodes.",
                 "variables": {"host": {"default": "127.0.0.1:8000"}},
                 "security": [{"$ref": "#/components/securitySchemes/bearer"}],
             }
@@ -47,8 +47,8 @@ def asyncapi() -> dict[str, Any]:
             }
         },
         "operations": {
-            "takeFrames": _operation("receive", "What clients send.", client),
-            "sendFrames": _operation("send", "What clients are sent.", server),
+            "takeFrames": _operation("receive", "Frames that clients send.", client),
+            "sendFrames": _operation("send", "Frames that the server sends.", server),
         },
         "components": {
             "messages": {_tag(frame): _message(frame) for frame in [*client, *server]},

@@ -1,4 +1,4 @@
-"""An example of every frame, as PROTOCOL.md shows them and `/asyncapi.json` has them, and of every body."""
+"""Examples of every frame and every body, for PROTOCOL.md, `/asyncapi.json` and `/openapi.json`."""
 
 from __future__ import annotations
 

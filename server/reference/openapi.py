@@ -1,4 +1,4 @@
-"""`/openapi.json`: the operations over HTTP as OpenAPI 3.1, made of the types that decode and encode them. Pure."""
+"""`/openapi.json`: the operations over HTTP as OpenAPI 3.1, made from the types that decode and encode them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)
 _CLIENTS: Final = {"type": "string", "minLength": 1, "maxLength": ID_CHARACTERS_MAX, "format": "printable"}
 _NAMED: Final[Mapping[str, dict[str, Any]]] = {
     "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},
-    "response_id": {**_CLIENTS, "description": "`resp_…`, as in the answer to createResponse."},
-    "model": {**_CLIENTS, "description": "What listModels tells."},
+    "response_id": {**_CLIENTS, "description": "`resp_…`, from the answer to createResponse."},
+    "model": {**_CLIENTS, "description": "A model's id from listModels."},
     "chat_id": {**_CLIENTS, "description": "The client's own id of the chat, or the conversation's UUID."},
 }
 _TAGS: Final = {
@@ -42,13 +42,13 @@ _TAGS: Final = {
     "/api": "chat",
     "/v1": "OpenAI",
 }
-_DESCRIPTION: Final = """Conversations of one user, the token's. A turn that is started here is the same as one of the \
-socket `/ws` (see `/asyncapi.json`): it runs to its end whoever is there to hear it, on any node. All errors have the \
-shape of `Refusal`."""
+_DESCRIPTION: Final = """The conversations of one user, whom the token names. Turns that are started here and turns of \
+the socket `/ws` (see `/asyncapi.json`) are the same: a turn runs to its end even if nobody follows it, on any node. \
+All errors have the shape of `Refusal`."""
 
 
 def openapi() -> dict[str, Any]:
-    """The document."""
+    """Make the OpenAPI document."""
     kinds = [kind for operation in OPERATIONS for kind in _kinds_of(operation)]
     structs = list(dict.fromkeys(part for kind in [*kinds, Refusal] for part in _parts(kind)))
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REFERENCE)
@@ -88,7 +88,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
             {
                 "name": "Last-Event-ID",
                 "in": "header",
-                "description": "The cursor of a client that comes back; prevails over `after`.",
+                "description": "The cursor of a client that reconnects; prevails over `after`.",
                 "schema": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
             }
         )
@@ -170,5 +170,5 @@ def _kinds_of(operation: Operation) -> list[Any]:
 
 
 def _parts(kind: Any) -> list[type[msgspec.Struct]]:
-    """The Structs in a union, or the one that it is."""
+    """Return the Structs of a union, or a lone Struct as a list."""
     return list(get_args(kind)) or [kind]

@@ -1,4 +1,4 @@
-"""What people and machines read of the interfaces: `/openapi.json`, `/asyncapi.json`, and a page at `/docs`."""
+"""The routes of the API reference: `/openapi.json`, `/asyncapi.json`, and a page at `/docs`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ td:first-child { white-space: nowrap; }
 
 
 def reference_routes() -> list[Route]:
-    """The routes; everything is made once."""
+    """Make the routes; their contents are made once, here."""
     document = openapi()
     contents = {
         "/openapi.json": (msgspec.json.encode(document), "application/json"),
@@ -57,7 +57,7 @@ def reference_routes() -> list[Route]:
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The operations of an OpenAPI document as HTML that needs no script."""
+    """Render the operations of an OpenAPI document as HTML that needs no script."""
     operations = "".join(
         _operation(method, path, operation)
         for path, methods in document["paths"].items()
@@ -77,7 +77,7 @@ def page(document: Mapping[str, Any]) -> str:
 <h1>{escape(info["title"])} {escape(info["version"])} over HTTP</h1>
 <p>{_text(info["description"])}</p>
 <p>Every request has the header <code>Authorization: Bearer</code> with a token; <code>anynode token --user ada</code>
-makes one. For machines: <a href="openapi.json">openapi.json</a>, and of the socket <a
+makes one. For machines there are <a href="openapi.json">openapi.json</a> and, for the socket, <a
 href="asyncapi.json">asyncapi.json</a>.</p>
 <h2>Operations</h2>
 {operations}
@@ -120,7 +120,7 @@ def _responses(operation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _text(text: str) -> str:
-    """As HTML; what stands between backticks is code."""
+    """Render text as HTML; text between backticks becomes code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,4 +1,4 @@
-"""One connection: its authentication, frames in, frames out. What the frames are is for its kinds to say.
+"""One WebSocket connection: its authentication, frames in and frames out. Each API says what its frames are.
 
 A connection has one reader, which is the request's own task, and one task for each thing that it follows.
 All of them send: a frame is written whole, and a socket that is not drained makes its senders wait, not queue.
@@ -25,13 +25,53 @@ AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
 FOLLOWS_MAX: Final = 1000  # conversations, or turns, that one connection follows
 FRAMES_BURST: Final = 500  # frames that may come at once …
-FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused,
-REFUSALS_MAX: Final = 1000  # and who goes on all the same is disconnected
+FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused
+REFUSALS_MAX: Final = 1000  # a client that sends this many refused frames without a pause is disconnected
 _TIMER_SECONDS_MAX: Final = 86_400.0  # a timer further off than this is set again later
+_TIMER_SECONDS_MIN: Final = 0.001  # a timer may ring this much early
+
+
+class Allowance:
+    """How many frames a client may still send: a bucket that fills up again with time. Given the time; no I/O."""
+
+    __slots__ = ("_at", "_left", "_refusals")
+
+    def __init__(self, now: float) -> None:
+        self._left = float(FRAMES_BURST)
+        self._at = now
+        self._refusals = 0
+
+    def take(self, now: float) -> None:
+        """Spend the allowance for one frame. Raises RateLimited where there is none left, and Closed for a client that
+        goes on all the same."""
+        self._left = min(FRAMES_BURST, self._left + (now - self._at) * FRAMES_PER_SECOND)
+        self._at = now
+        if self._left == FRAMES_BURST:
+            self._refusals = 0
+        if self._left >= 1:
+            self._left -= 1
+            return
+        self._refusals += 1
+        if self._refusals > REFUSALS_MAX:
+            raise Closed(CloseCode.LIMITS, "too many frames")
+        raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
+
+
+def heartbeat_due_in(now: float, sent_at: float, interval_seconds: float) -> float:
+    """Return in how many seconds a heartbeat is due, 0 for now: `interval_seconds` after the last frame was sent."""
+    due_in = sent_at + interval_seconds - now
+    return 0.0 if due_in <= _TIMER_SECONDS_MIN else due_in
+
+
+def expiry_check_in(now: float, expires_at: float) -> tuple[float, bool]:
+    """Return in how many seconds to look at a token that expires at a time (Unix seconds), and whether its client is
+    to be warned then."""
+    warn_in = expires_at - EXPIRING_SECONDS - now
+    return (_TIMER_SECONDS_MAX, False) if warn_in > _TIMER_SECONDS_MAX else (max(warn_in, 0.0), True)
 
 
 class Closed(Exception):
-    """The connection is over; `code` is ours to send, None when the peer has gone."""
+    """The connection is over. `code` is the close code to send, None where the peer has gone."""
 
     def __init__(self, code: int | None = None, reason: str = "") -> None:
         super().__init__(reason)
@@ -40,11 +80,10 @@ class Closed(Exception):
 
 
 class Connection:
-    """One client's connection; with a `refusal` (close code and reason) only to be told of it."""
+    """One client's connection. Where there is a `refusal` (close code and reason), the client is only told of it."""
 
     __slots__ = (
         "_allowance",
-        "_allowed_at",
         "_authenticator",
         "_background",
         "_expiry_timer",
@@ -55,7 +94,6 @@ class Connection:
         "_node",
         "_receive",
         "_refusal",
-        "_refusals",
         "_scope",
         "_send_asgi",
         "_sending",
@@ -91,18 +129,22 @@ class Connection:
         self._is_closed = False
         self._sending = 0
         self._sent_at = self._loop.time()
-        self._allowance = float(FRAMES_BURST)
-        self._allowed_at = self._sent_at
-        self._refusals = 0
+        self._allowance = Allowance(self._sent_at)
 
-    # What its kinds do.
+    @property
+    def _user_id(self) -> str:
+        """The user, once the client has authenticated."""
+        assert self._identity is not None
+        return self._identity.user_id
+
+    # What each API does in its own way.
 
     def _token_in(self, text: str) -> str:
-        """The token in a frame of a client that has not authenticated yet. Raises ClientError."""
+        """Return the token in the first frame of a client. Raises ClientError."""
         raise NotImplementedError
 
     async def _welcome(self) -> None:
-        """The client has authenticated."""
+        """Begin to serve a client that has authenticated."""
 
     async def _obey(self, text: str) -> None:
         """Do what a frame asks for. Raises ClientError."""
@@ -113,13 +155,13 @@ class Connection:
         raise NotImplementedError
 
     def _warn_of_expiry(self, expires_at: float) -> None:
-        """The token runs out soon."""
+        """Tell the client that its token expires soon."""
 
     def warn_of_drain(self, deadline: float) -> None:
-        """The node goes down."""
+        """Tell the client that the node goes down."""
 
     async def run(self) -> None:
-        """From the handshake to the end."""
+        """Serve the connection from its handshake to its end."""
         try:
             await self._accept()
             self._identity = await self._authenticate()
@@ -167,7 +209,7 @@ class Connection:
         while True:
             text = await self._receive_text()
             try:
-                self._take_allowance()
+                self._allowance.take(self._loop.time())
                 return self._token_in(text)
             except ClientError as error:
                 await self._refuse(error, text)
@@ -185,7 +227,7 @@ class Connection:
 
     async def _handle(self, text: str) -> None:
         try:
-            self._take_allowance()
+            self._allowance.take(self._loop.time())
             await self._obey(text)
         except ClientError as error:
             await self._refuse(error, text)
@@ -198,21 +240,6 @@ class Connection:
             raise Closed(CloseCode.FORBIDDEN, "a connection cannot become another user's")
         self._identity = identity
         self._watch_expiry()
-
-    def _take_allowance(self) -> None:
-        now = self._loop.time()
-        earned = (now - self._allowed_at) * FRAMES_PER_SECOND
-        self._allowance = min(FRAMES_BURST, self._allowance + earned)
-        self._allowed_at = now
-        if self._allowance == FRAMES_BURST:
-            self._refusals = 0
-        if self._allowance >= 1:
-            self._allowance -= 1
-            return
-        self._refusals += 1
-        if self._refusals > REFUSALS_MAX:
-            raise Closed(CloseCode.LIMITS, "too many frames")
-        raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
 
     # What goes out.
 
@@ -270,7 +297,7 @@ class Connection:
     # Signs of life.
 
     def _start_heartbeats(self, heartbeat: str) -> None:
-        """Send this frame, from now on, whenever nothing else was sent for so long."""
+        """Send this frame, from now on, whenever nothing else was sent for HEARTBEAT_SECONDS."""
         self._beat_later(heartbeat, self._settings.heartbeat_seconds)
 
     def _beat_later(self, heartbeat: str, seconds: float) -> None:
@@ -278,11 +305,10 @@ class Connection:
 
     def _beat(self, heartbeat: str) -> None:
         interval = self._settings.heartbeat_seconds
-        due_in = self._sent_at + interval - self._loop.time()
-        if due_in <= 0.001:
+        due_in = heartbeat_due_in(self._loop.time(), self._sent_at, interval)
+        if not due_in:
             self.send_soon(heartbeat)
-            due_in = interval
-        self._beat_later(heartbeat, due_in)
+        self._beat_later(heartbeat, due_in or interval)
 
     # The token's end.
 
@@ -290,11 +316,8 @@ class Connection:
         if self._expiry_timer is not None:
             self._expiry_timer.cancel()
         assert self._identity is not None
-        warn_in = self._identity.expires_at - EXPIRING_SECONDS - time.time()
-        if warn_in > _TIMER_SECONDS_MAX:
-            self._expiry_timer = self._loop.call_later(_TIMER_SECONDS_MAX, self._watch_expiry)
-        else:
-            self._expiry_timer = self._loop.call_later(max(warn_in, 0.0), self._expire)
+        check_in, is_warning = expiry_check_in(time.time(), self._identity.expires_at)
+        self._expiry_timer = self._loop.call_later(check_in, self._expire if is_warning else self._watch_expiry)
 
     def _expire(self) -> None:
         assert self._identity is not None

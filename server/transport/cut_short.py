@@ -14,11 +14,13 @@ class CutShort(Exception):
     """The work was cancelled before it was done."""
 
 
-async def until(
+async def run_unless(
     work: Coroutine[Any, Any, Result], *ends: Coroutine[Any, Any, object], grace_seconds: float = 0.0
 ) -> Result:
-    """The result of `work`; it is cancelled, and waited for, when one of `ends` is over and the grace has passed.
-    Raises CutShort then."""
+    """Return the result of `work`, unless one of `ends` is over first and the grace has passed.
+
+    Then `work` is cancelled and waited for, and CutShort is raised.
+    """
     working = asyncio.create_task(work)
     ending = [asyncio.create_task(end) for end in ends]
     try:

@@ -1,4 +1,4 @@
-"""Requests over HTTP: who asks, what they send, and every refusal in one shape. What is asked for is in `rest`."""
+"""Requests over HTTP: who asks, what they send, and every refusal in one shape. The APIs say what is done."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
 
@@ -22,12 +22,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from anynode.models.database import Unavailable
 from anynode.server.auth import Authenticator, Identity, bearer_of
 from anynode.server.errors import (
     BodyTimeout,
     ClientError,
-    DatabaseUnavailable,
     Forbidden,
     InternalError,
     InvalidFrame,
@@ -40,7 +38,7 @@ from anynode.server.errors import (
 from anynode.server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
 from anynode.server.protocol.decoding import decode_body, decode_query
 from anynode.server.protocol.frames import ID_CHARACTERS_MAX, is_client_id
-from anynode.server.transport.cut_short import CutShort, until
+from anynode.server.transport.cut_short import CutShort, run_unless
 
 logger = logging.getLogger("anynode.http")
 
@@ -58,8 +56,8 @@ Result = TypeVar("Result")
 
 
 class _Anything(Convertor[str]):
-    """What others give may have slashes in it: a user's id may be an address. Whatever else is in it is refused when it
-    is read."""
+    """A part of a path that others have named. It may have slashes in it: a user's id may be an address. `_named`
+    refuses what else may not be in it."""
 
     regex = "(?s:.+)"
 
@@ -74,13 +72,16 @@ register_url_convertor("anything", _Anything())
 
 
 class ClientGone(Exception):
-    """The client has closed its connection; nobody hears an answer."""
+    """The client has closed its connection, so there is nobody to answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Call(Generic[AnyQuery, AnyBody]):
-    """A request that may be answered: of whom, about what (`ids`, by the names in the path, or `texts` where others
-    have given them), and what it holds."""
+class ApiRequest(Generic[AnyQuery, AnyBody]):
+    """A request that has been authenticated and decoded.
+
+    `ids` are the UUIDs in its path, by their names there, and `texts` what else its path names: ids that clients have
+    given, and names of models.
+    """
 
     identity: Identity
     ids: Mapping[str, UUID]
@@ -92,7 +93,7 @@ class Call(Generic[AnyQuery, AnyBody]):
 
     @property
     def user_id(self) -> str:
-        """Who asks."""
+        """The user who asks."""
         return self.identity.user_id
 
     @property
@@ -100,26 +101,29 @@ class Call(Generic[AnyQuery, AnyBody]):
         """The conversation in the path."""
         return self.ids["conversation_id"]
 
-    async def disconnected(self) -> None:
+    async def wait_disconnected(self) -> None:
         """Wait until the client has gone."""
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
     async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `work`, which is cancelled when the client goes. Raises ClientGone."""
+        """Return the result of `work`, which is cancelled when the client goes. Raises ClientGone."""
         try:
-            return await until(work, self.disconnected())
+            return await run_unless(work, self.wait_disconnected())
         except CutShort:
             raise ClientGone from None
 
 
+AnyApiRequest: TypeAlias = ApiRequest[Any, Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One thing that can be asked for, as the server does it and as `/openapi.json` tells it.
+    """One operation of an API, as the server does it and as `/openapi.json` describes it.
 
-    `handler` gets what serves it and the call. `bodies` are the kinds of body that it takes, none where it takes none,
-    and `decode` makes one of them of what came, or raises InvalidFrame.
-    `replies` are the statuses of success with the kind of each body; `errors` those beyond what every operation has.
+    `handler` is given the API and the request. `bodies` are the kinds of body that the operation takes, and `decode`
+    makes one of them of the bytes that came, or raises InvalidFrame. `replies` are the statuses of success with the
+    kind of each body; `errors` are those beyond what every operation has.
     """
 
     method: str
@@ -137,7 +141,7 @@ class Operation:
 
 
 def reply(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer."""
+    """Return a JSON answer."""
     all_headers = {"Cache-Control": "no-store", **(headers or {})}  # it is one user's
     return Response(msgspec.json.encode(body), status, all_headers, media_type="application/json")
 
@@ -150,7 +154,7 @@ def refusal(
     conversation_id: UUID | UnsetType = UNSET,
     message_id: str | UnsetType = UNSET,
 ) -> Response:
-    """The answer that an error is; with the ids of what was admitted before it came."""
+    """Return the answer that tells of an error, with the ids of what was admitted before it came."""
     all_headers = dict(headers or {})
     if error.http_status in (429, 503):
         all_headers["Retry-After"] = str(RETRY_SECONDS)
@@ -163,18 +167,18 @@ def refusal(
 
 
 def routes_of(
-    faces: Sequence[tuple[Sequence[Operation], object]], authenticator: Authenticator, *, body_bytes_max: int
+    apis: Sequence[tuple[Sequence[Operation], object]], authenticator: Authenticator, *, body_bytes_max: int
 ) -> list[BaseRoute]:
-    """A route for each path of the operations, which come with what serves them."""
+    """Return a route for each path of the operations of these APIs."""
     bodies = _Bodies()
     routes: list[BaseRoute] = []
-    for operations, served_by in faces:
+    for operations, api in apis:
         by_path: dict[str, dict[str, Operation]] = {}
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         for path, methods in by_path.items():
             pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:anything}", path)
-            routes.append(Route(pattern, _Resource(methods, served_by, authenticator, bodies, body_bytes_max)))
+            routes.append(Route(pattern, _Resource(methods, api, authenticator, bodies, body_bytes_max)))
     return routes
 
 
@@ -184,14 +188,14 @@ class _Resource:
     def __init__(
         self,
         operations: Mapping[str, Operation],
-        served_by: object,
+        api: object,
         authenticator: Authenticator,
         bodies: _Bodies,
         body_bytes_max: int,
     ) -> None:
         self._bodies = bodies
         self._operations = operations
-        self._served_by = served_by
+        self._api = api
         self._authenticator = authenticator
         self._body_bytes_max = body_bytes_max
 
@@ -200,8 +204,6 @@ class _Resource:
             response = await self._answer(scope, receive)
         except ClientGone:
             return
-        except Unavailable:
-            response = refusal(DatabaseUnavailable())
         except ClientError as error:
             response = refusal(error)
         except Exception:
@@ -226,12 +228,12 @@ class _Resource:
             bytes_max = operation.body_bytes_max or self._body_bytes_max
             data = await self._bodies.read(headers, receive, bytes_max)
             body = await self._bodies.decode(data, operation)
-        call = Call(identity, ids, texts, query, body, headers, receive)
-        return await operation.handler(self._served_by, call)
+        request = ApiRequest(identity, ids, texts, query, body, headers, receive)
+        return await operation.handler(self._api, request)
 
 
 def _named(parameters: Mapping[str, str], identity: Identity) -> tuple[dict[str, UUID], dict[str, str]]:
-    """What the path names: the ids that were given here, and those that others gave."""
+    """Return the ids in a path that this server gave, and the texts that others gave."""
     ids, texts = {}, {}
     for name, text in parameters.items():
         if name == "user_id":
@@ -259,14 +261,14 @@ def _query(scope: Scope, kind: type[Body]) -> Any:
 
 
 class _Bodies:
-    """All bodies that are being read and decoded: bounded in time, size and sum."""
+    """All bodies that are being read and decoded, bounded in time, in size and in sum."""
 
     def __init__(self) -> None:
         self._read_bytes = 0
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
 
     async def read(self, headers: Headers, receive: Receive, bytes_max: int) -> bytes:
-        """The whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
+        """Read a whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length[:20]) > bytes_max:
             raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
@@ -283,7 +285,7 @@ class _Bodies:
                     if len(body) > bytes_max:
                         raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
                     if self._read_bytes > READ_BYTES_MAX:
-                        raise RateLimited("This node is being sent as much as it may.")
+                        raise RateLimited("This node is at its limit of bytes that are being received; try again.")
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
@@ -292,65 +294,74 @@ class _Bodies:
             self._read_bytes -= len(body)
 
     async def decode(self, data: bytes, operation: Operation) -> Any:
-        """What it is. Raises InvalidFrame."""
+        """Decode a body as the operation takes it. Raises InvalidFrame."""
         if len(data) <= AT_ONCE_BYTES_MAX:
             return operation.decode(data, operation.bodies)
         async with self._decoding:
             return await asyncio.to_thread(operation.decode, data, operation.bodies)
 
 
-class Holding:
-    """The requests that wait or stream: as many at once as there may be."""
+class Slots:
+    """Room for requests that wait or stream: at most `slots_max` of them at once."""
 
-    def __init__(self, held_max: int) -> None:
-        self._held_max = held_max
-        self._held = 0
+    def __init__(self, slots_max: int) -> None:
+        self._slots_max = slots_max
+        self._taken = 0
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Hold one while it lasts. Raises RateLimited."""
-        if self._held >= self._held_max:
-            raise RateLimited("This node has as many requests that wait as it may.")
-        self._held += 1
+    def acquire(self) -> Iterator[None]:
+        """Hold a slot while the context lasts. Raises RateLimited."""
+        self._take()
         try:
             yield
         finally:
-            self._held -= 1
+            self._taken -= 1
 
     def streaming(self, stream: ASGIApp) -> ASGIApp:
-        """A response that is held from now on until it ends. Raises RateLimited."""
-        held = self()
-        held.__enter__()
+        """Return a response that holds a slot from now on until it ends. Raises RateLimited."""
+        self._take()
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             try:
                 await stream(scope, receive, send)
             finally:
-                held.__exit__(None, None, None)
+                self._taken -= 1
 
         return app
 
+    def _take(self) -> None:
+        if self._taken >= self._slots_max:
+            raise RateLimited("This node is at its limit of waiting requests; try again.")
+        self._taken += 1
 
-async def break_off(scope: Scope, disconnected: Coroutine[Any, Any, None]) -> None:
-    """End a response that has begun as if the network had failed: its client must not take it for whole. The listener
-    lends the means; another server closes the connection when it finds the response unfinished."""
+
+async def break_off(scope: Scope, request: AnyApiRequest) -> None:
+    """End a response that has begun as if the network had failed: its client must not take it for whole.
+
+    `serve` puts the means into the scope. Another ASGI server closes the connection by itself, as it finds the response
+    unfinished.
+    """
     close: Callable[[], None] | None = scope.get(BREAK_OFF)
-    if close is None:
-        disconnected.close()
-        return
-    close()
-    await disconnected
+    if close is not None:
+        close()
+        await request.wait_disconnected()
+
+
+async def no_content(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with 204 and no body."""
+    await send({"type": "http.response.start", "status": 204, "headers": [(b"cache-control", b"no-store")]})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def method_not_allowed(method: str, allowed: Mapping[str, object]) -> Response:
-    """Nothing is done here with this method."""
+    """Return the refusal of a method that nothing is done with here."""
     listed = ", ".join(dict.fromkeys([*allowed, *(["HEAD"] if "GET" in allowed else [])]))
     error = InvalidFrame(f"{method} is not allowed here; allowed: {listed}")
     return refusal(error, {"Allow": listed}, 405)
 
 
 async def refuse_route(request: Request, error: Exception) -> Response:
-    """Starlette's own refusals, in our shape: no such route, or not with this method."""
+    """Return one of Starlette's own refusals in our shape: no such route, or not with this method."""
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")

@@ -1,4 +1,4 @@
-"""The sockets of a node: who may connect, and all connections, of whatever kind."""
+"""The WebSocket connections of a node: which clients may connect, and all that are open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Sockets:
         self.connections: set[Connection] = set()
 
     async def go_away(self, deadline: float, over_seconds: float) -> None:
-        """Tell everybody to connect elsewhere, then close their connections, spread over a moment."""
+        """Tell all clients to connect elsewhere, then close their connections, spread over `over_seconds`."""
         leaving = list(self.connections)
         for connection in leaving:
             connection.warn_of_drain(deadline)
@@ -34,13 +34,13 @@ class Sockets:
             connection.close_soon(CloseCode.RESTARTING, "restarting")
 
     def refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Why a connection is not wanted: a close code and its reason."""
+        """Return why a connection is refused, as a close code and a reason, None where it is welcome."""
         if not self._is_origin_allowed(scope):
             return CloseCode.FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
         if self.node.is_draining:
             return CloseCode.RESTARTING, "restarting"
         if len(self.connections) >= self.settings.connections_max:
-            return CloseCode.OVERLOADED, "this node has as many connections as it may"
+            return CloseCode.OVERLOADED, "this node is at its limit of connections"
         return None
 
     def _is_origin_allowed(self, scope: Scope) -> bool:
@@ -57,7 +57,7 @@ class Sockets:
 
 
 class WebSocketEndpoint:
-    """The ASGI application behind one path; `connect` makes its connections, of (scope, receive, send, refusal)."""
+    """The ASGI application behind one path; `connect(scope, receive, send, refusal=…)` makes its connections."""
 
     def __init__(self, sockets: Sockets, connect: Callable[..., Connection]) -> None:
         self._sockets = sockets

@@ -14,9 +14,7 @@ from pydantic_ai import RunContext
 from pydantic_ai.messages import ModelMessage
 from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 
-from anynode.server.agents.agent import Turn
-from anynode.server.agents.pydantic_ai import from_pydantic_ai
-from anynode.server.agents.run_agent import from_run_agent
+from anynode import Turn, from_pydantic_ai, from_run_agent
 from tests.agents.scripted import DIRECTORY, POLL_SECONDS
 
 RUN_AGENT: Final = "tests.agents.adapted:function"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from anynode.server.agents.agent import AgentEvent, HistoryMessage, TextDelta, ToolCall, Turn
+from anynode import AgentEvent, HistoryMessage, TextDelta, ToolCall, Turn
 from tests.agents.scripted import script, script_of
 
 AGENT: Final = "tests.agents.recalling:recall"

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from anynode.server.agents.agent import AgentError, AgentEvent, StepEnd, TextDelta, ToolCall, ToolResult, Turn, Usage
+from anynode import AgentError, AgentEvent, StepEnd, TextDelta, ToolCall, ToolResult, Turn, Usage
 
 AGENT: Final = "tests.agents.scripted:script"
 DIRECTORY: Final = "SCRIPT_DIRECTORY"  # the environment variable that says where gates and marks are

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from anynode.server.agents.agent import AgentEvent, HistoryMessage, StepEnd, TextDelta, Turn
+from anynode import AgentEvent, HistoryMessage, StepEnd, TextDelta, Turn
 from tests.agents.scripted import _directory as directory
 from tests.agents.scripted import script, script_of
 

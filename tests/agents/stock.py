@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Final
 
-from anynode.server.agents.agent import AgentEvent, HistoryMessage, Turn
+from anynode import AgentEvent, HistoryMessage, Turn
 from tests.agents.recalling import recall
 
 AGENT: Final = "tests.agents.stock:answer"

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 
-from anynode.server.agents.agent import AgentEvent, TextDelta, Turn
+from anynode import AgentEvent, TextDelta, Turn
 
 
 async def transcript(turn: Turn) -> AsyncIterator[AgentEvent]:

@@ -10,8 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
-from anynode.server.agents.agent import AgentEvent, TextDelta, ToolCall, ToolResult, Turn, resumes_calls
-from anynode.server.agents.tools import ToolContext
+from anynode import AgentEvent, TextDelta, ToolCall, ToolContext, ToolResult, Turn, resumes_calls
 from tests.agents.scripted import DIRECTORY, POLL_SECONDS
 
 TOOLS: Final = "tests.agents.waiting_tools:tools"

@@ -1,86 +1,38 @@
-"""The repository holds the project and nothing of the machines that it was made on."""
+"""Rules for the files of the repository: no credentials, and modules that can be read in one go."""
 
 from __future__ import annotations
 
 import ast
 import re
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-TOP = Path(__file__).parents[2]
-THIS = Path(__file__).relative_to(TOP)
+from tests.kit.repository import TOP, texts
+
 LINES_MAX = 400
 MODULES = sorted(path.relative_to(TOP) for package in ("server", "models") for path in (TOP / package).rglob("*.py"))
 
-MACHINE_PATHS = re.compile(r"(?<![\w.~/}*-])/(?:root|tmp|home|Users|work|mnt|private|builds|opt)/[\w.-]")
-REGISTRIES = re.compile(r"pypi\.org|pythonhosted|npmjs|yarnpkg|index-url|find-links|tool\.uv\.index")
 CREDENTIALS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY|\bsk-[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[A-Z0-9]{16}"
-)
-# Notes to oneself, and references that a reader of the repository cannot follow.
-LEFTOVERS = re.compile(
-    r"\b(?:TODO|FIXME|XXX)\b|\b(?:this|next|later|another|own|previous) (?:issue|session|helper)s?\b"
-    r"|\b(?:issue|session) #?\d|\bwork ?place\b",
-    re.IGNORECASE,
 )
 DOCUMENTS = re.compile(r"\b[A-Z]{4,}\.md\b")
 # Names that say nothing of what is inside.
 EMPTY_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "service", "base", "misc"}
 
 
-def tracked() -> Iterator[tuple[Path, str]]:
-    """The text files of the repository, as git lists them, those not yet committed included."""
-    if not (TOP / ".git").exists():
-        pytest.skip("this is not a checkout")
-    listed = subprocess.run(
-        ["git", "-c", f"safe.directory={TOP}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=TOP,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    names = [Path(name) for name in listed.stdout.split("\0") if name]
-    assert Path("README.md") in names
-    for name in names:
-        if name == THIS or not (TOP / name).is_file():
-            continue
-        try:
-            yield name, (TOP / name).read_text()
-        except UnicodeDecodeError:
-            continue
-
-
-def findings(pattern: re.Pattern[str]) -> list[str]:
-    """Where the pattern occurs."""
-    return [
-        f"{name}:{number}: {found[0]}"
-        for name, text in tracked()
-        for number, line in enumerate(text.splitlines(), 1)
-        if (found := pattern.search(line))
-    ]
-
-
-def test_no_file_names_a_path_of_a_machine() -> None:
-    assert findings(MACHINE_PATHS) == []
-
-
-def test_no_file_names_a_package_registry() -> None:
-    assert findings(REGISTRIES) == []
-
-
 def test_no_file_holds_a_credential() -> None:
-    assert findings(CREDENTIALS) == []
-
-
-def test_no_file_holds_leftovers() -> None:
-    assert findings(LEFTOVERS) == []
+    held = [
+        f"{name}:{number}"
+        for name, text in texts()
+        for number, line in enumerate(text.splitlines(), 1)
+        if CREDENTIALS.search(line)
+    ]
+    assert held == []
 
 
 def test_every_document_that_is_named_exists() -> None:
-    named = {(name, document) for name, text in tracked() for document in DOCUMENTS.findall(text)}
+    named = {(name, document) for name, text in texts() for document in DOCUMENTS.findall(text)}
     assert [(name, document) for name, document in named if not (TOP / document).exists()] == []
 
 

@@ -13,9 +13,11 @@ import pytest
 from anynode.models.database import Database, Unavailable
 from anynode.models.ids import uuid7
 from anynode.models.migrate import SchemaBehind
+from anynode.models.queries import bind
 from tests.kit.harness import free_port, with_database
 from tests.kit.pgbouncer import PgBouncer, running_pgbouncer
 
+NO_STATES = bind("turn_states", turn_ids=[])
 PREPARED = "SELECT name FROM pg_prepared_statements WHERE statement NOT LIKE '%pg_prepared_statements%'"
 
 
@@ -40,7 +42,7 @@ def with_parameter(url: str, parameter: str) -> str:
 
 async def is_preparing(database: Database) -> bool:
     """Whether a statement is still there, by its name, after it has run."""
-    await database.fetch("list_conversations", "nobody", 1, 0, None)
+    await database.run(bind("list_conversations", user_id="nobody", conversations_max=1, skip=0, search=None))
     return bool(await database._lines["requests"].run(PREPARED, (), 5.0))
 
 
@@ -56,7 +58,7 @@ async def test_a_pooler_is_found_out_before_the_first_statement_of_any_line(
     pgbouncer: PgBouncer, database_url: str, line: Any
 ) -> None:
     async with opened(pgbouncer.url(database_url)) as database:
-        await database.fetch("turn_states", [uuid7()], line=line)
+        await database.run(bind("turn_states", turn_ids=[uuid7()]), line=line)
         assert database.is_pooled is True
 
 
@@ -91,7 +93,7 @@ async def test_it_needs_no_server_before_the_first_statement() -> None:
         with pytest.raises(Unavailable):
             await database.contact()
         with pytest.raises(Unavailable):
-            await database.fetch("turn_states", [], within_seconds=0.1)
+            await database.run(NO_STATES, within_seconds=0.1)
 
 
 async def test_no_statement_runs_before_the_check_has_passed_and_then_it_is_not_asked_again(database_url: str) -> None:
@@ -107,15 +109,15 @@ async def test_no_statement_runs_before_the_check_has_passed_and_then_it_is_not_
         with pytest.raises(SchemaBehind):
             await database.contact()
         with pytest.raises(SchemaBehind):
-            await database.fetch("turn_states", [], line="requests")
+            await database.run(NO_STATES, line="requests")
         with pytest.raises(SchemaBehind):
-            await database.fetch("turn_states", [], line="beat")
+            await database.run(NO_STATES, line="beat")
         assert not await database.is_reachable()
-        await asyncio.gather(*(database.fetch("turn_states", []) for _ in range(5)))
+        await asyncio.gather(*(database.run(NO_STATES) for _ in range(5)))
         assert checks == 5
 
 
-async def test_a_parameter_that_no_server_can_mend_is_no_unavailability() -> None:
+async def test_a_parameter_that_no_server_can_fix_is_no_unavailability() -> None:
     async with opened("postgresql://u@127.0.0.1/db?sslmode=perhaps") as database:
         with pytest.raises(ValueError, match="sslmode"):
             await database.contact()

@@ -1,4 +1,4 @@
-"""The schema: brought up by any number of processes at once, and described by the tables as it is."""
+"""The migrations: applied by any number of processes at once, and told when one is missing."""
 
 from __future__ import annotations
 
@@ -6,48 +6,18 @@ import asyncio
 import os
 import subprocess
 import sys
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import asyncpg
-import pytest
-from tortoise.models import Model
 
-from anynode.models import tables
 from anynode.models.migrate import _LOCK as LOCK
 from anynode.models.migrate import migrate, missing_migrations
-from tests.kit.harness import sql, with_database
+from tests.kit.harness import sql
 
 ROOT = Path(__file__).parent.parent.parent
 WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND pid <> pg_backend_pid()"
 MIGRATIONS = sorted(path.stem for path in (ROOT / "models" / "migrations").glob("0*.py"))
-MODELS: list[type[Model]] = [
-    value
-    for value in vars(tables).values()
-    if isinstance(value, type) and issubclass(value, Model) and value is not Model
-]
-# What Postgres says for each kind of column that Tortoise knows.
-KINDS: dict[str, set[str]] = {
-    "UUIDField": {"uuid"},
-    "CharField": {"text"},
-    "TextField": {"text"},
-    "IntField": {"integer"},
-    "BigIntField": {"bigint"},
-    "FloatField": {"double precision"},
-    "JSONField": {"jsonb"},
-    "DatetimeField": {"timestamp with time zone"},
-}
-
-
-@pytest.fixture
-def empty_database_url(postgres_url: str) -> Iterator[str]:
-    """A database without any table."""
-    name = f"empty_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 def start_migrate(url: str) -> subprocess.Popen[str]:
@@ -114,22 +84,3 @@ async def test_a_migration_says_what_it_does(empty_database_url: str) -> None:
     said: list[str] = []
     applied = await migrate(empty_database_url, progress=said.append)
     assert said == applied
-
-
-async def test_the_database_has_exactly_the_tables_described(database_url: str) -> None:
-    described = {str(model._meta.db_table) for model in MODELS}
-    assert {column[0] for column in await schema_of(database_url)} == described | {"tortoise_migrations"}
-
-
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
-async def test_a_table_has_exactly_the_columns_described(database_url: str, model: type[Model]) -> None:
-    columns = {
-        name: (kind, is_nullable)
-        for table, name, kind, is_nullable in await schema_of(database_url)
-        if table == model._meta.db_table
-    }
-    fields = {str(field.source_field or name): field for name, field in model._meta.fields_map.items()}
-    assert set(fields) == set(columns)
-    for name, (kind, is_nullable) in columns.items():
-        assert kind in KINDS[type(fields[name]).__name__], name
-        assert fields[name].null == is_nullable, name

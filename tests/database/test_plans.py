@@ -13,7 +13,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from anynode.models.queries import query, statements
+from anynode.models.queries import Bound, bind, statements
 from tests.kit.databases import fresh_database
 
 TABLES = ("conversations", "messages", "turns", "events", "tickets")
@@ -67,88 +67,222 @@ MINE, RUNNING = id_of("c20"), id_of("r20")
 NEW = [uuid.UUID(int=number) for number in range(1, 10)]
 NOW = datetime.now(UTC)
 HUNDRED = [id_of(f"r{number}") for number in range(20, 2001, 20)]
-FLUSH: list[Any] = [
-    [str(turn_id) for turn_id in HUNDRED],
-    [1] * 100,
-    list(range(1, 101)),
-    [111] * 100,
-    ["turn.delta"] * 100,
-    ['{"text": "y"}'] * 100,
-]
-ENDINGS: list[Any] = [
-    *(HUNDRED, [uuid.UUID(int=1000 + number) for number in range(100)], ["user0"] * 100, [1] * 100),
-    *(["assistant"] * 100, ["y"] * 100, [None] * 100, [None] * 100, [None] * 100, ["completed"] * 100, [NOW] * 100),
-    *(HUNDRED, ["completed"] * 100, [None] * 100, [None] * 100, [111] * 100),
-]
-QUESTION = (
-    *(NEW[0], "title", NEW[1], "new", "question", NOW, NEW[2], "n", 5.0),
-    '{"message": {}}',
-    '{"message_id": "m"}',
-)
+FLUSH: dict[str, Any] = {
+    "turn_ids": [str(turn_id) for turn_id in HUNDRED],
+    "epochs": [1] * 100,
+    "event_turns": list(range(1, 101)),
+    "event_seqs": [111] * 100,
+    "event_types": ["turn.delta"] * 100,
+    "event_payloads": ['{"text": "y"}'] * 100,
+}
+ENDINGS: dict[str, Any] = {
+    "message_turn_ids": HUNDRED,
+    "message_ids": [uuid.UUID(int=1000 + number) for number in range(100)],
+    "user_ids": ["user0"] * 100,
+    "numbers": [1] * 100,
+    "roles": ["assistant"] * 100,
+    "contents": ["y"] * 100,
+    "tool_calls": [None] * 100,
+    "tool_names": [None] * 100,
+    "tool_call_ids": [None] * 100,
+    "message_statuses": ["completed"] * 100,
+    "created_ats": [NOW] * 100,
+    "ended_turn_ids": HUNDRED,
+    "statuses": ["completed"] * 100,
+    "errors": [None] * 100,
+    "usages": [None] * 100,
+    "last_seqs": [111] * 100,
+}
+QUESTION: dict[str, Any] = {
+    "new_conversation_id": NEW[0],
+    "title": "title",
+    "message_id": NEW[1],
+    "client_message_id": "new",
+    "content": "question",
+    "created_at": NOW,
+    "turn_id": NEW[2],
+    "node": "n",
+    "lease_seconds": 5.0,
+    "message_created": '{"message": {}}',
+    "turn_started": '{"message_id": "m"}',
+    "history_messages_max": 20,
+}
 CHAT = f"chat{id_of('c1')}"
 
-# What each statement is asked, and how many rows of each table it may touch for that.
-CASES: dict[str, tuple[list[Any], dict[str, int]]] = {
-    "admit": (["user1", id_of("c1"), *QUESTION, 20], {"messages": 30, "conversations": 5, "turns": 5, "events": 5}),
+
+def mine(**arguments: Any) -> dict[str, Any]:
+    return {"user_id": "user0", "conversation_id": MINE, **arguments}
+
+
+# The arguments of each statement, and how many rows of each table it may touch for them.
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "admit": (
+        {"user_id": "user1", "conversation_id": id_of("c1"), **QUESTION},
+        {"messages": 30, "conversations": 5, "turns": 5, "events": 5},
+    ),
     "flush": (FLUSH, {"turns": 300}),
-    "flush_one": ([HUNDRED[0], 1, 111, "turn.delta", '{"text": "y"}'], {"turns": 3}),
-    "flush_with_endings": ([*FLUSH, *ENDINGS], {"turns": 500, "conversations": 300, "messages": 300}),
-    "turn_states": ([HUNDRED], {"turns": 100}),
+    "flush_one": (
+        {"turn_id": HUNDRED[0], "epoch": 1, "seq": 111, "type": "turn.delta", "payload": '{"text": "y"}'},
+        {"turns": 3},
+    ),
+    "flush_with_endings": ({**FLUSH, **ENDINGS}, {"turns": 500, "conversations": 300, "messages": 300}),
+    "turn_states": ({"turn_ids": HUNDRED}, {"turns": 100}),
     "regenerate": (
-        ["user1", id_of("c1"), None, NEW[2], NOW, "n", 5.0, 20],
+        {
+            "user_id": "user1",
+            "conversation_id": id_of("c1"),
+            "client_message_id": None,
+            "turn_id": NEW[2],
+            "created_at": NOW,
+            "node": "n",
+            "lease_seconds": 5.0,
+            "history_messages_max": 20,
+        },
         {"messages": 40, "conversations": 5, "turns": 5, "events": 5},
     ),
-    "read_events": (["user0", MINE, 50, 10], {"conversations": 1, "events": 11, "turns": 1}),
+    "read_events": (mine(cursor=50, events_max=10), {"conversations": 1, "events": 11, "turns": 1}),
     "read_running": (
-        [[str(id_of(f"c{number}")) for number in range(20, 2001, 20)], [105] * 100, 10],
+        {
+            "conversation_ids": [str(id_of(f"c{number}")) for number in range(20, 2001, 20)],
+            "cursors": [105] * 100,
+            "events_max": 10,
+        },
         {"conversations": 100, "turns": 100, "events": 700},
     ),
-    "watch": (["n", 2**40, 1000], {"conversations": 1, "turns": 1}),
-    "snapshot": (["user0", MINE, 20], {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
-    "create_conversation": (["user0", NEW[0], "title", None, "{}", NOW], {"conversations": 1}),
-    "read_conversation": (["user0", MINE], {"conversations": 1}),
-    "list_conversations": (["user0", 20, 20, None], {"conversations": 41}),
-    "list_conversations_before": (["user0", 20, 20, None, NOW - timedelta(minutes=20), NEW[0]], {"conversations": 41}),
-    "update_conversation": (["user0", MINE, True, "new", False, None, True, "{}"], {"conversations": 2}),
+    "watch": ({"node": "n", "horizon": 2**40, "changes_max": 1000}, {"conversations": 1, "turns": 1}),
+    "snapshot": (mine(messages_max=20), {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
+    "create_conversation": (
+        {
+            "user_id": "user0",
+            "conversation_id": NEW[0],
+            "title": "title",
+            "system_prompt": None,
+            "metadata": "{}",
+            "created_at": NOW,
+        },
+        {"conversations": 1},
+    ),
+    "read_conversation": (mine(), {"conversations": 1}),
+    "list_conversations": (
+        {"user_id": "user0", "conversations_max": 20, "skip": 20, "search": None},
+        {"conversations": 41},
+    ),
+    "list_conversations_before": (
+        {
+            "user_id": "user0",
+            "conversations_max": 20,
+            "skip": 20,
+            "search": None,
+            "before_updated_at": NOW - timedelta(minutes=20),
+            "before_id": NEW[0],
+        },
+        {"conversations": 41},
+    ),
+    "update_conversation": (
+        mine(
+            sets_title=True,
+            title="new",
+            sets_system_prompt=False,
+            system_prompt=None,
+            sets_metadata=True,
+            metadata="{}",
+        ),
+        {"conversations": 2},
+    ),
     "delete_conversation": (
-        ["user0", MINE, True],
+        mine(is_forced=True),
         {"conversations": 3, "turns": 110, "messages": 110, "events": 120},
     ),
-    "read_tail": (["user1", id_of("c1")], {"conversations": 1, "messages": 2, "turns": 1}),
+    "read_tail": (
+        {"user_id": "user1", "conversation_id": id_of("c1")},
+        {"conversations": 1, "messages": 2, "turns": 1},
+    ),
     "append": (
-        ["user1", id_of("c1"), 100, NOW, [NEW[0]], ["user"], ["x"], [None], [None], [None], ["{}"]],
+        {
+            "user_id": "user1",
+            "conversation_id": id_of("c1"),
+            "position": 100,
+            "created_at": NOW,
+            "ids": [NEW[0]],
+            "roles": ["user"],
+            "contents": ["x"],
+            "tool_calls": [None],
+            "tool_names": [None],
+            "tool_call_ids": [None],
+            "payloads": ["{}"],
+        },
         {"conversations": 3, "messages": 3, "turns": 1},
     ),
-    "read_messages": (["user0", MINE, id_of("m20.60"), 20, True, 2**21], {"conversations": 1, "messages": 21}),
-    "read_turn": (["user0", MINE, id_of("t20.7")], {"conversations": 1, "turns": 1, "messages": 3}),
-    "renew": ([HUNDRED, [1] * 100, 5.0], {"turns": 300}),
-    "release": ([HUNDRED, [1] * 100], {"turns": 300}),
+    "read_messages": (
+        mine(before=id_of("m20.60"), messages_max=20, with_superseded=True, bytes_max=2**21),
+        {"conversations": 1, "messages": 21},
+    ),
+    "read_turn": (mine(turn_id=id_of("t20.7")), {"conversations": 1, "turns": 1, "messages": 3}),
+    "renew": ({"turn_ids": HUNDRED, "epochs": [1] * 100, "lease_seconds": 5.0}, {"turns": 300}),
+    "release": ({"turn_ids": HUNDRED, "epochs": [1] * 100}, {"turns": 300}),
     "take_over": (
-        ["n2", [], 5.0, 100, 3, ["turn.tool_call", "turn.tool_result"], 2.0],
+        {
+            "node": "n2",
+            "known": [],
+            "lease_seconds": 5.0,
+            "turns_max": 100,
+            "attempts_max": 3,
+            "stands_up_to": ["turn.tool_call", "turn.tool_result"],
+            "two_beats_seconds": 2.0,
+        },
         {"turns": 300, "events": 5, "conversations": 5},
     ),
-    "history": ([MINE, 20], {"conversations": 1, "messages": 41}),
-    "request_cancel": (["user0", MINE, None], {"conversations": 2, "turns": 5}),
-    "delete_expired_events": ([99_000.0, 20], {"turns": 100, "events": 3000}),
-    "forget_deletions": ([60.0], {}),
-    "delete_expired_messages": ([99_000.0, 20], {"events": 60}),
+    "history": ({"conversation_id": MINE, "messages_max": 20}, {"conversations": 1, "messages": 41}),
+    "request_cancel": (mine(turn_id=None), {"conversations": 2, "turns": 5}),
+    "delete_expired_events": ({"retention_seconds": 99_000.0, "turns_max": 20}, {"turns": 100, "events": 3000}),
+    "forget_deletions": ({"after_seconds": 60.0}, {}),
+    "delete_expired_messages": ({"retention_seconds": 99_000.0, "events_max": 20}, {"events": 60}),
     "admit_to_chat": (
-        ["user1", CHAT, None, *QUESTION, 20],
+        {"user_id": "user1", "client_chat_id": CHAT, "conversation_id": None, **QUESTION},
         {"messages": 30, "conversations": 8, "turns": 5, "events": 5},
     ),
-    "find_chat": (["user0", f"chat{MINE}", None], {"conversations": 1, "turns": 2, "messages": 1}),
-    "find_chat_end": (["user0", f"chat{MINE}", None], {"conversations": 2, "turns": 1, "messages": 1}),
-    "find_turn": (["user0", id_of("t20.7")], {"conversations": 3, "turns": 3}),  # the planner looks at the ends of both
-    "find_sent": (["user0", "client20.7", None], {"messages": 2, "turns": 1}),
-    "read_usage": ([HUNDRED], {"turns": 100}),
-    "add_ticket": (["new", "other7", 0.0, 30.0, 100], {"tickets": 25}),
-    "redeem_ticket": (["ticket7"], {"tickets": 2}),
-    "delete_expired_tickets": ([], {"tickets": 2}),
+    "find_chat": (
+        {"user_id": "user0", "client_chat_id": f"chat{MINE}", "conversation_id": None},
+        {"conversations": 1, "turns": 2, "messages": 1},
+    ),
+    "find_chat_end": (
+        {"user_id": "user0", "client_chat_id": f"chat{MINE}", "conversation_id": None},
+        {"conversations": 2, "turns": 1, "messages": 1},
+    ),
+    # The planner looks at the ends of both tables.
+    "find_turn": ({"user_id": "user0", "turn_id": id_of("t20.7")}, {"conversations": 3, "turns": 3}),
+    "find_sent": (
+        {"user_id": "user0", "client_message_id": "client20.7", "message_id": None},
+        {"messages": 2, "turns": 1},
+    ),
+    "read_usage": ({"turn_ids": HUNDRED}, {"turns": 100}),
+    "add_ticket": (
+        {
+            "hash": "new",
+            "user_id": "other7",
+            "token_expires_at": 0.0,
+            "lasts_seconds": 30.0,
+            "tickets_max": 100,
+        },
+        {"tickets": 25},
+    ),
+    "redeem_ticket": ({"hash": "ticket7"}, {"tickets": 2}),
+    "delete_expired_tickets": ({}, {"tickets": 2}),
 }
 FUNCTIONS = {
     *("admit", "admit_to_chat", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
     "take_over",
 }
+
+
+def case(name: str, **other: Any) -> Bound:
+    """A statement with the arguments that it has here, but for these."""
+    return bind(name, **{**CASES[name][0], **other})
+
+
+async def fetch(connection: asyncpg.Connection, statement: Bound, *, before: str = "") -> list[asyncpg.Record]:
+    rows: list[asyncpg.Record] = await connection.fetch(before + statement.sql, *statement.arguments)
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +336,7 @@ async def test_every_statement_has_a_case_here() -> None:
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - FUNCTIONS - {"create_conversation", "forget_deletions"}))
 async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connection, name: str) -> None:
-    rows = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *CASES[name][0])
+    rows = await fetch(connection, case(name), before="EXPLAIN (FORMAT JSON) ")
     plan = json.loads(rows[0][0])[0]["Plan"]
     found = [(table, kind) for table, kind in scans(plan) if table in TABLES]
     assert found
@@ -211,13 +345,13 @@ async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connec
 
 @pytest.mark.parametrize("name", sorted(CASES))
 async def test_a_statement_touches_no_more_rows_than_it_needs(connection: asyncpg.Connection, name: str) -> None:
-    arguments, rows_max = CASES[name]
+    _, rows_max = CASES[name]
     # After five executions Postgres may change to a plan that does not look at the arguments.
     for _ in range(7):
         transaction = connection.transaction()
         await transaction.start()
         before = await read_rows(connection)
-        await connection.fetch(query(name), *arguments)
+        await fetch(connection, case(name))
         after = await read_rows(connection)
         await transaction.rollback()
         reads = {table: after[table][1] - before[table][1] for table in TABLES}
@@ -230,13 +364,12 @@ async def test_a_statement_touches_no_more_rows_than_it_needs(connection: asyncp
 async def test_a_search_reads_the_titles_of_one_user_alone(
     connection: asyncpg.Connection, name: str, search: str, found: int
 ) -> None:
-    arguments, _ = CASES[name]
-    arguments = [*arguments[:3], search, *arguments[4:]]
-    (plan,) = await connection.fetch("EXPLAIN (FORMAT JSON) " + query(name), *arguments)
+    statement = case(name, search=search)
+    (plan,) = await fetch(connection, statement, before="EXPLAIN (FORMAT JSON) ")
     assert [kind for _, kind in scans(json.loads(plan[0])[0]["Plan"]) if kind == "Seq Scan"] == []
     for _ in range(7):
         before = await read_rows(connection)
-        assert len(await connection.fetch(query(name), *arguments)) == found
+        assert len(await fetch(connection, statement)) == found
         after = await read_rows(connection)
         assert after["conversations"][0] == before["conversations"][0]
         assert after["conversations"][1] - before["conversations"][1] <= 200  # all of the user's, at the most
@@ -251,10 +384,11 @@ async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index
         (id_of("c1"), "client1.1", "repeated"),
     ):
         user = "user0" if conversation_id == MINE else "user1"
-        arguments = [user, conversation_id, *QUESTION, 20]
-        arguments[5] = client_id
         before = await read_rows(connection)
-        rows = await connection.fetch(query("admit"), *arguments)
+        rows = await fetch(
+            connection,
+            case("admit", user_id=user, conversation_id=conversation_id, client_message_id=client_id),
+        )
         after = await read_rows(connection)
         assert rows[0]["outcome"] == outcome
         assert {table: after[table][0] - before[table][0] for table in TABLES} == dict.fromkeys(TABLES, 0)
@@ -265,7 +399,7 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
     for name, outcome in (("append", "appended"), ("delete_conversation", "deleted")):
         transaction = connection.transaction()
         await transaction.start()
-        (row,) = await connection.fetch(query(name), *CASES[name][0])
+        (row,) = await fetch(connection, case(name))
         await transaction.rollback()
         assert row["outcome"] == outcome
     counts = {}
@@ -273,12 +407,10 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
         *("read_events", "read_running", "snapshot", "list_conversations", "list_conversations_before"),
         *("read_conversation", "read_messages", "read_tail", "read_turn", "renew", "turn_states"),
     ):
-        counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
+        counts[name] = len(await fetch(connection, case(name)))
     for name in ("delete_expired_events", "delete_expired_messages"):
-        counts[name] = len(await connection.fetch(query(name), *CASES[name][0]))
-    counts["admitted"] = sum(
-        row["outcome"] == "admitted" for row in await connection.fetch(query("admit"), *CASES["admit"][0])
-    )
+        counts[name] = len(await fetch(connection, case(name)))
+    counts["admitted"] = sum(row["outcome"] == "admitted" for row in await fetch(connection, case("admit")))
     assert counts == {
         "read_events": 10,
         "read_running": 600,
@@ -295,8 +427,8 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
         "delete_expired_messages": 20,
         "admitted": 1,
     }
-    assert await connection.fetch(query("flush_one"), *CASES["flush_one"][0]) == []
-    assert await connection.fetch(query("flush_with_endings"), *CASES["flush_with_endings"][0]) == []
+    assert await fetch(connection, case("flush_one")) == []
+    assert await fetch(connection, case("flush_with_endings")) == []
     (row,) = await connection.fetch(
         "SELECT count(*) AS ended FROM turns WHERE id = ANY ($1) AND status = 'completed'", HUNDRED
     )

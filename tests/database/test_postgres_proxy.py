@@ -10,7 +10,7 @@ import asyncpg
 import pytest
 
 from anynode.models.database import UNAVAILABLE
-from anynode.models.queries import query
+from anynode.models.queries import bind
 from tests.agents.scripted import eventually
 from tests.kit.harness import sql
 from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
@@ -32,11 +32,13 @@ async def connection(proxy: PostgresProxy) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def list_conversations(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-    return await connection.fetch(query("list_conversations"), "somebody", 10, 0, None)
+    sql, arguments = bind("list_conversations", user_id="somebody", conversations_max=10, skip=0, search=None)
+    return await connection.fetch(sql, *arguments)
 
 
 async def request_cancel(connection: asyncpg.Connection, user_id: str, conversation_id: uuid.UUID) -> str:
-    found = await connection.fetch(query("request_cancel"), user_id, conversation_id, None)
+    sql, arguments = bind("request_cancel", user_id=user_id, conversation_id=conversation_id, turn_id=None)
+    found = await connection.fetch(sql, *arguments)
     return "done" if found else "not found"
 
 
@@ -174,9 +176,10 @@ async def test_what_a_connection_sent_into_a_black_hole_arrives_although_it_was_
 ) -> None:
     conversation_id = await make_running_turn(module_database_url, user)
     connection = await asyncpg.connect(proxy.url)
-    statement = await connection.prepare(query("request_cancel"))
+    sql, arguments = bind("request_cancel", user_id=user, conversation_id=conversation_id, turn_id=None)
+    statement = await connection.prepare(sql)
     proxy.black_hole()
-    asking = asyncio.create_task(statement.fetch(user, conversation_id, None))
+    asking = asyncio.create_task(statement.fetch(*arguments))
     await asyncio.wait((asking,), timeout=0.1)
     connection.terminate()
     with pytest.raises(UNAVAILABLE):

@@ -15,7 +15,7 @@ from anynode.models.conversations import read_history
 from anynode.models.database import Database
 from anynode.models.events import Ending, Entry, Event, NewMessage, delta_payload, ended_under, flush
 from anynode.models.ids import uuid7
-from anynode.models.queries import query
+from anynode.models.queries import bind
 from anynode.models.turns import News, release_leases, renew_leases, take_over, watch
 from tests.agents.scripted import eventually
 from tests.kit.harness import sql
@@ -42,9 +42,24 @@ async def admit(
     connection: asyncpg.Connection, message_id: str, *, node: str = "mine", conversation_id: uuid.UUID | None = None
 ) -> Any:
     """What the statement says to a message of Ada's; its lease lasts an hour."""
-    now = datetime.now(UTC)
-    content = ("title", uuid7(), message_id, "hello", now, uuid7(), node, 3600.0, "{}", "{}", 10)
-    (row,) = await connection.fetch(query("admit"), "ada", conversation_id, uuid7(), *content)
+    sql, arguments = bind(
+        "admit",
+        user_id="ada",
+        conversation_id=conversation_id,
+        new_conversation_id=uuid7(),
+        title="title",
+        message_id=uuid7(),
+        client_message_id=message_id,
+        content="hello",
+        created_at=datetime.now(UTC),
+        turn_id=uuid7(),
+        node=node,
+        lease_seconds=3600.0,
+        message_created="{}",
+        turn_started="{}",
+        history_messages_max=10,
+    )
+    (row,) = await connection.fetch(sql, *arguments)
     return row
 
 
@@ -72,7 +87,7 @@ async def take(database: Database, node: str) -> Sequence[Any]:
         beat_seconds=1,
         limit=10,
         max_attempts=3,
-        standing=["turn.tool_result"],
+        stands_up_to=["turn.tool_result"],
         within_seconds=5,
         on_sent=lambda: None,
     )
@@ -154,7 +169,17 @@ async def test_a_turn_that_is_being_taken_over_is_left_to_who_takes_it(
 ) -> None:
     await connection.execute("UPDATE turns SET lease_expires_at = clock_timestamp()")
     async with connection.transaction():
-        taken = await connection.fetch(query("take_over"), "third", [], 3600.0, 10, 3, [], 2.0)
+        lapsed = bind(
+            "take_over",
+            node="third",
+            known=[],
+            lease_seconds=3600.0,
+            turns_max=10,
+            attempts_max=3,
+            stands_up_to=[],
+            two_beats_seconds=2.0,
+        )
+        taken = await connection.fetch(lapsed.sql, *lapsed.arguments)
         assert [row["turn_id"] for row in taken] == [turn_id]
         assert await take(database, "other") == []
     assert await take(database, "other") == []

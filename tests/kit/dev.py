@@ -49,7 +49,11 @@ class Dev:
 
     def node(self, port: int) -> psutil.Process:
         """The node that listens on a port."""
-        return next(p for p in self.family() if "serve" in p.cmdline() and p.environ().get("PORT") == str(port))
+        return next(
+            p
+            for p in self.family()
+            if "anynode.server.dev.node" in p.cmdline() and p.environ().get("PORT") == str(port)
+        )
 
 
 @contextmanager

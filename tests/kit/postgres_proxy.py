@@ -73,7 +73,7 @@ class PostgresProxy:
     def __init__(self, database_url: str, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._database_url = database_url
-        self._names = {sql: name for name, sql in statements().items()}
+        self._names = {statement.sql: name for name, statement in statements().items()}
         self._holds: list[Hold] = []
         self._executed: Counter[str] = Counter()
         self._connections: set[asyncio.Task[None]] = set()

@@ -9,10 +9,13 @@ from tests.mutations.mutation import Change, Mutation
 EVENTS: Final = "models/events.py"
 QUERIES: Final = "models/queries.sql"
 FIRST: Final = "models/migrations/0001_initial.py"
-SECOND: Final = "models/migrations/0002_many_nodes.py"
-THIRD: Final = "models/migrations/0003_rest.py"
-FIFTH: Final = "models/migrations/0005_chats.py"
-FOURTH: Final = "models/migrations/0004_pending_calls.py"
+# A change of a function's file takes effect because migration 0006 loads it.
+ADMIT: Final = "models/functions/admit.sql"
+APPEND: Final = "models/functions/append.sql"
+CHAT: Final = "models/functions/chat.sql"
+DELETE: Final = "models/functions/delete.sql"
+REGENERATE: Final = "models/functions/regenerate.sql"
+TAKE_OVER: Final = "models/functions/take_over_turns.sql"
 
 MESSAGES: Final = "system/test_rest_messages.py"
 OWNERS: Final = "database/test_turns.py"
@@ -25,32 +28,26 @@ STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one
 
 EPOCH_OF_MANY: Final = " AND epoch = c.epoch AND"
 ANY_EPOCH: Final = " AND c.epoch > 0 AND"
-OWN: Final = "c.user_id = $1"
-ANYBODYS: Final = "$1::text IS NOT NULL"
+OWN: Final = "c.user_id = :user_id"
+ANYBODYS: Final = ":user_id::text IS NOT NULL"
 
 MUTATIONS: Final = (
     # A former owner writes on.
     Mutation(
         "flush_one ignores the epoch",
-        [Change(QUERIES, "t.epoch = $2 AND", "$2::integer > 0 AND")],
+        [Change(QUERIES, "t.epoch = :epoch AND", ":epoch::integer > 0 AND")],
         [OWNERS, CRASHES, PARTITION],
     ),
     Mutation(
-        "flush ignores the epoch",
-        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush\n")],
-        [OWNERS, CRASHES, PARTITION],
-    ),
-    Mutation(
-        "flush_with_endings ignores the epoch",
-        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush_with_endings\n")],
+        "flush and flush_with_endings ignore the epoch",
+        [Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- fragment: append_events\n")],
         [OWNERS, CRASHES, PARTITION],
     ),
     Mutation(
         "all flushes ignore the epoch",  # from outside, by nodes alone
         [
-            Change(QUERIES, "t.epoch = $2 AND", "$2::integer > 0 AND"),
-            Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush\n"),
-            Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- name: flush_with_endings\n"),
+            Change(QUERIES, "t.epoch = :epoch AND", ":epoch::integer > 0 AND"),
+            Change(QUERIES, EPOCH_OF_MANY, ANY_EPOCH, within="-- fragment: append_events\n"),
         ],
         [CRASHES, PARTITION],
     ),
@@ -66,18 +63,18 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a takeover keeps the epoch",
-        [Change(FOURTH, "t.epoch + 1 AS epoch", "t.epoch AS epoch")],
+        [Change(TAKE_OVER, "t.epoch + 1 AS epoch", "t.epoch AS epoch")],
         [OWNERS, CRASHES],
     ),
     Mutation(
         "a takeover locks nothing",
-        [Change(FOURTH, "        FOR NO KEY UPDATE SKIP LOCKED\n    LOOP", "    LOOP")],
+        [Change(TAKE_OVER, "        FOR NO KEY UPDATE SKIP LOCKED\n    LOOP", "    LOOP")],
         [OWNERS, CRASHES],
     ),
     # Commit, then deliver.
     Mutation(
         "a flush cannot be repeated",
-        [Change(QUERIES, "    ON CONFLICT (conversation_id, seq) DO NOTHING\n", "", 3)],
+        [Change(QUERIES, "    ON CONFLICT (conversation_id, seq) DO NOTHING\n", "", 2)],
         [OWNERS, PARTITION],
     ),
     # Admission.
@@ -85,9 +82,7 @@ MUTATIONS: Final = (
         "a message_id is not unique",  # only the look before the insertion is left
         [
             Change(FIRST, "CREATE UNIQUE INDEX messages_client_id", "CREATE INDEX messages_client_id"),
-            Change(SECOND, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
-            Change(THIRD, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
-            Change(FIRST, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
+            Change(ADMIT, "ON CONFLICT (user_id, client_id) WHERE client_id IS NOT NULL DO", "ON CONFLICT DO"),
         ],
         [f"{OWNERS}::test_a_message_that_two_nodes_admit_at_the_same_instant_is_admitted_once"],
     ),
@@ -95,7 +90,7 @@ MUTATIONS: Final = (
         "a message is not looked for before it is inserted",  # only the unique index is left
         [
             Change(
-                THIRD,
+                ADMIT,
                 "m.client_id = p_client_id;\n\n    IF NOT FOUND THEN",
                 "m.client_id = p_client_id AND false;\n\n    IF NOT FOUND THEN",
             )
@@ -111,7 +106,7 @@ MUTATIONS: Final = (
         "an admission does not look for a running turn",
         [
             Change(
-                THIRD,
+                ADMIT,
                 "IF FOUND THEN\n                outcome := 'conversation_busy'",
                 "IF false THEN\n                outcome := 'conversation_busy'",
             )
@@ -122,7 +117,7 @@ MUTATIONS: Final = (
         "an admission does not lock the conversation",
         [
             Change(
-                THIRD,
+                ADMIT,
                 "WHERE c.id = v_conversation_id AND c.user_id = p_user_id\n        FOR NO KEY UPDATE;",
                 "WHERE c.id = v_conversation_id AND c.user_id = p_user_id;",
             )
@@ -131,25 +126,25 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "an admission ignores the order of roles",
-        [Change(THIRD, "ELSIF last_role NOT IN ('assistant', 'system') OR v_has_calls THEN", "ELSIF false THEN")],
+        [Change(ADMIT, "ELSIF last_role NOT IN ('assistant', 'system') OR v_has_calls THEN", "ELSIF false THEN")],
         [f"{SOCKET}::test_a_message_where_a_question_is_unanswered_is_refused_for_its_role_order"],
     ),
     Mutation(
         "a regeneration leaves the old answer as it was",
-        [Change(THIRD, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
+        [Change(REGENERATE, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
         ["system/test_regenerate.py"],
     ),
     # Yours only.
     Mutation(
         "anybody may send to a conversation",
-        [Change(THIRD, "c.id = v_conversation_id AND c.user_id = p_user_id\n", "c.id = v_conversation_id\n")],
+        [Change(ADMIT, "c.id = v_conversation_id AND c.user_id = p_user_id\n", "c.id = v_conversation_id\n")],
         [STRANGERS],
     ),
     Mutation(
         "anybody may regenerate",
         [
             Change(
-                THIRD,
+                REGENERATE,
                 "c.id = p_conversation_id AND c.user_id = p_user_id\n",
                 "c.id = p_conversation_id\n",
                 within="INTO v_seq, anynode_regenerate.system_prompt",
@@ -205,7 +200,7 @@ MUTATIONS: Final = (
         "an admission is not marked for the watch of others",
         [
             Change(
-                THIRD,
+                ADMIT,
                 "title = coalesce(title, p_title),\n                changed_xid = pg_current_xact_id()::text::bigint",
                 "title = coalesce(title, p_title)",
             )
@@ -216,7 +211,7 @@ MUTATIONS: Final = (
         "a regeneration is not marked for the watch of others",
         [
             Change(
-                THIRD,
+                REGENERATE,
                 "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),\n"
                 "            changed_xid = pg_current_xact_id()::text::bigint\n",
                 "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at)\n",
@@ -227,7 +222,7 @@ MUTATIONS: Final = (
     # Messages without a turn, deletions, those who wait.
     Mutation(
         "messages are appended behind whatever comes last",
-        [Change(THIRD, "ELSIF p_position <> coalesce(", "ELSIF false AND p_position <> coalesce(")],
+        [Change(APPEND, "ELSIF p_position <> coalesce(", "ELSIF false AND p_position <> coalesce(")],
         [MESSAGES],
     ),
     Mutation(
@@ -235,7 +230,7 @@ MUTATIONS: Final = (
         [
             Change("models/messages.py", '        if rows[0]["is_running"]:\n', "        if False:\n"),
             Change(
-                THIRD, "ELSIF EXISTS (SELECT FROM turns t WHERE", "ELSIF false AND EXISTS (SELECT FROM turns t WHERE"
+                APPEND, "ELSIF EXISTS (SELECT FROM turns t WHERE", "ELSIF false AND EXISTS (SELECT FROM turns t WHERE"
             ),
         ],
         [MESSAGES],
@@ -244,7 +239,7 @@ MUTATIONS: Final = (
         "an append is made again when its answer was lost",
         [
             Change(
-                THIRD,
+                APPEND,
                 "ELSIF EXISTS (SELECT FROM messages m WHERE m.id",
                 "ELSIF false AND EXISTS (SELECT FROM messages m WHERE m.id",
             )
@@ -255,30 +250,42 @@ MUTATIONS: Final = (
         "anybody may append",
         [
             Change(
-                THIRD,
+                APPEND,
                 "c.id = p_conversation_id AND c.user_id = p_user_id\n",
                 "c.id = p_conversation_id\n",
                 within="SELECT c.last_seq INTO anynode_append.last_seq",
             ),
-            Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_tail\n"),
+            Change(
+                QUERIES,
+                "WHERE c.id = :conversation_id AND c.user_id = :user_id",
+                "WHERE c.id = :conversation_id AND :user_id <> ''",
+                within="-- name: read_tail\n",
+            ),
         ],
         ["system/test_rest.py"],
     ),
     Mutation(
         "anybody may read messages",
-        [Change(QUERIES, "WHERE c.id = $2 AND c.user_id = $1", "WHERE c.id = $2", within="-- name: read_messages\n")],
+        [
+            Change(
+                QUERIES,
+                "WHERE c.id = :conversation_id AND c.user_id = :user_id",
+                "WHERE c.id = :conversation_id AND :user_id <> ''",
+                within="-- name: read_messages\n",
+            )
+        ],
         ["system/test_rest.py"],
     ),
     Mutation(
         "a deletion leaves the journal",
-        [Change(THIRD, "    DELETE FROM events e WHERE e.conversation_id = p_conversation_id;\n", "")],
+        [Change(DELETE, "    DELETE FROM events e WHERE e.conversation_id = p_conversation_id;\n", "")],
         ["system/test_rest_turns.py", "system/test_rest.py"],
     ),
     Mutation(
         "other nodes do not hear of a deletion",
         [
             Change(
-                THIRD,
+                DELETE,
                 "    INSERT INTO deletions (conversation_id) VALUES (p_conversation_id) ON CONFLICT DO NOTHING;\n",
                 "",
             )
@@ -293,17 +300,17 @@ MUTATIONS: Final = (
     # Takeover, cancel, drain.
     Mutation(
         "a takeover forgets what was said before a cancel",
-        [Change(FOURTH, "(p_standing) OR cancel_requested OR is_exhausted)", "(p_standing) OR is_exhausted)")],
+        [Change(TAKE_OVER, "(p_standing) OR cancel_requested OR is_exhausted)", "(p_standing) OR is_exhausted)")],
         [f"{CRASHES}::test_what_a_dead_node_said_is_kept_when_its_turn_is_cancelled"],
     ),
     Mutation(
         "a turn that is handed over has been attempted once more",
-        [Change(FOURTH, "CASE WHEN t.lease_expires_at = '-infinity' THEN 0 ELSE 1 END", "1")],
+        [Change(TAKE_OVER, "CASE WHEN t.lease_expires_at = '-infinity' THEN 0 ELSE 1 END", "1")],
         ["system/test_handed_over.py"],
     ),
     Mutation(
         "a node does not find the turns that it does not know to be its own",
-        [Change(FOURTH, "OR (t.node = p_node AND NOT", "OR (false AND NOT")],
+        [Change(TAKE_OVER, "OR (t.node = p_node AND NOT", "OR (false AND NOT")],
         ["system/test_own_takeover.py"],
     ),
     # Postgres.
@@ -320,7 +327,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a chat's id is found among those of all users",
-        [Change(FIFTH, "WHERE c.user_id = p_user_id AND c.client_id = p_chat_id", "WHERE c.client_id = p_chat_id")],
+        [Change(CHAT, "WHERE c.user_id = p_user_id AND c.client_id = p_chat_id", "WHERE c.client_id = p_chat_id")],
         ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
@@ -328,11 +335,11 @@ MUTATIONS: Final = (
         [
             Change(
                 QUERIES,
-                "DELETE FROM tickets WHERE hash = $1 RETURNING user_id, token_expires_at,",
+                "DELETE FROM tickets WHERE hash = :hash RETURNING user_id, token_expires_at,",
                 "SELECT user_id, token_expires_at,",
                 within="redeem_ticket",
             ),
-            Change(QUERIES, "AS is_fresh;", "AS is_fresh FROM tickets WHERE hash = $1;", within="redeem_ticket"),
+            Change(QUERIES, "AS is_fresh;", "AS is_fresh FROM tickets WHERE hash = :hash;", within="redeem_ticket"),
         ],
         ["system/test_tickets.py"],
     ),
@@ -343,7 +350,13 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a response is found whoever asks",
-        [Change(QUERIES, "WHERE t.id = $2 AND c.user_id = $1", "WHERE t.id = $2 AND $1::text IS NOT NULL")],
+        [
+            Change(
+                QUERIES,
+                "WHERE t.id = :turn_id AND c.user_id = :user_id",
+                "WHERE t.id = :turn_id AND :user_id::text IS NOT NULL",
+            )
+        ],
         ["system/test_responses.py"],
     ),
 )

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import asyncpg
 import pytest
 
-from anynode.models.queries import query
+from anynode.models.queries import Bound, bind
 from tests.conftest import StartNode
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of
 
@@ -411,7 +411,8 @@ async def test_an_admission_to_10_000_messages_reads_no_more_than_it_needs(datab
             transaction = connection.transaction()
             await transaction.start()
             before = await _reads(connection)
-            rows = await connection.fetch(query("admit"), *_question(user, conversation_id, number))
+            sql, arguments = _question(user, conversation_id, number)
+            rows = await connection.fetch(sql, *arguments)
             after = await _reads(connection)
             await transaction.rollback()
             assert rows[0]["outcome"] == "admitted"
@@ -432,13 +433,25 @@ async def _reads(connection: asyncpg.Connection) -> dict[str, tuple[int, int]]:
     return {row["relname"]: (row["seq_scan"], row["fetched"]) for row in rows}
 
 
-def _question(user: str, conversation_id: str, number: int) -> list[object]:
-    """The arguments of `admit`."""
-    new = [uuid.uuid4() for _ in range(3)]
-    return [
-        *(user, uuid.UUID(conversation_id), new[0], "title", new[1], f"client-{number}", "question"),
-        *(datetime.now(UTC), new[2], "node", 5.0, '{"message": {}}', '{"message_id": "m"}', 200),
-    ]
+def _question(user: str, conversation_id: str, number: int) -> Bound:
+    """The statement `admit` with its arguments."""
+    return bind(
+        "admit",
+        user_id=user,
+        conversation_id=uuid.UUID(conversation_id),
+        new_conversation_id=uuid.uuid4(),
+        title="title",
+        message_id=uuid.uuid4(),
+        client_message_id=f"client-{number}",
+        content="question",
+        created_at=datetime.now(UTC),
+        turn_id=uuid.uuid4(),
+        node="node",
+        lease_seconds=5.0,
+        message_created='{"message": {}}',
+        turn_started='{"message_id": "m"}',
+        history_messages_max=200,
+    )
 
 
 async def test_a_node_answers_in_a_conversation_of_10_000_messages(

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from anynode.server.dev.load_balancer import CONNECT_SECONDS, Front
+from anynode.server.dev.load_balancer import CONNECT_SECONDS, LoadBalancer
 from tests.kit.harness import free_port
 
 PATIENCE_SECONDS: Final = 5.0
@@ -25,7 +25,7 @@ Serve = Callable[[StreamReader, StreamWriter], Awaitable[None]]
 class Toys:
     """A front, and what may be put behind it."""
 
-    def __init__(self, stack: AsyncExitStack, port: int, front: Front) -> None:
+    def __init__(self, stack: AsyncExitStack, port: int, front: LoadBalancer) -> None:
         self.front = front
         self.tasks: set[asyncio.Task[None]] = set()
         self._stack = stack
@@ -74,7 +74,7 @@ async def toys() -> AsyncIterator[Toys]:
 
 @asynccontextmanager
 async def opened_toys() -> AsyncIterator[Toys]:
-    front = Front()
+    front = LoadBalancer()
     async with AsyncExitStack() as stack:
         async with front.listening(HOST, 0) as server:
             toys = Toys(stack, server.sockets[0].getsockname()[1], front)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
+import stat
 import tarfile
 import time
 import zipfile
@@ -22,13 +19,10 @@ import pytest
 import hatch_build
 from hatch_build import Node, build_page, find_node
 from tests.kit.harness import free_port
-from tests.kit.programs import give_up_without, program
+from tests.kit.wheels import package_around, uv_build
 
-TOP = Path(__file__).parents[2]
 PAGE_PATH = "anynode/server/page/"
 AGAIN = "uv sync --reinstall-package anynode"
-# What uv says where it does not come through to its index.
-UNREACHABLE = re.compile("error sending request|dns error|tcp connect|failed to fetch|timed out", re.IGNORECASE)
 BUILD = """
 import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 
@@ -250,50 +244,30 @@ def test_without_sources_nothing_is_built(root: Path, node: Node) -> None:
     assert not page_of(root).exists()
 
 
-def package_around(root: Path) -> Path:
-    """All that the package is made of, with this stand-in for its web/."""
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
-        shutil.copy(TOP / name, root)
-    (root / "anynode" / "server").rmdir()
-    shutil.copytree(TOP / "anynode", root / "anynode", symlinks=True, dirs_exist_ok=True)
-    for name in ("server", "models"):
-        shutil.copytree(TOP / name, root / name, ignore=shutil.ignore_patterns("page", "__pycache__"))
-    return root
-
-
-def uv_build(source: Path, *options: str, to: Path, is_skipped: bool = False) -> Path:
-    """Build a wheel, or what else is said; returns it. Where the index of the build's requirements cannot be reached
-    the test is skipped, except in CI."""
-    uv = os.environ.get("UV") or program("uv", install="pip install uv")  # `uv run` says where it is itself
-    done = subprocess.run(
-        [uv, "build", *(options or ("--wheel",)), "--python", sys.executable, "--out-dir", str(to), str(source)],
-        env={**os.environ, "ANYNODE_NO_PAGE": "1" if is_skipped else "0"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    if done.returncode != 0 and UNREACHABLE.search(done.stdout):
-        give_up_without("the requirements of a build", "uv build", done.stdout[-300:])
-    assert done.returncode == 0, done.stdout
-    (built,) = to.glob("*.whl" if not options else "*.tar.gz")
-    return built
-
-
-def page_in(wheel: Path) -> set[str]:
-    """The files of the page in a wheel, which has nothing that they were made of."""
+def page_in(wheel: Path, root: Path) -> set[str]:
+    """The files of the page in a wheel. All else in it is the code below `root`, under the one name `anynode`."""
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-    assert not [name for name in names if "node_modules" in name or name.startswith("web/")]
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"anynode"}
-    return {name.removeprefix(PAGE_PATH) for name in names if name.startswith(PAGE_PATH)}
+        files = [file for file in archive.infolist() if ".dist-info/" not in file.filename]
+    assert all(stat.S_ISREG(file.external_attr >> 16) for file in files)
+    names = {file.filename for file in files}
+    page = {name for name in names if name.startswith(PAGE_PATH)}
+    code = {f"anynode/{path}" for path in code_of(root)}
+    assert {"anynode/__init__.py", "anynode/py.typed", "anynode/server/cli.py", "anynode/models/queries.sql"} <= code
+    assert names - page == code
+    return {name.removeprefix(PAGE_PATH) for name in page}
+
+
+def code_of(root: Path) -> set[str]:
+    """The files that the package `anynode` is made of, but for the page, by their paths in it."""
+    found = {path.name for path in (root / "anynode").iterdir() if path.is_file()}
+    for name in ("server", "models"):
+        found |= {f"{name}/{file}" for file in files_of(root / name)}
+    return {path for path in found if not path.startswith("server/page/")}
 
 
 def test_a_wheel_has_the_page_and_one_of_an_sdist_builds_nothing(root: Path, tmp_path: Path) -> None:
     package_around(root)
-    assert page_in(uv_build(root, to=tmp_path / "wheel")) == PAGE
+    assert page_in(uv_build(root, to=tmp_path / "wheel"), root) == PAGE
     sdist = uv_build(root, "--sdist", to=tmp_path / "sdist")
     assert builds_of(root) == 1
     with tarfile.open(sdist) as archive:
@@ -301,13 +275,13 @@ def test_a_wheel_has_the_page_and_one_of_an_sdist_builds_nothing(root: Path, tmp
     assert [name for name in names if name.endswith("/web/build.mjs")]
     assert not [name for name in names if "node_modules" in name]
     # Had it anything to build, it would say that it was told not to.
-    assert page_in(uv_build(sdist, to=tmp_path / "wheel-of-sdist", is_skipped=True)) == PAGE
+    assert page_in(uv_build(sdist, to=tmp_path / "wheel-of-sdist", is_skipped=True), root) == PAGE
     write_source(root, "second")
-    assert page_in(uv_build(root, to=tmp_path / "skipped", is_skipped=True)) == {*PAGE, "NOT_BUILT"}
+    assert page_in(uv_build(root, to=tmp_path / "skipped", is_skipped=True), root) == {*PAGE, "NOT_BUILT"}
     assert "ANYNODE_NO_PAGE was set to 1" in (page_of(root) / "NOT_BUILT").read_text()
 
 
 @pytest.mark.usefixtures("no_registry")
 def test_a_wheel_is_built_without_npms_registry(root: Path, tmp_path: Path) -> None:
     require(package_around(root), {"left-pad": "1.3.0"})
-    assert page_in(uv_build(root, to=tmp_path / "wheel")) == {"NOT_BUILT"}
+    assert page_in(uv_build(root, to=tmp_path / "wheel"), root) == {"NOT_BUILT"}

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from anynode.models.queries import query
+from anynode.models.queries import bind
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.kit.device import Device, Request, Transcript
 from tests.kit.exactness import assert_shown
@@ -310,7 +310,8 @@ class Chat(RuleBasedStateMachine):
             await connection.execute(
                 "UPDATE turns SET finished_at = finished_at - interval '1 day' WHERE id = ANY ($1)", ended
             )
-            await connection.fetch(query("delete_expired_events"), 3600.0, 100)
+            expired = bind("delete_expired_events", retention_seconds=3600.0, turns_max=100)
+            await connection.fetch(expired.sql, *expired.arguments)
         finally:
             await connection.close()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from anynode.server.engine.node import BEGUN_MAX
+from anynode.server.engine.watch import BEGUN_MAX
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.conftest import StartNode
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, socket_to, sql, text_of

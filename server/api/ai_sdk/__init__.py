@@ -1,1 +1,1 @@
-"""The AI SDK's clients, as they are: `useChat` over a WebSocket and over HTTP."""
+"""The API that the AI SDK's own clients speak: `useChat` over a WebSocket and over HTTP."""

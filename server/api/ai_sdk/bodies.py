@@ -1,4 +1,4 @@
-"""What the operations of the AI SDK's clients give, as types; `/openapi.json` is made of them. Pure."""
+"""The answers to the AI SDK's clients over HTTP, as types; `/openapi.json` is made of them. Pure."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from anynode.server.protocol.bodies import Body
 
 
 class ChatMessagesQuery(Body, frozen=True):
-    """Which messages: the newest, or the newest before a mark."""
+    """Which messages to return: the newest ones, or the newest before a mark."""
 
     limit: Annotated[int, Meta(ge=1, le=1000, description="Of stored ones: an answer with tools is several.")] = 200
     before: Annotated[UUID, Meta(description="A `next_before`.")] | None = None
 
 
 class ShownMessage(Struct, frozen=True):
-    """A message as the AI SDK shows it (its `UIMessage`): a question under the id that its client gave it, an answer
-    with all of its steps under the id of its turn."""
+    """A message as the AI SDK shows it (its `UIMessage`).
+
+    A question has the id that its client gave it. An answer has the id of its turn, and holds all of its steps.
+    """
 
     id: str
     role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "user", "assistant"]})]
@@ -44,7 +46,7 @@ class Stopped(Struct, frozen=True):
 
 
 class Ticket(Struct, frozen=True):
-    """What lets one connection in, as `?ticket=` of its URL, until `expires_at` (Unix seconds)."""
+    """A ticket that admits one connection, as `?ticket=` in its URL, until `expires_at` (Unix seconds)."""
 
     ticket: str
     expires_at: float

@@ -1,21 +1,20 @@
-"""The connections of the AI SDK's `WebSocketChatTransport`: turns that are shown by request."""
+"""The WebSocket connections of the AI SDK's `WebSocketChatTransport`, which shows a turn for each request."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, TypeAlias
 from urllib.parse import parse_qs
 from uuid import UUID
 
-from anynode.models.database import Database, Unavailable
-from anynode.models.events import Event
 from anynode.server.api.ai_sdk.fold import Chunks
-from anynode.server.api.ai_sdk.newer import end_of_chat, something_newer
-from anynode.server.api.ai_sdk.questions import ask, chat_of
+from anynode.server.api.ai_sdk.questions import ask
+from anynode.server.api.ai_sdk.stops import Stops
 from anynode.server.api.ai_sdk.wire import (
     SUBPROTOCOL,
     AbortFrame,
@@ -33,58 +32,49 @@ from anynode.server.api.ai_sdk.wire import (
 )
 from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Identity
-from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, InvalidFrame, RateLimited, Unauthorized
+from anynode.server.engine.turn_reader import TurnInterrupted, TurnRef
+from anynode.server.errors import (
+    ClientError,
+    CloseCode,
+    DatabaseUnavailable,
+    InternalError,
+    InvalidFrame,
+    RateLimited,
+    Unauthorized,
+)
 from anynode.server.protocol.frames import request_id_of
 from anynode.server.transport.connection import FOLLOWS_MAX, Closed, Connection
-from anynode.server.transport.turn_end import stored_turn
-from anynode.server.transport.turn_events import JournalGone, events_of_stored, events_of_turn
+from anynode.server.transport.failures import show_to_end
 
 logger = logging.getLogger("anynode.websocket")
 
-# A client that resumes while it is resumed aborts the one for the other. That is no stop: so much later it would be.
-STOP_SECONDS: Final = 0.25
 
-
+@dataclass(slots=True)
 class _Request:
-    """A request that is under way in a chat."""
+    """A request that is being answered in a chat: with its `turn`, or by waiting for something newer."""
 
-    __slots__ = ("chat_id", "conversation_id", "task")
-
-    def __init__(self, chat_id: str, conversation_id: UUID) -> None:
-        self.chat_id = chat_id
-        self.conversation_id = conversation_id
-        self.task: asyncio.Task[None] | None = None
+    chat_id: str
+    turn: TurnRef | None = None
+    is_resumed: bool = False
+    task: asyncio.Task[None] | None = None
 
 
-class _Shown(_Request):
-    """One that shows a turn."""
-
-    __slots__ = ("first_seq", "is_resumed", "turn_id")
-
-    def __init__(
-        self, chat_id: str, conversation_id: UUID, turn_id: UUID, first_seq: int | None, *, is_resumed: bool
-    ) -> None:
-        super().__init__(chat_id, conversation_id)
-        self.turn_id = turn_id
-        self.first_seq = first_seq
-        self.is_resumed = is_resumed
+_Answer: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class AiSdkConnection(Connection):
-    """One client's connection, in the frames of the transport."""
+    """One client's connection in the frames of the AI SDK's transport."""
 
-    __slots__ = ("_asking", "_database", "_requests", "_stopped", "_stopping", "_tickets", "_token", "_unheard")
+    __slots__ = ("_requests", "_stop_timer", "_stops", "_tickets", "_token", "_unheard")
 
     subprotocol = SUBPROTOCOL
 
-    def __init__(self, *arguments: Any, database: Database, tickets: Tickets, **options: Any) -> None:
+    def __init__(self, *arguments: Any, tickets: Tickets, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._database = database
         self._tickets = tickets
         self._requests: dict[str, _Request] = {}  # by requestId
-        self._asking: dict[str, bool] = {}  # by requestId: sends that may wait, and whether they were aborted
-        self._stopping: dict[str, tuple[asyncio.TimerHandle, _Shown]] = {}  # by the chat's id: turns soon to be stopped
-        self._stopped: dict[str, UUID] = {}  # by the chat's id: turns that were stopped, and may still run
+        self._stops = Stops(remembered_max=FOLLOWS_MAX)
+        self._stop_timer: asyncio.TimerHandle | None = None
         self._token: str | None = None  # the last one that came in a frame
         self._unheard: str | None = None  # a frame that authenticated the connection, and asks for something too
 
@@ -96,8 +86,8 @@ class AiSdkConnection(Connection):
             if ticket is not None:
                 return await self._tickets.redeem(ticket)
             return await super()._identify()
-        except Unavailable:
-            raise Closed(CloseCode.OVERLOADED, DatabaseUnavailable().message) from None
+        except DatabaseUnavailable as error:
+            raise Closed(CloseCode.OVERLOADED, error.message) from None
         except Unauthorized as error:
             if self._unheard is not None:
                 await self._refuse(error, self._unheard)
@@ -120,7 +110,7 @@ class AiSdkConnection(Connection):
             await self._handle(unheard)
 
     def _parameter(self, name: str) -> str | None:
-        """The last one of this name in the URL."""
+        """Return the last parameter of this name in the URL."""
         values = parse_qs(self._scope["query_string"].decode("latin-1")).get(name)
         return values[-1] if values else None
 
@@ -155,193 +145,157 @@ class AiSdkConnection(Connection):
 
     async def _send_message(self, frame: SendFrame) -> None:
         self._may_show()
-        await self._stop_now(frame.id)
-        stopped = self._stopped.get(frame.id)
+        await self._stop(self._stops.settle(frame.id))
+        stopped = self._stops.stopped_in(frame.id)
         if stopped is None and frame.if_busy == "reject":
             await self._ask(frame, None)
         else:  # it may have to wait for a turn to end, which other chats must not
-            self._asking[frame.request_id] = False
+            self._stops.ask(frame.request_id)
             self._spawn(self._ask_apart(frame, stopped))
 
-    async def _ask(self, frame: SendFrame, stopped: UUID | None) -> None:
-        # To the end, whoever goes: what is admitted is to be answered at once.
-        asking = asyncio.ensure_future(ask(self._node, self._database, self._user_id, frame, stopped=stopped))
+    async def _ask(self, frame: SendFrame, wait_for: TurnRef | None) -> None:
+        # It is asked to the end even if the client goes: what is admitted is to be answered at once.
+        asking = asyncio.ensure_future(ask(self._node, self._user_id, frame, wait_for=wait_for))
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())
-        admission = await asyncio.shield(asking)
-        if self._stopped.get(frame.id) == stopped:
-            self._stopped.pop(frame.id, None)
-        assert admission.turn_id is not None
-        shown = _Shown(frame.id, admission.conversation_id, admission.turn_id, admission.first_seq, is_resumed=False)
-        if self._asking.get(frame.request_id):
-            await self._stop(shown)
+        turn = (await asyncio.shield(asking)).turn
+        stopped = self._stops.admit(frame.request_id, frame.id, turn, wait_for)
+        if stopped is not None:
+            await self._stop(stopped)
         else:
-            self._begin(frame.request_id, shown, partial(self._show, frame.request_id, shown, -1))
+            self._begin(frame.request_id, _Request(frame.id, turn), partial(self._show, frame.request_id, turn, -1))
 
-    async def _ask_apart(self, frame: SendFrame, stopped: UUID | None) -> None:
+    async def _ask_apart(self, frame: SendFrame, wait_for: TurnRef | None) -> None:
         try:
-            await self._ask(frame, stopped)
-        except ClientError as error:
-            await self._send_quietly(error_frame(frame.request_id, error.message))
-        except Exception:
-            logger.exception("a message could not be sent")
-            self.close_soon(CloseCode.INTERNAL, "internal error")
+            await show_to_end(
+                self._ask(frame, wait_for), partial(self._say_last_words, frame.request_id), logger, "a question"
+            )
         finally:
-            self._asking.pop(frame.request_id, None)
+            self._stops.end_asking(frame.request_id)
 
     async def _resume(self, frame: ResumeFrame) -> None:
         self._may_show()
-        if (stopping := self._stopping.pop(frame.id, None)) is not None:
-            stopping[0].cancel()
-        chat = await chat_of(self._database, self._user_id, frame.id)
-        if chat is None or chat.turn_id is None:
+        self._stops.resume(frame.id)
+        chat = await self._node.conversations.find_chat(self._user_id, frame.id)
+        if chat is None or chat.turn is None:
             await self._send(no_active_frame(frame.request_id))
             return
         after = -1 if frame.last_sequence is None else frame.last_sequence
-        if chat.first_seq is None and after >= 0:
+        if chat.turn.first_seq is None and after >= 0:
             raise InvalidFrame("The answer is too old to go on with: resume without lastSequence.")
         await self._send(start_frame(frame.request_id))
-        shown = _Shown(frame.id, chat.conversation_id, chat.turn_id, chat.first_seq, is_resumed=True)
-        self._begin(frame.request_id, shown, partial(self._show, frame.request_id, shown, after))
+        request = _Request(frame.id, chat.turn, is_resumed=True)
+        self._begin(frame.request_id, request, partial(self._show, frame.request_id, chat.turn, after))
 
     async def _wait(self, frame: ResumeFrame, last_id: str) -> None:
         self._may_show()
-        await self._stop_now(frame.id)  # else it would be resumed again when it is told of
-        end = await end_of_chat(self._database, self._user_id, frame.id)
+        await self._stop(self._stops.settle(frame.id))  # else the turn would be resumed again when it is told of
+        end = await self._node.conversations.find_chat_end(self._user_id, frame.id)
         if end is None:
             await self._send(no_active_frame(frame.request_id))
             return
-        request = _Request(frame.id, end.conversation_id)
         last_seq = None if end.is_running or end.last_id != last_id else end.last_seq
-        self._begin(frame.request_id, request, partial(self._await_newer, frame.request_id, request, last_seq))
+        waiting = partial(self._await_newer, frame.request_id, end.conversation_id, last_seq)
+        self._begin(frame.request_id, _Request(frame.id), waiting)
 
     def _may_show(self) -> None:
-        if len(self._requests) + len(self._asking) >= FOLLOWS_MAX:
+        if len(self._requests) + self._stops.asking >= FOLLOWS_MAX:
             raise RateLimited(f"A connection shows at most {FOLLOWS_MAX} turns at once.")
-
-    @property
-    def _user_id(self) -> str:
-        assert self._identity is not None
-        return self._identity.user_id
 
     # Stopping.
 
     async def _abort(self, request_id: str) -> None:
-        if request_id in self._asking:
-            self._asking[request_id] = True
-        shown = self._requests.pop(request_id, None)
-        if shown is None:
+        self._stops.abort_asking(request_id)
+        request = self._requests.pop(request_id, None)
+        if request is None:
             return  # it is over, or yet to come
-        assert shown.task is not None
-        shown.task.cancel()
-        if not isinstance(shown, _Shown):
-            return  # nothing has begun
-        if not shown.is_resumed:
-            await self._stop(shown)
-            return
-        stopping = self._stopping.get(shown.chat_id)
-        if stopping is not None and stopping[1].turn_id != shown.turn_id:
-            await self._stop_now(shown.chat_id)
-        elif stopping is not None:
-            stopping[0].cancel()
-        timer = self._loop.call_later(STOP_SECONDS, self._stop_soon, shown.chat_id)
-        self._stopping[shown.chat_id] = (timer, shown)
+        assert request.task is not None
+        request.task.cancel()
+        if request.turn is not None:
+            await self._stop(
+                self._stops.abort(request.chat_id, request.turn, self._loop.time(), is_resumed=request.is_resumed)
+            )
+            self._set_stop_timer()
 
-    def _stop_soon(self, chat_id: str) -> None:
-        self._spawn(self._stop_now(chat_id))
+    def _set_stop_timer(self) -> None:
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        next_at = self._stops.next_at
+        self._stop_timer = None if next_at is None else self._loop.call_at(next_at, self._stop_due)
 
-    async def _stop_now(self, chat_id: str) -> None:
-        if (stopping := self._stopping.pop(chat_id, None)) is not None:
-            stopping[0].cancel()
-            await self._stop(stopping[1])
+    def _stop_due(self) -> None:
+        self._spawn(self._stop(*self._stops.due(self._loop.time())))
+        self._set_stop_timer()
 
-    async def _stop(self, shown: _Shown) -> None:
-        if len(self._stopped) >= FOLLOWS_MAX:  # of chats that nothing was sent to since
-            self._stopped.clear()
-        self._stopped[shown.chat_id] = shown.turn_id
-        try:
-            await self._node.cancel(self._user_id, shown.conversation_id, shown.turn_id)
-        except ClientError as error:  # nobody hears of it: the client has forgotten the request
-            logger.warning("turn %s could not be stopped: %s", shown.turn_id, error)
+    async def _stop(self, *turns: TurnRef | None) -> None:
+        for turn in turns:
+            if turn is None:
+                continue
+            try:
+                await self._node.cancel(self._user_id, turn.conversation_id, turn.turn_id)
+            except ClientError as error:  # nobody hears of it: the client has forgotten the request
+                logger.warning("turn %s could not be stopped: %s", turn.turn_id, error)
 
     async def _end_tasks(self) -> None:
-        for chat_id in list(self._stopping):  # whoever stops and goes has stopped
-            await self._stop_now(chat_id)
+        if self._stop_timer is not None:
+            self._stop_timer.cancel()
+        await self._stop(*self._stops.end())  # a client that stops and goes has stopped
         await super()._end_tasks()
 
     # What goes out.
 
-    def _begin(self, request_id: str, request: _Request, answer: Callable[[], Awaitable[None]]) -> None:
+    def _begin(self, request_id: str, request: _Request, answer: _Answer) -> None:
         if (earlier := self._requests.get(request_id)) is not None and earlier.task is not None:
             earlier.task.cancel()
         self._requests[request_id] = request
         request.task = self._spawn(self._answer(request_id, request, answer))
 
-    async def _answer(self, request_id: str, request: _Request, answer: Callable[[], Awaitable[None]]) -> None:
-        try:
+    async def _answer(self, request_id: str, request: _Request, answer: _Answer) -> None:
+        async def answer_to_end() -> None:
             await answer()
             self._forget(request_id, request)  # before the client can use the id again
             await self._send(end_frame(request_id))
-        except ClientError as error:
+
+        async def say_last_words(error: ClientError) -> None:
             self._forget(request_id, request)
-            await self._send_quietly(error_frame(request_id, error.message))
-        except (OSError, Closed):
-            pass  # the reader learns of it by itself
-        except JournalGone:
-            self.close_soon(CloseCode.RESTARTING, "the answer begins again")
-        except Exception:
-            logger.exception("a request in conversation %s could not be answered", request.conversation_id)
-            self.close_soon(CloseCode.INTERNAL, "internal error")
+            await self._say_last_words(request_id, error)
+
+        try:
+            await show_to_end(answer_to_end(), say_last_words, logger, f"chat {request.chat_id!r}")
         finally:
             self._forget(request_id, request)
+
+    async def _say_last_words(self, request_id: str, error: ClientError) -> None:
+        match error:
+            case TurnInterrupted():
+                self.close_soon(CloseCode.RESTARTING, "the answer begins again")
+            case InternalError():
+                self.close_soon(CloseCode.INTERNAL, "internal error")
+            case _:
+                await self._send(error_frame(request_id, error.message))
 
     def _forget(self, request_id: str, request: _Request) -> None:
         if self._requests.get(request_id) is request:
             del self._requests[request_id]
 
-    async def _show(self, request_id: str, shown: _Shown, after: int) -> None:
-        head, sequence = chunk_head(request_id), -1
-        async with aclosing(self._chunks(shown, is_whole=after < 0)) as chunks:
-            async for chunk in chunks:
-                sequence += 1
-                if sequence > after:
-                    await self._send(f'{head}{sequence},"chunk":{chunk}}}')
+    async def _show(self, request_id: str, turn: TurnRef, after: int) -> None:
+        """Show the chunks of a turn that come after a sequence number."""
+        chunks, head, sequence = Chunks(str(turn.turn_id)), chunk_head(request_id), -1
+        async with aclosing(self._node.turns.events(turn, is_whole=after < 0)) as batches:
+            async for events in batches:
+                for event in events:
+                    for chunk in chunks.take(event):
+                        sequence += 1
+                        if sequence > after:
+                            await self._send(f'{head}{sequence},"chunk":{chunk}}}')
 
-    async def _await_newer(self, request_id: str, request: _Request, last_seq: int | None) -> None:
-        """From a cursor on; None: it is there already."""
+    async def _await_newer(self, request_id: str, conversation_id: UUID, last_seq: int | None) -> None:
+        """Wait for something newer than a cursor in a chat in which no turn ran then (None: it is there already)."""
         if last_seq is not None:
-            await something_newer(self._node.follows, self._user_id, request.conversation_id, last_seq)
+            following = self._node.follows.keep_following(self._user_id, conversation_id, last_seq, is_own=True)
+            async with aclosing(following) as updates:
+                async for update in updates:
+                    # The next event, of any type, is a message's or begins a turn. A snapshot is news too: the journal
+                    # has lost what the client shows.
+                    if not isinstance(update, DatabaseUnavailable):
+                        break
         await self._send(start_frame(request_id))
-
-    async def _chunks(self, shown: _Shown, *, is_whole: bool) -> AsyncGenerator[str, None]:
-        chunks = Chunks(str(shown.turn_id))
-        if shown.first_seq is None:
-            for event in await self._stored_events(shown):
-                for chunk in chunks.take(event):
-                    yield chunk
-            return
-        events = events_of_turn(
-            self._node.follows, self._user_id, shown.conversation_id, shown.turn_id, shown.first_seq
-        )
-        has_begun = False
-        try:
-            async with aclosing(events) as batches:
-                async for batch in batches:
-                    has_begun = True
-                    for event in batch:
-                        for chunk in chunks.take(event):
-                            yield chunk
-        except JournalGone:
-            if has_begun or not is_whole:  # what is stored makes other chunks
-                raise
-            for event in await self._stored_events(shown):
-                for chunk in chunks.take(event):
-                    yield chunk
-
-    async def _stored_events(self, shown: _Shown) -> list[Event]:
-        try:
-            turn = await stored_turn(self._database, self._user_id, shown.conversation_id, shown.turn_id)
-        except Unavailable as error:
-            raise DatabaseUnavailable from error
-        if turn.finished_at is None:
-            raise JournalGone
-        return events_of_stored(turn)

@@ -1,21 +1,30 @@
 """The AI SDK's UI message chunks, made of a turn's events. Pure.
 
-One event after the other makes the same chunks wherever and whenever it is read, so their numbers are the same on every
-node and at every replay. `whole` makes what stands of a turn so far, in as few as show it.
+The same events make the same chunks on every node and at every replay, so the chunks have the same numbers. `whole`
+shows what stands of a turn so far in as few chunks as possible.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, assert_never
 
 import msgspec
 
 from anynode.models.events import DELTA, Event
-from anynode.server.agents.agent import ToolCall, ToolResult
+from anynode.models.rules import CANCELLED, COMPLETED
+from anynode.server.agents.agent import ToolResult
+from anynode.server.engine.turn_events import (
+    TurnCalled,
+    TurnDelta,
+    TurnEnded,
+    TurnRestarted,
+    TurnStarted,
+    decode_event,
+)
 from anynode.server.protocol.encoding import encode
-from anynode.server.protocol.frames import ErrorDetail, Usage
+from anynode.server.protocol.frames import Usage
 
 START_STEP: Final = '{"type":"start-step"}'
 FINISH_STEP: Final = '{"type":"finish-step"}'
@@ -25,25 +34,10 @@ NOT_FINISHED: Final = "The turn ended before the tool had answered."
 _DELTA_HEAD: Final = '{"type":"text-delta",'
 
 
-class _Said(msgspec.Struct):
-    text: str
-
-
-class _Ending(msgspec.Struct):
-    usage: Usage | None = None
-    error: ErrorDetail | None = None
-
-
-_SAID = msgspec.json.Decoder(_Said)
-_CALL = msgspec.json.Decoder(ToolCall)
-_RESULT = msgspec.json.Decoder(ToolResult)
-_ENDING = msgspec.json.Decoder(_Ending)
-
-
 @dataclass(slots=True)
 class _Step:
-    """What is shown of one model request: how many characters, and its calls, by their ids, as the chunks of their
-    inputs and outputs."""
+    """The part of the stream that shows one model request: how many characters of text, and the chunks of each call's
+    input and output, by the call's id."""
 
     said: int = 0
     calls: dict[str, list[str]] = field(default_factory=dict)
@@ -58,8 +52,11 @@ class _Step:
 
 
 class Chunks:
-    """The chunks of one turn. `takes_back` says that something that was shown does not stand any more: what follows is
-    right only for who knows `reset-step`."""
+    """The chunks of one turn.
+
+    `takes_back` says that something that was shown no longer stands. What follows is then right only for a client that
+    knows `reset-step`.
+    """
 
     def __init__(self, turn_id: str) -> None:
         self.takes_back = False
@@ -70,25 +67,28 @@ class Chunks:
         self._step = _Step()
 
     def take(self, event: Event) -> list[str]:
-        """The chunks that the turn's next event makes, each as JSON."""
-        match event.type:
-            case "turn.delta":
-                return self._text(event)
-            case "turn.started":
+        """Return the chunks that the turn's next event makes, each as JSON."""
+        match decode_event(event.type, event.payload):
+            case TurnDelta(text):
+                return self._text(event, len(text))
+            case TurnStarted():
                 return [f'{{"type":"start","messageId":"{self._turn_id}"}}', START_STEP]
-            case "turn.tool_call":
-                return self._call(_CALL.decode(event.payload))
-            case "turn.tool_result":
-                return self._result(_RESULT.decode(event.payload))
-            case "turn.restarted":
-                return self._restart(_SAID.decode(event.payload).text)
-            case "turn.completed" | "turn.cancelled" | "turn.failed":
-                return self._end(event)
-        return []
+            case TurnCalled() as call:
+                return self._call(call)
+            case ToolResult() as result:
+                return self._result(result)
+            case TurnRestarted(text):
+                return self._restart(text)
+            case TurnEnded() as ending:
+                return self._end(ending)
+            case None:
+                return []
+            case unknown:
+                assert_never(unknown)
 
-    def _text(self, event: Event) -> list[str]:
+    def _text(self, event: Event, length: int) -> list[str]:
         chunks = self._next_step()
-        self._step.said += len(_SAID.decode(event.payload).text)
+        self._step.said += length
         if not self._is_text_open:
             chunks.append(self._open_text())
         # The payload is {"text": …}, and JSON already.
@@ -96,14 +96,14 @@ class Chunks:
         chunks.append(f'{_DELTA_HEAD}"id":"{self._texts}","delta":{text}')
         return chunks
 
-    def _call(self, call: ToolCall) -> list[str]:
+    def _call(self, call: TurnCalled) -> list[str]:
         chunks = [*self._next_step(), *self._close_text()]
         shown = encode(
             {
                 "type": "tool-input-available",
                 "toolCallId": call.tool_call_id,
                 "toolName": call.tool_name,
-                "input": harmless(call.arguments),
+                "input": harmless(call.decoded_arguments()),
                 "dynamic": True,
                 "providerExecuted": True,
             }
@@ -118,7 +118,7 @@ class Chunks:
         return [*chunks, shown]
 
     def _restart(self, text: str) -> list[str]:
-        """Of the step that was cut stand a beginning of its text, and the calls that were answered."""
+        """Reset the step that was cut: a beginning of its text and the calls that were answered still stand."""
         step = self._step
         standing = text[self._said_before :]
         if len(standing) == step.said and not step.unanswered:
@@ -134,20 +134,19 @@ class Chunks:
                 chunks += self._close_text()
         return [*chunks, *(chunk for shown in self._step.calls.values() for chunk in shown)]
 
-    def _end(self, event: Event) -> list[str]:
-        ending = _ENDING.decode(event.payload)
+    def _end(self, ending: TurnEnded) -> list[str]:
         chunks = self._close_text()
         chunks += [_output(id, NOT_FINISHED, is_error=True) for id in self._step.unanswered]
-        if event.type == "turn.completed":
+        if ending.status == COMPLETED:
             finish = {"type": "finish", "finishReason": "stop", "messageMetadata": metadata_of(ending.usage)}
             return [*chunks, FINISH_STEP, encode(finish)]
-        if event.type == "turn.cancelled":
+        if ending.status == CANCELLED:
             return [*chunks, ABORT]
         assert ending.error is not None
         return [*chunks, encode({"type": "error", "errorText": ending.error.message})]
 
     def _next_step(self) -> list[str]:
-        """What comes next belongs to another step, if this one is answered."""
+        """Begin the next step if all calls of this one are answered."""
         if not self._step.is_answered:
             return []
         chunks = [*self._close_text(), FINISH_STEP, START_STEP]
@@ -168,7 +167,7 @@ class Chunks:
 
 
 def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
-    """What stands of a turn after its first `events`, without what was taken back; `chunks` goes on from there."""
+    """Return the chunks that show what stands of a turn after its first `events`; `chunks` goes on from there."""
     shown: list[str] = []
     step_at = 0  # where the current step's parts begin
     deltas: list[str] = []  # JSON strings of one text, to be one
@@ -199,7 +198,7 @@ def whole(chunks: Chunks, events: Sequence[Event]) -> list[str]:
 
 
 def arguments_of(call: Mapping[str, Any]) -> Any:
-    """The arguments of a call as it is stored: a JSON object, as text."""
+    """Return the arguments of a stored call, which holds them as the text of a JSON object."""
     try:
         return msgspec.json.decode(call["function"]["arguments"])
     except msgspec.DecodeError:  # what a client has appended may be anything
@@ -207,8 +206,11 @@ def arguments_of(call: Mapping[str, Any]) -> Any:
 
 
 def harmless(value: Any) -> Any:
-    """A value of JSON without the keys for which the AI SDK refuses to read all of it: they could change the prototypes
-    of JavaScript's objects. What is nested too deeply to be looked at is null."""
+    """Return a JSON value without the keys that make the AI SDK refuse all of it.
+
+    Such keys could change the prototypes of JavaScript's objects. A value that is nested too deeply to be checked
+    becomes null.
+    """
     try:
         return _harmless(value)
     except RecursionError:
@@ -225,7 +227,7 @@ def _harmless(value: Any) -> Any:
 
 
 def metadata_of(usage: Usage | None) -> dict[str, Any]:
-    """What is told of an answer beside what it says, in the AI SDK's words."""
+    """Return the metadata of an answer, such as its tokens, under the AI SDK's names."""
     if usage is None:
         return {}
     known = {"inputTokens": usage.input_tokens, "outputTokens": usage.output_tokens}

@@ -1,113 +1,83 @@
-"""The AI SDK's `DefaultChatTransport` over HTTP: questions and answers, what it loads a chat with, and tickets."""
+"""The AI SDK's `DefaultChatTransport` over HTTP: questions and answers, a chat's messages, and tickets."""
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-from uuid import UUID
+from starlette.types import ASGIApp
 
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from anynode.models.database import Database
-from anynode.models.messages import read_messages
-from anynode.models.turns import read_usage
 from anynode.server.api.ai_sdk.bodies import ChatMessages, ChatMessagesQuery, Stopped, Ticket
 from anynode.server.api.ai_sdk.messages import shown_messages
-from anynode.server.api.ai_sdk.questions import ask, chat_of
-from anynode.server.api.ai_sdk.stream import ChunkStream
+from anynode.server.api.ai_sdk.questions import ask
+from anynode.server.api.ai_sdk.stream import chunk_stream
 from anynode.server.api.ai_sdk.wire import ChatRequest
 from anynode.server.api.tickets import Tickets
+from anynode.server.engine.conversations import Chat
 from anynode.server.engine.node import Node
+from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import NotFound
 from anynode.server.protocol.bodies import NoQuery
 from anynode.server.settings import Settings
-from anynode.server.transport.cut_short import CutShort, until
-from anynode.server.transport.http import Call, Holding, reply
-from anynode.server.transport.turn_end import end_of_turn
-
-AnyCall: TypeAlias = Call[Any, Any]
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, reply
+from anynode.server.transport.turn_end import wait_stopped
 
 
 class AiSdk:
-    """What serves the operations of the AI SDK's clients; `holding` bounds those that wait or stream."""
+    """Serves the operations of the AI SDK's clients; `slots` bounds the requests that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, database: Database, holding: Holding, tickets: Tickets) -> None:
+    def __init__(self, settings: Settings, node: Node, slots: Slots, tickets: Tickets) -> None:
         self._settings = settings
         self._node = node
-        self._database = database
-        self._holding = holding
+        self._slots = slots
         self._tickets = tickets
 
-    async def send(self, call: Call[NoQuery, ChatRequest]) -> ASGIApp:
+    async def send(self, request: ApiRequest[NoQuery, ChatRequest]) -> ASGIApp:
         """`POST /api/chat`."""
-        with self._holding():
-            admission = await ask(self._node, self._database, call.user_id, call.body)
-        assert admission.turn_id is not None
-        is_new = admission.outcome == "admitted"
-        return self._stream(call, admission.conversation_id, admission.turn_id, admission.first_seq, is_new=is_new)
+        with self._slots.acquire():
+            admitted = await ask(self._node, request.user_id, request.body)
+        return self._stream(request, admitted.turn, is_new=admitted.is_new)
 
-    async def resume(self, call: AnyCall) -> ASGIApp:
+    async def resume(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /api/chat/{chat_id}/stream`."""
-        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
-        if chat is None or chat.turn_id is None:
-            return _nothing
-        return self._stream(call, chat.conversation_id, chat.turn_id, chat.first_seq)
+        chat = await self._find_chat(request)
+        if chat is None or chat.turn is None:
+            return no_content
+        return self._stream(request, chat.turn, is_new=False)
 
-    async def stop(self, call: AnyCall) -> ASGIApp:
+    async def stop(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /api/chat/{chat_id}/stop`."""
-        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
+        chat = await self._find_chat(request)
         if chat is None:
             raise NotFound("There is no such chat.")
-        turn_id = await self._node.cancel(call.user_id, chat.conversation_id, None)
-        if turn_id is not None and turn_id == chat.turn_id and chat.first_seq is not None:
-            ending = end_of_turn(self._node, call.user_id, chat.conversation_id, turn_id, chat.first_seq)
-            with self._holding():
-                try:
-                    await call.while_connected(until(ending, self._node.drained.wait()))
-                except CutShort:
-                    pass  # it has been asked for, and another node does it
+        turn_id = await self._node.cancel(request.user_id, chat.conversation_id, None)
+        if chat.turn is not None and turn_id == chat.turn.turn_id:
+            with self._slots.acquire():
+                await request.while_connected(wait_stopped(self._node, chat.turn))
         return reply(Stopped(chat.conversation_id, turn_id))
 
-    async def messages(self, call: Call[ChatMessagesQuery, None]) -> ASGIApp:
-        """`GET /api/chat/{chat_id}/messages`; one that nothing was sent to yet has none."""
-        chat = await chat_of(self._database, call.user_id, call.texts["chat_id"])
+    async def messages(self, request: ApiRequest[ChatMessagesQuery, None]) -> ASGIApp:
+        """`GET /api/chat/{chat_id}/messages`; a chat that nothing was sent to yet has none."""
+        chat = await self._find_chat(request)
         if chat is None:
             return reply(ChatMessages([], None))
-        page = await read_messages(
-            self._database,
-            call.user_id,
+        page = await self._node.conversations.messages(
+            request.user_id,
             chat.conversation_id,
-            limit=call.query.limit,
-            before=call.query.before,
+            limit=request.query.limit,
+            before=request.query.before,
             with_superseded=False,
         )
-        if page is None:
-            raise NotFound("There is no such message in this chat.")
         turn_ids = {row["turn_id"] for row in page.messages if row["turn_id"] is not None}
-        usage = await read_usage(self._database, turn_ids)
-        messages, next_before = shown_messages(page, usage)
+        messages, next_before = shown_messages(page, await self._node.conversations.usage(turn_ids))
         return reply(ChatMessages(messages, next_before))
 
-    async def ticket(self, call: AnyCall) -> ASGIApp:
+    async def ticket(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /auth/ticket`."""
-        return reply(Ticket(*await self._tickets.issue(call.identity)), 201)
+        return reply(Ticket(*await self._tickets.issue(request.identity)), 201)
 
-    def _stream(
-        self, call: AnyCall, conversation_id: UUID, turn_id: UUID, first_seq: int | None, *, is_new: bool = False
-    ) -> ASGIApp:
-        stream = ChunkStream(
-            self._node,
-            self._database,
-            call.identity,
-            conversation_id,
-            turn_id,
-            first_seq,
-            is_new=is_new,
-            disconnected=call.disconnected,
-            heartbeat_seconds=self._settings.heartbeat_seconds,
+    async def _find_chat(self, request: AnyApiRequest) -> Chat | None:
+        return await self._node.conversations.find_chat(request.user_id, request.texts["chat_id"])
+
+    def _stream(self, request: AnyApiRequest, turn: TurnRef, *, is_new: bool) -> ASGIApp:
+        stream = chunk_stream(
+            self._node, request, turn, is_new=is_new, heartbeat_seconds=self._settings.heartbeat_seconds
         )
-        return self._holding.streaming(stream)
-
-
-async def _nothing(scope: Scope, receive: Receive, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 204, "headers": [(b"cache-control", b"no-store")]})
-    await send({"type": "http.response.body", "body": b""})
+        return self._slots.streaming(stream)

@@ -1,4 +1,4 @@
-"""Stored messages as the AI SDK shows them: all that answers a question is one message. Pure."""
+"""Stored messages as the AI SDK shows them, which makes one message of all that answers a question. Pure."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ from uuid import UUID
 import asyncpg
 from msgspec import UNSET
 
-from anynode.models.messages import Page
 from anynode.models.rules import COMPLETED, FAILED
 from anynode.server.api.ai_sdk.bodies import ShownMessage
 from anynode.server.api.ai_sdk.fold import arguments_of, metadata_of
+from anynode.server.engine.conversations import Page
 from anynode.server.protocol.encoding import tool_calls_of, usage_of
 
 
 def shown_messages(page: Page, usages: Mapping[UUID, str]) -> tuple[list[ShownMessage], UUID | None]:
-    """The messages of a page, and the id before which older ones are. `usages` are those of turns, JSON. An answer that
-    the page only has the end of is left to the older ones, unless there is nothing else."""
+    """Return the messages of a page, and the id before which older ones come (None: there are none).
+
+    `usages` are JSON, by the ids of turns. An answer of which the page only holds the end is left to the next page,
+    unless the page holds nothing else.
+    """
     groups = [list(rows) for _, rows in groupby(page.messages, _group)]
     if page.older is not None and len(groups) > 1 and _group(page.older) == _group(groups[0][0]):
         del groups[0]
@@ -28,7 +31,7 @@ def shown_messages(page: Page, usages: Mapping[UUID, str]) -> tuple[list[ShownMe
 
 
 def _group(row: asyncpg.Record) -> tuple[bool, UUID]:
-    """What messages that are shown as one have in common."""
+    """Return a key that is the same for messages that are shown as one."""
     is_answer = row["role"] in ("assistant", "tool")
     return is_answer, row["turn_id"] if is_answer and row["turn_id"] is not None else row["id"]
 

@@ -1,6 +1,6 @@
-"""What the AI SDK's chat transports send, and the frames that its WebSocket transport is sent. Pure.
+"""The requests of the AI SDK's chat transports, and the frames that its WebSocket transport receives. Pure.
 
-Fields that are not used here are ignored, as clients of later versions send more of them; what is used is checked.
+The fields that are used here are checked. Others are ignored, as later versions of the client send more of them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ Trigger: TypeAlias = Literal["submit-message", "regenerate-message"]
 
 
 class ChatRequest(Struct, frozen=True, rename={"message_id": "messageId"}):
-    """A question in a chat, or with `regenerate-message` the last one again. Of the messages only the last counts, as
-    the history comes from Postgres; it must be the user's, and its id makes the request repeatable."""
+    """A question in a chat, or with `regenerate-message` the last one again.
+
+    Only the last of the messages counts, as the history comes from Postgres. It must be the user's, and its id makes
+    the request repeatable.
+    """
 
     id: ClientId
     messages: Messages
@@ -40,13 +43,13 @@ class ChatRequest(Struct, frozen=True, rename={"message_id": "messageId"}):
 
 
 class Options(Struct, frozen=True):
-    """What a client may say in the `body` of the WebSocket transport."""
+    """Options of a `send`, which a client puts into the `body` of the WebSocket transport."""
 
     if_busy: IfBusy = "reject"
 
 
 class ResumeOptions(Struct, frozen=True):
-    """The same with a `resume`: `wait_after` is the last message that the client shows, by the id that it shows."""
+    """Options of a `resume`. `wait_after` is the id of the last message that the client shows."""
 
     wait_after: ClientId | None = None
 
@@ -58,7 +61,7 @@ class Frame(Struct, frozen=True, tag_field="type", rename={"request_id": "reques
 
 
 class SendFrame(Frame, frozen=True, tag="send", rename={"request_id": "requestId", "message_id": "messageId"}):
-    """The same over the WebSocket."""
+    """A question in a chat, over the WebSocket; see ChatRequest."""
 
     id: ClientId
     trigger: Trigger
@@ -69,15 +72,17 @@ class SendFrame(Frame, frozen=True, tag="send", rename={"request_id": "requestId
 
     @property
     def if_busy(self) -> IfBusy:
-        """What to do while another turn runs."""
+        """Whether to refuse the question or to stop the other turn while one runs."""
         return self.body.if_busy
 
 
 class ResumeFrame(
     Frame, frozen=True, tag="resume", rename={"request_id": "requestId", "last_sequence": "lastSequence"}
 ):
-    """Show the turn that runs in a chat, or has answered last, from its beginning, or after a sequence number; or wait
-    until the chat has something newer than a message, and show nothing."""
+    """Show the turn that runs in a chat, or the one that answered last: from its start, or after a sequence number.
+
+    With `wait_after` nothing is shown: the client waits until the chat has something newer than that message.
+    """
 
     id: ClientId
     last_sequence: Cursor | None = None
@@ -96,7 +101,7 @@ class AbortFrame(Frame, frozen=True, tag="abort"):
 
 AnyFrame: TypeAlias = SendFrame | ResumeFrame | AbortFrame
 AnySend: TypeAlias = ChatRequest | SendFrame
-AnyRequest = TypeVar("AnyRequest")
+Decoded = TypeVar("Decoded")
 
 
 class Part(Struct, frozen=True):
@@ -106,8 +111,8 @@ class Part(Struct, frozen=True):
     text: str | UnsetType = UNSET
 
 
-class UserMessage(Struct, frozen=True):
-    """The last of the posted messages, less what is not looked at."""
+class AskedMessage(Struct, frozen=True):
+    """The last of the posted messages, with the fields that are used here."""
 
     id: ClientId
     role: str
@@ -115,16 +120,16 @@ class UserMessage(Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """All text of the message."""
         return "".join(part.text for part in self.parts if part.text is not UNSET)
 
 
 _FRAMES: Final = msgspec.json.Decoder(AnyFrame)
-_MESSAGES: Final = msgspec.json.Decoder(UserMessage)
+_MESSAGES: Final = msgspec.json.Decoder(AskedMessage)
 
 
 def decode_frame(text: str) -> AnyFrame:
-    """One frame. Raises InvalidFrame."""
+    """Return the frame in a text. Raises InvalidFrame."""
     frame: AnyFrame = _decoded(text, _FRAMES, "the frame")
     for name, value in (("requestId", frame.request_id), ("id", getattr(frame, "id", "-"))):
         _check_id(name, value)
@@ -134,30 +139,32 @@ def decode_frame(text: str) -> AnyFrame:
 
 
 def decode_request(data: bytes, kinds: Sequence[Any]) -> Any:
-    """The body of a request over HTTP, of the one kind there is. Raises InvalidFrame."""
+    """Return the body of a request over HTTP, as the first of the kinds. Raises InvalidFrame."""
     request = _decoded(data or b"{}", msgspec.json.Decoder(kinds[0]), "the body")
     _check_id("id", getattr(request, "id", "-"))
     return request
 
 
-def question_in(request: AnySend) -> UserMessage:
-    """The message that is asked, or asked again. Raises InvalidFrame."""
+def question_in(request: AnySend) -> AskedMessage:
+    """Return the message that a request asks, or asks again. Raises InvalidFrame."""
     place = f"messages[{len(request.messages) - 1}]"
-    message: UserMessage = _decoded(bytes(request.messages[-1]), _MESSAGES, place)
+    message: AskedMessage = _decoded(bytes(request.messages[-1]), _MESSAGES, place)
     if message.role != "user":
         said = "is not the user's: only questions are taken, and tools run on the server"
         raise InvalidFrame(problems=[Problem(place, said)])
     _check_id(f"{place}.id", message.id)
     for number, part in enumerate(message.parts):
         if part.type != "text" or part.text is UNSET:
-            raise InvalidFrame(problems=[Problem(f"{place}.parts[{number}]", "is no text, and nothing else is taken")])
+            raise InvalidFrame(
+                problems=[Problem(f"{place}.parts[{number}]", "is not text; only text parts are supported")]
+            )
     if not is_storable(message.text):
         raise InvalidFrame(problems=[Problem(place, "has a NUL")])
     return message
 
 
 def token_in(headers: Mapping[str, str]) -> str | None:
-    """The token in the `headers` of a frame, which no proxy sees."""
+    """Return the bearer token in the `headers` of a frame, None where there is none."""
     for name, value in headers.items():
         scheme, _, token = value.strip().partition(" ")
         if name.lower() == "authorization" and scheme.lower() == "bearer" and token.strip():
@@ -166,27 +173,27 @@ def token_in(headers: Mapping[str, str]) -> str | None:
 
 
 def start_frame(request_id: str) -> str:
-    """There is a turn to resume."""
+    """Return the frame that says that there is a turn to resume."""
     return encode({"type": "start", "requestId": request_id})
 
 
 def chunk_head(request_id: str) -> str:
-    """What comes before the sequence number of every `chunk` of a request."""
+    """Return the text that comes before the sequence number in every `chunk` frame of a request."""
     return f'{{"type":"chunk","requestId":{encode(request_id)},"sequence":'
 
 
 def end_frame(request_id: str) -> str:
-    """The turn is over, and shown to its end."""
+    """Return the frame that says that the turn has been shown to its end."""
     return encode({"type": "end", "requestId": request_id})
 
 
 def no_active_frame(request_id: str) -> str:
-    """There is nothing to resume."""
+    """Return the frame that says that there is nothing to resume."""
     return encode({"type": "no-active", "requestId": request_id})
 
 
 def error_frame(request_id: str, message: str) -> str:
-    """The request is refused."""
+    """Return the frame that says why a request is refused."""
     return encode({"type": "error", "requestId": request_id, "errorText": message})
 
 
@@ -194,13 +201,13 @@ def error_frame(request_id: str, message: str) -> str:
 
 
 def ready_frame(node_id: str, heartbeat_seconds: float) -> str:
-    """The connection is authenticated."""
+    """Return the frame that says that the connection is authenticated."""
     ready = {"type": "ready", "requestId": "", "node_id": node_id, "heartbeat_seconds": heartbeat_seconds}
     return encode(ready)
 
 
 def heartbeat_frame() -> str:
-    """The node lives, and had nothing else to send."""
+    """Return the frame that shows that the node lives while it has nothing else to send."""
     return encode({"type": "heartbeat", "requestId": ""})
 
 
@@ -209,7 +216,7 @@ def _check_id(name: str, value: str) -> None:
         raise InvalidFrame(problems=[Problem(name, f"is not 1 to {ID_CHARACTERS_MAX} printable characters")])
 
 
-def _decoded(data: str | bytes, decoder: msgspec.json.Decoder[AnyRequest], noun: str) -> AnyRequest:
+def _decoded(data: str | bytes, decoder: msgspec.json.Decoder[Decoded], noun: str) -> Decoded:
     try:
         return decoder.decode(data)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:  # a ValidationError is a DecodeError

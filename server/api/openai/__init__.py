@@ -1,1 +1,1 @@
-"""The OpenAI Responses API, as one more face of the journal."""
+"""The OpenAI Responses API, for clients that speak it already."""

@@ -1,4 +1,4 @@
-"""What the Responses API takes and gives, as types, and how its requests are read. Pure."""
+"""The requests and answers of the Responses API as types, and how requests are decoded. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 from anynode.server.errors import InvalidFrame, Problem
 from anynode.server.protocol.bodies import TEXT_PARTS_MAX, Body, Content
-from anynode.server.protocol.frames import NOT_BLANK, SEQ_MAX, strict_json
+from anynode.server.protocol.decoding import json_object
+from anynode.server.protocol.frames import NOT_BLANK, SEQ_MAX
 
 SERVER_LABEL: Final = "anynode"
 FROM_CONVERSATION: Final = "the history comes from the conversation: name it, and send the new question only"
@@ -29,7 +30,7 @@ ResponseId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": _RESPO
 
 
 class ResponseQuery(Body, frozen=True):
-    """How to get a response: as it is, or as a stream of its events, those after a sequence number or all."""
+    """How to get a response: as an object, or as a stream of all its events or those after a sequence number."""
 
     stream: bool = False
     starting_after: Annotated[int, Meta(ge=0, le=SEQ_MAX)] | UnsetType = UNSET
@@ -70,7 +71,7 @@ class ConversationName(Struct, frozen=True):
 class CreateResponse(Struct, frozen=True):
     """A question: in a new conversation, in a named one, or in that of the response before it.
 
-    Whatever else the API knows is ignored where it does not change what the answer means, and refused where it would.
+    Other fields of the API are ignored where they do not change what the answer means, and refused where they would.
     """
 
     input: Content | Annotated[list[InputMessage], Meta(min_length=1, max_length=1)]
@@ -90,7 +91,7 @@ class CreateResponse(Struct, frozen=True):
 
     @property
     def conversation_id(self) -> UUID | None:
-        """The conversation that it names. Raises InvalidFrame."""
+        """The id of the conversation that the request names. Raises InvalidFrame."""
         named = self.conversation
         if named is None:
             return None
@@ -102,7 +103,7 @@ class CreateResponse(Struct, frozen=True):
 
     @property
     def previous_turn_id(self) -> UUID | None:
-        """The turn of the response that it continues. Raises InvalidFrame."""
+        """The id of the turn that the request continues. Raises InvalidFrame."""
         if self.previous_response_id is None:
             return None
         turn_id = turn_of(self.previous_response_id)
@@ -112,13 +113,8 @@ class CreateResponse(Struct, frozen=True):
 
 
 def decode_request(data: bytes, kinds: Sequence[Any]) -> Any:
-    """The request that `data` is, of the last of the kinds. Raises InvalidFrame."""
-    try:
-        value = strict_json(data.decode() if data else "{}", "the body")
-    except UnicodeDecodeError:
-        raise InvalidFrame("the body is not UTF-8") from None
-    if not isinstance(value, dict):
-        raise InvalidFrame("the body is not a JSON object")
+    """Return a request, as the last of the kinds. Raises InvalidFrame."""
+    value = json_object(data)
     if problems := list(_refused(value)):
         raise InvalidFrame(problems=problems)
     try:
@@ -129,7 +125,7 @@ def decode_request(data: bytes, kinds: Sequence[Any]) -> Any:
 
 
 def _refused(value: Mapping[str, Any]) -> Iterator[Problem]:
-    """What an answer of this server would not heed, though it should."""
+    """Return the fields that would change what the answer means, and that this server does not support."""
     if value.get("instructions"):
         yield Problem("instructions", "are not taken here: give the conversation a system prompt")
     if value.get("tools"):
@@ -176,18 +172,18 @@ def _format_in(text: Any) -> Any:
 
 
 def response_id_of(turn_id: UUID) -> str:
-    """A turn's id as that of a response."""
+    """Return the id of the response that a turn is."""
     return f"resp_{turn_id.hex}"
 
 
 def turn_of(response_id: str) -> UUID | None:
-    """The turn of a response's id. None: it is no such id."""
+    """Return the id of the turn that a response is, None where the text is no response's id."""
     match = _RESPONSE.fullmatch(response_id)
     return None if match is None else UUID(match[1])
 
 
 def conversation_name(conversation_id: UUID) -> ConversationName:
-    """A conversation as responses name it."""
+    """Return the name of a conversation in responses."""
     return ConversationName(f"conv_{conversation_id.hex}")
 
 
@@ -216,7 +212,7 @@ class OutputMessage(Struct, frozen=True, tag_field="type", tag="message"):
 
 
 class CallErrorText(Struct, frozen=True, tag_field="type", tag="text"):
-    """What a tool has said of its failure."""
+    """The text with which a tool has failed."""
 
     text: str
 
@@ -251,14 +247,14 @@ class ResponseError(Struct, frozen=True):
 
 
 class InputTokensDetails(Struct, frozen=True):
-    """Nothing is known of them here."""
+    """Details of the input tokens; always zero, as they are not counted here."""
 
     cached_tokens: int = 0
     cache_write_tokens: int = 0
 
 
 class OutputTokensDetails(Struct, frozen=True):
-    """Nothing is known of them here."""
+    """Details of the output tokens; always zero, as they are not counted here."""
 
     reasoning_tokens: int = 0
 
@@ -284,8 +280,10 @@ class TextSettings(Struct, frozen=True):
 
 
 class ResponseObject(Struct, frozen=True, kw_only=True):
-    """A turn as a response; `output` holds what stands of it when it is over. It runs, and is kept, whoever listens: so
-    `background` and `store` are true. How it was asked for is not kept."""
+    """A turn as a response; `output` holds what stands of it when it is over.
+
+    A turn runs and is kept even if nobody listens, so `background` and `store` are true. The request is not kept.
+    """
 
     id: str
     object: Literal["response"] = "response"
@@ -314,7 +312,7 @@ class ResponseObject(Struct, frozen=True, kw_only=True):
 
 
 class Model(Struct, frozen=True):
-    """What answers."""
+    """The agent of this server, as a model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -323,7 +321,7 @@ class Model(Struct, frozen=True):
 
 
 class Models(Struct, frozen=True):
-    """All that there are."""
+    """The list of models, which has one entry."""
 
     data: Sequence[Model]
     object: Literal["list"] = "list"

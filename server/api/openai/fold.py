@@ -1,8 +1,8 @@
-"""A turn's journal as the events of the Responses API: a fold, the same at every reading of the journal. Pure.
+"""The events of the Responses API, made of a turn's events. Pure.
 
-One event of the journal makes the same stream events, with the same sequence numbers, on every node and at every
-replay. So nothing goes in but the event and those before it: no clock, no request, and no text of a JSON object, which
-Postgres gives back with its keys in another order.
+The same events make the same stream events on every node and at every replay, with the same sequence numbers. So a
+stream event depends on nothing but the journal: no clock, no request, and not the text of a JSON object, as Postgres
+returns its keys in another order.
 """
 
 from __future__ import annotations
@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, assert_never
 from uuid import UUID
 
 import msgspec
-from msgspec import Struct
 
-from anynode.models.events import Event, delta_text
+from anynode.models.events import Event
 from anynode.models.ids import made_at
-from anynode.models.rules import CANCELLED, COMPLETED, TERMINAL_EVENTS
+from anynode.models.rules import CANCELLED, COMPLETED
 from anynode.server.agents.agent import ToolResult
 from anynode.server.api.openai.bodies import (
     CallError,
@@ -57,44 +55,25 @@ from anynode.server.api.openai.wire import (
     ResponseEvent,
     StreamEvent,
 )
+from anynode.server.engine.turn_events import (
+    TurnCalled,
+    TurnDelta,
+    TurnEnded,
+    TurnRestarted,
+    TurnStarted,
+    decode_event,
+    events_of_stored,
+)
 from anynode.server.protocol.bodies import StoredTurn
-from anynode.server.protocol.frames import ErrorDetail, Usage
-from anynode.server.transport.turn_events import events_of_stored
+from anynode.server.protocol.frames import Usage
 
 WHOLE_NUMBER_MIN: Final = -(2**63)  # what JSON encoders write digit by digit
 WHOLE_NUMBER_MAX: Final = 2**64 - 1
-_STATUSES: Final = {type: status for status, type in TERMINAL_EVENTS.items()}
-
-
-class _Text(Struct):
-    text: str
-
-
-class _Call(Struct):
-    tool_call_id: str
-    tool_name: str
-    arguments: msgspec.Raw
-
-
-class _Said(Struct):
-    created_at: datetime
-
-
-class _End(Struct):
-    message: _Said
-    usage: Usage | None = None
-    error: ErrorDetail | None = None
-
-
-_TEXT: Final = msgspec.json.Decoder(_Text)
-_CALL: Final = msgspec.json.Decoder(_Call)
-_RESULT: Final = msgspec.json.Decoder(ToolResult)
-_END: Final = msgspec.json.Decoder(_End)
 
 
 @dataclass(slots=True)
 class ShownText:
-    """A message that is shown; `texts` are its deltas."""
+    """A message of the output; `texts` are its deltas."""
 
     id: str
     output_index: int
@@ -103,17 +82,17 @@ class ShownText:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """All text of the message."""
         return "".join(self.texts)
 
     def item(self) -> OutputMessage:
-        """As it is now."""
+        """Return the message as an item of the output."""
         return OutputMessage(self.id, self.status, [OutputText(self.text)] if self.texts else [])
 
 
 @dataclass(slots=True)
 class ShownCall:
-    """A call that is shown."""
+    """A call in the output."""
 
     id: str
     output_index: int
@@ -124,7 +103,7 @@ class ShownCall:
     status: CallStatus = "in_progress"
 
     def item(self, *, is_new: bool = False) -> OutputCall:
-        """As it is now; a new one's arguments come behind it."""
+        """Return the call as an item of the output; the arguments of a new one come in later events."""
         arguments = "" if is_new else self.arguments
         if self.result is None:
             return OutputCall(self.id, self.status, self.name, arguments)
@@ -137,7 +116,10 @@ Shown: TypeAlias = ShownText | ShownCall
 
 
 class Fold:
-    """The stream of one turn, from the turn's first event on; `model` is what is known to answer before it says so."""
+    """The stream of one turn, from the turn's first event on.
+
+    `model` is the name that is shown until the turn's usage says which model answered.
+    """
 
     def __init__(self, turn_id: UUID, conversation_id: UUID, model: str) -> None:
         self._turn_id = turn_id
@@ -150,25 +132,29 @@ class Fold:
         self.sequence_number = 0  # of the next stream event
 
     def add(self, event: Event) -> Sequence[StreamEvent]:
-        """What the next event of the turn adds to the stream."""
+        """Return the events that the turn's next event adds to the stream."""
         self._events = []
-        match event.type:
-            case "turn.started":
+        match decode_event(event.type, event.payload):
+            case TurnDelta(text):
+                self._say(text)
+            case TurnStarted():
                 self._start()
-            case "turn.delta":
-                self._say(delta_text(event))
-            case "turn.tool_call":
-                self._call(_CALL.decode(event.payload))
-            case "turn.tool_result":
-                self._answer(_RESULT.decode(event.payload))
-            case "turn.restarted":
-                self._restart(_TEXT.decode(event.payload).text)
-            case type if type in _STATUSES:
-                self._end(_STATUSES[type], _END.decode(event.payload))
+            case TurnCalled() as call:
+                self._call(call)
+            case ToolResult() as result:
+                self._answer(result)
+            case TurnRestarted(text):
+                self._restart(text)
+            case TurnEnded() as end:
+                self._end(end)
+            case None:
+                pass
+            case unknown:
+                assert_never(unknown)
         return self._events
 
     def response(self) -> ResponseObject:
-        """The response while the turn runs."""
+        """Return the response while the turn runs."""
         return self._response("in_progress")
 
     def _start(self) -> None:
@@ -184,7 +170,7 @@ class Fold:
         shown.texts.append(text)
         self._add_of(shown, OutputTextDelta, delta=text)
 
-    def _call(self, call: _Call) -> None:
+    def _call(self, call: TurnCalled) -> None:
         self._close_text()
         id, arguments = f"mcp_{self._turn_id.hex}_{self._shown}", canonical(call.arguments)
         shown = ShownCall(id, self._shown, call.tool_call_id, call.tool_name, arguments)
@@ -203,7 +189,7 @@ class Fold:
                 return
 
     def _restart(self, text: str) -> None:
-        """Another node goes on from `text`. What was shown beyond it is taken back, and calls that have no answer."""
+        """Take back what was shown beyond `text`, from which another node goes on, and calls that have no answer."""
         standing: list[Shown] = []
         taken_back: list[Shown] = []
         rest, is_cut = text, False
@@ -223,15 +209,15 @@ class Fold:
         if rest:
             self._say(rest)
 
-    def _end(self, status: str, end: _End) -> None:
-        self._close_text("completed" if status == COMPLETED else "incomplete")
+    def _end(self, end: TurnEnded) -> None:
+        self._close_text("completed" if end.status == COMPLETED else "incomplete")
         for shown in [shown for shown in self._standing if isinstance(shown, ShownCall) and shown.result is None]:
             self._standing.remove(shown)
             self._take_back(shown)
         at = int(end.message.created_at.timestamp())
-        if status == COMPLETED:
+        if end.status == COMPLETED:
             self._add(Completed, response=self._response("completed", end, completed_at=at))
-        elif status == CANCELLED:
+        elif end.status == CANCELLED:
             self._add(Incomplete, response=self._response("cancelled", end))
         else:
             self._add(Failed, response=self._response("failed", end))
@@ -268,7 +254,7 @@ class Fold:
         self.sequence_number += 1
 
     def _response(
-        self, status: ResponseStatus, end: _End | None = None, *, completed_at: int | None = None
+        self, status: ResponseStatus, end: TurnEnded | None = None, *, completed_at: int | None = None
     ) -> ResponseObject:
         usage = None if end is None else end.usage
         error = None if end is None else end.error
@@ -292,8 +278,10 @@ def _usage(usage: Usage | None) -> ResponseUsage | None:
 
 
 def canonical(arguments: msgspec.Raw | str) -> str:
-    """A JSON object as the same text, whether it comes from the agent or out of Postgres, which sorts keys its own way
-    and writes 1e3 as 1000."""
+    """Return a JSON object as the same text, whether it comes from an agent or from Postgres.
+
+    Postgres sorts keys in its own way, and writes 1e3 as 1000.
+    """
     text = arguments if isinstance(arguments, str) else bytes(arguments).decode()
     try:
         return msgspec.json.encode(_plain(json.loads(text)), order="sorted").decode()
@@ -317,13 +305,13 @@ def _plain(value: Any) -> Any:
 
 
 def stored_response(stored: StoredTurn, model: str) -> ResponseObject:
-    """The response that a stored turn is."""
+    """Return a stored turn as a response."""
     last = stored_events(stored, model)[-1]
     assert isinstance(last, ResponseEvent)
     return last.response
 
 
 def stored_events(stored: StoredTurn, model: str) -> list[StreamEvent]:
-    """The stream of a turn as it is stored: each message in one delta, and no tool known to have failed."""
+    """Return the stream of a stored turn, with one delta for each message."""
     fold = Fold(stored.turn_id, stored.conversation_id, model)
     return [shown for event in events_of_stored(stored) for shown in fold.add(event)]

@@ -11,7 +11,7 @@ from anynode.server.api.openai.bodies import OutputItem, OutputText, ResponseObj
 
 
 class StreamEvent(Struct, frozen=True, kw_only=True, tag_field="type"):
-    """What every event of a stream is."""
+    """The base of all events of a stream."""
 
     sequence_number: int
 
@@ -31,7 +31,7 @@ class InProgress(ResponseEvent, frozen=True, tag="response.in_progress"):
 
 
 class Completed(ResponseEvent, frozen=True, tag="response.completed"):
-    """The turn is over, and this is what stands of it."""
+    """The turn is complete, and `response` holds what stands of it."""
 
 
 class Incomplete(ResponseEvent, frozen=True, tag="response.incomplete"):
@@ -72,7 +72,7 @@ class ContentPartAdded(PartEvent, frozen=True, kw_only=True, tag="response.conte
 
 
 class OutputTextDelta(PartEvent, frozen=True, kw_only=True, tag="response.output_text.delta"):
-    """Some more text."""
+    """More text of a message."""
 
     delta: str
     content_index: int = 0
@@ -88,7 +88,7 @@ class OutputTextDone(PartEvent, frozen=True, kw_only=True, tag="response.output_
 
 
 class ContentPartDone(PartEvent, frozen=True, kw_only=True, tag="response.content_part.done"):
-    """The same."""
+    """The text of a message, as a part of it, is over."""
 
     part: OutputText
     content_index: int = 0
@@ -99,7 +99,7 @@ class CallInProgress(PartEvent, frozen=True, tag="response.mcp_call.in_progress"
 
 
 class CallArgumentsDone(PartEvent, frozen=True, kw_only=True, tag="response.mcp_call_arguments.done"):
-    """With what it is called."""
+    """The arguments of a call are complete."""
 
     arguments: str
 
@@ -113,7 +113,7 @@ class CallFailed(PartEvent, frozen=True, tag="response.mcp_call.failed"):
 
 
 class ErrorEvent(Struct, frozen=True, tag_field="type", tag="error"):
-    """The stream ends without the end of its response; no part of the fold."""
+    """The stream ends before the end of its response, for this reason."""
 
     code: str
     message: str

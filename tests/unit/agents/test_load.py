@@ -16,7 +16,7 @@ from anynode.server.settings import Settings
 MODULE = """
 from functools import partial
 
-from anynode.server.agents.agent import TextDelta
+from anynode import TextDelta
 
 
 async def answer(turn):

@@ -157,7 +157,7 @@ async def test_ids_that_are_missing_or_doubled_are_made() -> None:
         (("Done", "search"), "it gave (str, str)"),
         (("Done", [3]), "tool_calls[0] must be a tool's name, or an object that has its `name`"),
         (("Done", ["search", {"id": "1"}]), "tool_calls[1] must be a tool's name"),
-        (("Done", [{"name": "search", "args": "q=a"}]), "the arguments of tool_calls[0] are no JSON"),
+        (("Done", [{"name": "search", "args": "q=a"}]), "the arguments of tool_calls[0] are not JSON"),
         (("Done", [{"name": "search", "args": "[1]"}]), "the arguments of tool_calls[0] must be an object"),
         (("Done", [{"name": "search", "result": object()}]), "the result of tool_calls[0] is neither text nor JSON"),
     ],

@@ -15,10 +15,8 @@ from anynode.models.rules import (
     CANCELLED,
     COMPLETED,
     FAILED,
-    RUNNING,
     SUPERSEDED,
     TERMINAL_EVENTS,
-    TURN_TRANSITIONS,
     OutOfOrder,
     Tail,
     refused_user,
@@ -117,7 +115,7 @@ def test_what_may_come_next_is_what_is_let_through_and_otherwise_told(words: lis
                 following()
             return
         if role == "tool" and tool_call_id not in tail.pending:
-            with pytest.raises(OutOfOrder, match="waits for its result"):
+            with pytest.raises(OutOfOrder, match="is pending; pending: "):
                 following()
             return
         tail = following()
@@ -128,30 +126,30 @@ def test_two_calls_of_a_message_have_two_ids() -> None:
         Tail("user").followed_by("assistant", calls=[("a", "x"), ("a", "y")])
 
 
-def test_a_result_of_no_call_is_told_which_calls_wait() -> None:
-    with pytest.raises(OutOfOrder, match="No call c waits for its result; next may come: the result of a, b"):
+def test_a_result_of_no_call_is_told_which_calls_are_pending() -> None:
+    with pytest.raises(OutOfOrder, match=r"^No call c is pending; pending: a, b\.$"):
         Tail("assistant", {"a": "x", "b": "y"}).followed_by("tool", tool_call_id="c")
 
 
 @pytest.mark.parametrize(
-    ("last_role", "next_roles"), [("user", "assistant"), ("assistant", "tool"), ("tool", "assistant or tool")]
+    ("last_role", "reason"),
+    [
+        ("user", "A user message cannot follow a user message; expected: assistant."),
+        ("assistant", "A user message cannot follow an assistant message; expected: tool."),
+        ("tool", "A user message cannot follow a tool message; expected: assistant or tool."),
+    ],
 )
-def test_a_question_that_comes_too_early_is_told_what_may_come(last_role: str, next_roles: str) -> None:
-    said = f"After a message of role {last_role} one of role user may not come; next may come: {next_roles}."
-    assert refused_user(last_role) == said
+def test_a_question_that_comes_too_early_is_told_which_role_is_expected(last_role: str, reason: str) -> None:
+    assert refused_user(last_role) == reason
 
 
-def test_a_running_turn_may_end_in_each_of_three_ways() -> None:
-    assert TURN_TRANSITIONS[RUNNING] == {COMPLETED, CANCELLED, FAILED}
-
-
-@pytest.mark.parametrize("ended", [COMPLETED, CANCELLED, FAILED])
-def test_an_ended_turn_never_changes_again(ended: str) -> None:
-    assert TURN_TRANSITIONS[ended] == frozenset()
+def test_a_first_message_that_is_an_answer_is_told_which_role_is_expected() -> None:
+    with pytest.raises(OutOfOrder, match=r"^An assistant message cannot come first; expected: system or user\.$"):
+        Tail().followed_by("assistant")
 
 
 def test_every_end_has_an_event_of_its_own() -> None:
-    assert set(TERMINAL_EVENTS) == set(TURN_TRANSITIONS) - {RUNNING}
+    assert set(TERMINAL_EVENTS) == {COMPLETED, CANCELLED, FAILED}
     assert sorted(TERMINAL_EVENTS.values()) == ["turn.cancelled", "turn.completed", "turn.failed"]
 
 

@@ -20,10 +20,10 @@ from anynode.server.agents.agent import ToolCall, ToolResult
 from anynode.server.agents.tool_calls import tool_calls_json
 from anynode.server.api.ai_sdk.fold import NOT_FINISHED, RESET_STEP, Chunks, arguments_of, metadata_of, whole
 from anynode.server.engine.steps import Step, steps_in
+from anynode.server.engine.turn_events import events_of_stored
 from anynode.server.protocol.bodies import StoredTurn
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import CallOfTool, ErrorDetail, Message, Usage
-from anynode.server.transport.turn_events import events_of_stored
 from tests.kit.ai_sdk import Chunk, Shown, shown, steps_of
 from tests.kit.examples import examples
 

@@ -1,0 +1,56 @@
+-- anynode_append: append messages that come without a turn.
+--
+-- Does: checks that the conversation is the user's ('not_found'), that no turn runs ('conversation_busy'), and that the
+--     last message is still the one at `p_position` ('moved'). Then it inserts the messages and their events, and
+--     returns 'appended' with the seq of the last event. Whether the roles are in order was decided for that position
+--     by models/rules.py, before the call.
+-- Locks: the conversation's row (FOR NO KEY UPDATE) before it looks at anything else. It never waits for a turn's lock.
+-- Repeating: with the same ids it is harmless: a call that finds the first message returns 'appended' again.
+-- Called by: `append`.
+
+CREATE OR REPLACE FUNCTION anynode_append(
+    p_user_id text, p_conversation_id uuid, p_position integer, p_created_at timestamptz,
+    p_ids uuid[], p_roles text[], p_contents text[], p_tool_calls jsonb[], p_tool_names text[],
+    p_tool_call_ids text[], p_payloads jsonb[],
+    OUT outcome text, OUT last_seq bigint
+) LANGUAGE plpgsql AS $function$
+#variable_conflict use_column
+BEGIN
+    SELECT c.last_seq INTO anynode_append.last_seq
+    FROM conversations c WHERE c.id = p_conversation_id AND c.user_id = p_user_id
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        outcome := 'not_found';
+    ELSIF EXISTS (SELECT FROM messages m WHERE m.id = p_ids[1]) THEN
+        outcome := 'appended';
+        anynode_append.last_seq := coalesce(
+            (SELECT e.seq FROM events e
+             WHERE e.conversation_id = p_conversation_id AND e.turn_id IS NULL
+                 AND e.payload #>> '{message,id}' = p_ids[cardinality(p_ids)]::text
+             ORDER BY e.seq DESC LIMIT 1),
+            anynode_append.last_seq);
+    ELSIF EXISTS (SELECT FROM turns t WHERE t.conversation_id = p_conversation_id AND t.status = 'running') THEN
+        outcome := 'conversation_busy';
+    ELSIF p_position <> coalesce(
+        (SELECT max(m.position) FROM messages m WHERE m.conversation_id = p_conversation_id), 0) THEN
+        outcome := 'moved';
+    ELSE
+        INSERT INTO messages (id, conversation_id, user_id, position, role, content, tool_calls, tool_name,
+                              tool_call_id, status, created_at)
+        SELECT n.id, p_conversation_id, p_user_id, p_position + n.number, n.role, n.content, n.tool_calls, n.tool_name,
+               n.tool_call_id, 'completed', p_created_at
+        FROM unnest(p_ids, p_roles, p_contents, p_tool_calls, p_tool_names, p_tool_call_ids) WITH ORDINALITY
+            AS n (id, role, content, tool_calls, tool_name, tool_call_id, number);
+        INSERT INTO events (conversation_id, seq, epoch, type, payload, written_at)
+        SELECT p_conversation_id, anynode_append.last_seq + n.number, 0, 'message.created', n.payload,
+               clock_timestamp()
+        FROM unnest(p_payloads) WITH ORDINALITY AS n (payload, number);
+        anynode_append.last_seq := anynode_append.last_seq + cardinality(p_ids);
+        UPDATE conversations c
+        SET last_seq = anynode_append.last_seq, updated_at = greatest(updated_at, p_created_at),
+            changed_xid = pg_current_xact_id()::text::bigint
+        WHERE c.id = p_conversation_id;
+        outcome := 'appended';
+    END IF;
+END
+$function$;

@@ -1,0 +1,148 @@
+"""Conversations and messages, as the APIs read and write them apart from running turns."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+import asyncpg
+from msgspec import Raw
+
+from anynode.models.client_chats import Chat, ChatEnd, Sent, find_chat, find_chat_end, find_sent
+from anynode.models.conversations import (
+    Snapshot,
+    create_conversation,
+    list_conversations,
+    read_conversation,
+    update_conversation,
+)
+from anynode.models.database import Database
+from anynode.models.ids import uuid7
+from anynode.models.messages import Page, read_messages
+from anynode.models.turns import TurnRef, find_turn, read_usage
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
+from anynode.server.errors import NotFound
+from anynode.server.protocol.bodies import Conversation
+
+__all__ = ["Chat", "ChatEnd", "Conversations", "Page", "Sent", "Snapshot", "TurnRef"]
+
+
+class Conversations:
+    """The conversations of all users.
+
+    Every method is given the user, and finds nothing of anybody else's. All raise DatabaseUnavailable where Postgres
+    does not answer, and NotFound where they say so.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def create(
+        self, user_id: str, *, title: str | None, system_prompt: str | None, metadata: str | None
+    ) -> Conversation:
+        """Make a conversation; `metadata` is a JSON object as text."""
+        with unavailable_as_client_error():
+            row = await create_conversation(
+                self._database,
+                user_id,
+                uuid7(),
+                title=title,
+                system_prompt=system_prompt,
+                metadata=metadata or "{}",
+                created_at=datetime.now(UTC),
+            )
+        return _conversation(row)
+
+    async def read(self, user_id: str, conversation_id: UUID) -> Conversation:
+        """Return one conversation. Raises NotFound."""
+        with unavailable_as_client_error():
+            row = await read_conversation(self._database, user_id, conversation_id)
+        return _found(row)
+
+    async def list(
+        self,
+        user_id: str,
+        *,
+        limit: int,
+        skip: int = 0,
+        before: tuple[datetime, UUID] | None = None,
+        search: str | None = None,
+    ) -> Sequence[Conversation]:
+        """Return at most `limit` conversations, newest activity first: after the first `skip`, after a place
+        (updated_at, id), or those whose titles contain `search`."""
+        with unavailable_as_client_error():
+            rows = await list_conversations(
+                self._database, user_id, limit=limit, skip=skip, before=before, search=search
+            )
+        return [_conversation(row) for row in rows]
+
+    async def update(self, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]) -> Conversation:
+        """Set what `changes` has of title, system_prompt and metadata (JSON). Raises NotFound."""
+        with unavailable_as_client_error():
+            row = await update_conversation(self._database, user_id, conversation_id, changes)
+        return _found(row)
+
+    async def messages(
+        self,
+        user_id: str,
+        conversation_id: UUID,
+        *,
+        limit: int,
+        before: UUID | None,
+        with_superseded: bool = True,
+    ) -> Page:
+        """Return the newest messages, or the newest before one of them: at most `limit` and 2 MiB. Raises NotFound."""
+        with unavailable_as_client_error():
+            page = await read_messages(
+                self._database, user_id, conversation_id, limit=limit, before=before, with_superseded=with_superseded
+            )
+            if page is None:
+                if before is not None and await read_conversation(self._database, user_id, conversation_id):
+                    raise NotFound("There is no such message in this conversation.")
+                raise NotFound
+        return page
+
+    async def find_chat(self, user_id: str, client_chat_id: str) -> Chat | None:
+        """Return the conversation with this id, the client's own or ours, None where there is none."""
+        with unavailable_as_client_error():
+            return await find_chat(self._database, user_id, client_chat_id)
+
+    async def find_chat_end(self, user_id: str, client_chat_id: str) -> ChatEnd | None:
+        """Return what a chat ends with at this moment, None where there is no such chat."""
+        with unavailable_as_client_error():
+            return await find_chat_end(self._database, user_id, client_chat_id)
+
+    async def find_sent(self, user_id: str, client_message_id: str) -> Sent | None:
+        """Return what the user has sent under an id of a message, None where that is nothing."""
+        with unavailable_as_client_error():
+            return await find_sent(self._database, user_id, client_message_id)
+
+    async def find_turn(self, user_id: str, turn_id: UUID) -> TurnRef | None:
+        """Return a turn by its id alone, None where there is none."""
+        with unavailable_as_client_error():
+            return await find_turn(self._database, user_id, turn_id)
+
+    async def usage(self, turn_ids: Collection[UUID]) -> Mapping[UUID, str]:
+        """Return what turns that have ended cost, by their ids, as JSON."""
+        with unavailable_as_client_error():
+            return await read_usage(self._database, turn_ids)
+
+
+def _found(row: asyncpg.Record | None) -> Conversation:
+    if row is None:
+        raise NotFound
+    return _conversation(row)
+
+
+def _conversation(row: asyncpg.Record) -> Conversation:
+    return Conversation(
+        row["id"],
+        row["client_id"],
+        row["title"],
+        row["system_prompt"],
+        Raw(row["metadata"].encode()),
+        row["last_seq"],
+        row["created_at"],
+        row["updated_at"],
+    )

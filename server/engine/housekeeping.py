@@ -1,0 +1,41 @@
+"""What a node deletes when its time is over: events of the journal, tickets, and the memory of deletions."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from anynode.models.database import Database, Unavailable
+from anynode.models.tickets import delete_expired_tickets
+from anynode.models.turns import delete_expired_events, delete_expired_messages, forget_deletions
+from anynode.server.engine.watch import DELETIONS_KNOWN_SECONDS
+
+logger = logging.getLogger("anynode.node")
+
+EXPIRIES_AT_ONCE: Final = 100  # turns
+EXPIRED_MESSAGES_AT_ONCE: Final = 1000
+
+
+async def delete_expired(database: Database, *, retention_seconds: float) -> None:
+    """Delete what has expired, for ever: events of turns and messages after `retention_seconds`."""
+    while True:
+        try:
+            await forget_deletions(database, after_seconds=DELETIONS_KNOWN_SECONDS)
+            await delete_expired_tickets(database)
+            for delete, limit in (
+                (delete_expired_events, EXPIRIES_AT_ONCE),
+                (delete_expired_messages, EXPIRED_MESSAGES_AT_ONCE),
+            ):
+                while await delete(database, retention_seconds=retention_seconds, limit=limit) == limit:
+                    pass
+        except Unavailable as error:
+            logger.warning("expired events wait for Postgres: %s", error)
+        except Exception:
+            logger.exception("expired events could not be deleted")
+        await asyncio.sleep(pause_seconds(retention_seconds))
+
+
+def pause_seconds(retention_seconds: float) -> float:
+    """Return how long to wait before looking again: a quarter of the retention, from 0.1 to 60 seconds."""
+    return min(60.0, max(0.1, retention_seconds / 4))
