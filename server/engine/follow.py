@@ -1,9 +1,11 @@
-"""Following: one conversation's journal from a cursor, then live. The rows are the truth; a wake-up is a hint.
+"""Following: one conversation's journal from a cursor on, then live. The rows in Postgres are the truth.
 
-A follower is a cursor, not a queue: whoever is slow reads on later, so nothing is dropped and nothing piles up. While a
-turn runs, its followers on a node share one log: what this node has committed, where the turn runs here, and otherwise
-what one statement reads for all conversations whose turns run elsewhere. Whoever is behind the log reads Postgres
-until he has come up with it.
+A follower is a cursor, not a queue: a slow client reads later, so nothing is dropped and nothing piles up. While a turn
+runs, its followers on one node share a log. Where the turn runs here, the log holds what this node has committed. Where
+it runs elsewhere, one statement reads for all such conversations. A follower behind the log reads Postgres until it has
+caught up.
+
+`cursor` decides what a follower does next. Here it is done.
 """
 
 from __future__ import annotations
@@ -12,76 +14,43 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, assert_never
 from uuid import UUID
 
 from anynode.models.conversations import Snapshot, read_snapshot
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event, Reading, read_events, read_running
-from anynode.models.rules import TERMINAL_EVENTS
+from anynode.server.engine.cursor import Channel, Cursor, Log, outcome_of
 from anynode.server.errors import DatabaseUnavailable, NotFound
 
 logger = logging.getLogger("anynode.follow")
 
 EVENTS_READ_MAX: Final = 1000  # rows of one read from Postgres, for each conversation
-READ_SECONDS: Final = 0.05  # from one reading of the turns that run elsewhere to the next
+READ_SECONDS: Final = 0.05  # between two readings of the turns that run elsewhere
 READ_TIMEOUT_SECONDS: Final = 2.0
 
-Step: TypeAlias = Sequence[Event] | Snapshot
-
-_TERMINAL: Final = frozenset(TERMINAL_EVENTS.values())
+Update: TypeAlias = Sequence[Event] | Snapshot
 
 
-class Log:
-    """The committed events of a turn from `first_seq` on, without a gap; `is_over` when none will follow here.
-    `over_at` then says at which of its channel's changes, if all that was committed is here."""
+class LiveChannel(Channel):
+    """A channel whose followers wait for its next change, and share what they read."""
 
-    __slots__ = ("events", "first_seq", "is_doubtful", "is_over", "over_at")
-
-    def __init__(self, first_seq: int, events: Sequence[Event] = ()) -> None:
-        self.events = list(events)
-        self.first_seq = first_seq
-        self.is_over = False
-        self.is_doubtful = False  # something may have been missed since it began
-        self.over_at = -1
-
-    @property
-    def last_seq(self) -> int:
-        """The seq of the last event that is here, or that came before the first."""
-        return self.first_seq + len(self.events) - 1
-
-    def covers(self, cursor: int) -> bool:
-        """Whether what comes after the cursor is here, or will be."""
-        return self.first_seq - 1 <= cursor <= self.last_seq
-
-    def after(self, cursor: int) -> list[Event]:
-        """The events after a cursor that is covered."""
-        return self.events[cursor + 1 - self.first_seq :]
-
-
-class Channel:
-    """A conversation that somebody follows here, or whose turn runs here; `changes` counts what may be news.
-    What is committed up to `heard_seq` is no news: whoever has not seen it is on the way."""
-
-    __slots__ = ("_loop", "_waiting", "changes", "followers", "heard_seq", "log", "readings")
+    __slots__ = ("_loop", "_waiting", "readings")
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
-        self.log: Log | None = None
-        self.followers = 0
-        self.changes = 0
-        self.heard_seq = 0
+        super().__init__()
         self.readings: dict[tuple[str, int, int], asyncio.Task[Reading | None]] = {}
+        self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
         self._waiting: set[asyncio.Future[None]] = set()
 
     def wake(self) -> None:
-        """Let everybody look again."""
+        """Count a change, and let all followers look again."""
         self.changes += 1
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
 
-    async def change(self) -> None:
+    async def wait_change(self) -> None:
         """Wait for the next change from now on."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._waiting.add(future)
@@ -97,74 +66,63 @@ class Follows:
     def __init__(self, database: Database, *, snapshot_messages_max: int) -> None:
         self._database = database
         self._snapshot_messages_max = snapshot_messages_max
-        self._channels: dict[UUID, Channel] = {}
+        self._channels: dict[UUID, LiveChannel] = {}
         self._remote: dict[UUID, Log] = {}  # the logs of turns that run on other nodes
         self._has_remote = asyncio.Event()
 
     # Turns that run here.
 
     def start_log(self, conversation_id: UUID, events: Sequence[Event]) -> Log:
-        """A turn runs here from now on; `events` are committed. Its followers are woken."""
-        channel = self._channels.setdefault(conversation_id, Channel())
+        """Begin the log of a turn that runs here from now on, and wake its followers; `events` are committed."""
+        channel = self._channels.setdefault(conversation_id, LiveChannel())
         if (remote := self._remote.pop(conversation_id, None)) is not None:
             remote.is_over = True
-        channel.log = Log(events[0].seq, events)
-        channel.wake()
-        return channel.log
+        log = Log(events[0].seq, events)
+        channel.begin(log)
+        return log
 
     def extend_log(self, conversation_id: UUID, log: Log, events: Sequence[Event], *, is_over: bool) -> None:
-        """More events are committed."""
-        log.events.extend(events)
+        """Add events that are committed to a log, and wake its followers."""
+        log.extend(events)
         if is_over:
             self.end_log(conversation_id, log)
         elif (channel := self._channels.get(conversation_id)) is not None:
             channel.wake()
 
     def end_log(self, conversation_id: UUID, log: Log, *, is_whole: bool = True) -> None:
-        """The turn is over; or it is no longer this node's, and the log is not the whole of it. Followers that are
-        behind keep the log until they are done."""
+        """End a log: its turn is over, or (not `is_whole`) what follows is not read here.
+
+        Followers that are behind keep the log until they have shown it.
+        """
         if log.is_over:
             return
         log.is_over = True
         if self._remote.get(conversation_id) is log:
             del self._remote[conversation_id]
-        channel = self._channels.get(conversation_id)
-        if channel is None:
-            return
-        if channel.log is log:
-            channel.log = None
-        channel.wake()
-        if is_whole:
-            if channel.heard_seq <= log.last_seq and not log.is_doubtful:  # else the next turn may have begun already
-                log.over_at = channel.changes
-            channel.heard_seq = max(channel.heard_seq, log.last_seq)
-        self._drop_if_unused(conversation_id, channel)
+        if (channel := self._channels.get(conversation_id)) is not None:
+            channel.end(log, is_whole=is_whole)
+            self._drop_if_unused(conversation_id, channel)
 
     # Turns that run on other nodes.
 
     def hear(self, begun: Mapping[UUID, int]) -> None:
-        """Turns have begun somewhere, in conversations (id → last seq) that may be followed here."""
+        """Note that turns have begun somewhere, in conversations (id → last seq) that may be followed here."""
         for conversation_id, last_seq in begun.items():
-            channel = self._channels.get(conversation_id)
-            if channel is not None and last_seq > channel.heard_seq:
-                channel.heard_seq = last_seq
-                channel.wake()
+            if (channel := self._channels.get(conversation_id)) is not None:
+                channel.hear(last_seq)
 
     def wake(self, conversation_id: UUID) -> None:
-        """Let those who follow it here look again."""
+        """Let the followers of a conversation look again."""
         if (channel := self._channels.get(conversation_id)) is not None:
             channel.wake()
 
     def look_again(self) -> None:
-        """Anything may have happened in the meantime, also that Postgres has lost something."""
+        """Let all followers look again: anything may have happened, also that Postgres has lost events."""
         for channel in self._channels.values():
-            channel.heard_seq = 0
-            if channel.log is not None:
-                channel.log.is_doubtful = True
-            channel.wake()
+            channel.doubt()
 
     async def read_remote(self, on_lapsed: Callable[[], object]) -> None:
-        """Read what other nodes commit, for ever; `on_lapsed` is told of a turn whose node has lost its lease."""
+        """Read what other nodes commit, for ever. `on_lapsed` is called when a turn's node has lost its lease."""
         now = asyncio.get_running_loop().time
         while True:
             await self._has_remote.wait()
@@ -172,104 +130,100 @@ class Follows:
                 self._has_remote.clear()
                 continue
             started = now()
-            logs = dict(self._remote)
-            try:
-                readings = await read_running(
-                    self._database,
-                    {conversation_id: log.last_seq for conversation_id, log in logs.items()},
-                    limit=EVENTS_READ_MAX,
-                    within_seconds=READ_TIMEOUT_SECONDS,
-                )
-            except Exception as error:
-                if not isinstance(error, Unavailable):
-                    logger.exception("the turns of other nodes could not be read")
-                for conversation_id, log in logs.items():
-                    # Its followers read by themselves, and tell their clients what is wrong.
-                    self.end_log(conversation_id, log, is_whole=False)
-                readings = {}
-            for conversation_id, reading in readings.items():
-                self._take(conversation_id, logs[conversation_id], reading)
-            if any(reading.has_lapsed for reading in readings.values()):
+            if any(reading.has_lapsed for reading in (await self._read_remote_once()).values()):
                 on_lapsed()
             took = now() - started
             await asyncio.sleep(max(READ_SECONDS - took, took))  # at most half of the time, however much there is
 
-    def _take(self, conversation_id: UUID, log: Log, reading: Reading) -> None:
+    async def _read_remote_once(self) -> Mapping[UUID, Reading]:
+        logs = dict(self._remote)
+        try:
+            readings = await read_running(
+                self._database,
+                {conversation_id: log.last_seq for conversation_id, log in logs.items()},
+                limit=EVENTS_READ_MAX,
+                within_seconds=READ_TIMEOUT_SECONDS,
+            )
+        except Exception as error:
+            if not isinstance(error, Unavailable):
+                logger.exception("the turns of other nodes could not be read")
+            for conversation_id, log in logs.items():
+                # Its followers read by themselves, and tell their clients what is wrong.
+                self.end_log(conversation_id, log, is_whole=False)
+            return {}
+        for conversation_id, reading in readings.items():
+            self._take_remote(conversation_id, logs[conversation_id], reading)
+        return readings
+
+    def _take_remote(self, conversation_id: UUID, log: Log, reading: Reading) -> None:
         channel = self._channels.get(conversation_id)
         if channel is None or self._remote.get(conversation_id) is not log:
-            return  # nobody follows any more, or the turn runs here by now
-        if reading.is_broken:
-            self.end_log(conversation_id, log, is_whole=False)
-            return
-        log.events.extend(reading.events)
-        is_over = reading.is_complete and not reading.is_running
-        if is_over or any(event.type in _TERMINAL for event in reading.events):
-            self.end_log(conversation_id, log)
-            if not is_over:
+            return  # nobody follows it any more, or the turn runs here by now
+        outcome = outcome_of(reading)
+        if outcome != "broken":
+            log.extend(reading.events)
+        match outcome:
+            case "broken":
+                self.end_log(conversation_id, log, is_whole=False)
+            case "over":
+                self.end_log(conversation_id, log)
+            case "next turn":
+                self.end_log(conversation_id, log)
                 self._open_remote(conversation_id, channel, log.last_seq)
-        elif reading.events:
-            channel.wake()
+            case "more":
+                channel.wake()
+            case "nothing":
+                pass
+            case _:
+                assert_never(outcome)
 
-    def _open_remote(self, conversation_id: UUID, channel: Channel, cursor: int) -> None:
-        channel.log = self._remote[conversation_id] = Log(cursor + 1)
+    def _open_remote(self, conversation_id: UUID, channel: LiveChannel, after: int) -> None:
+        log = self._remote[conversation_id] = Log(after + 1)
         self._has_remote.set()
-        channel.wake()  # whoever has read less than the log begins with must read on
+        channel.begin(log)
 
     # Followers.
 
     async def follow(
         self, user_id: str, conversation_id: UUID, after: int | None, *, is_own: bool = False
-    ) -> AsyncGenerator[Step, None]:
-        """Everything after the cursor, in order, for ever: batches of events, and a snapshot where there is no cursor
-        or the journal does not hold what follows it. `is_own` says that the conversation is known to be the user's.
-        Raises NotFound, or Unavailable (then follow again)."""
-        channel = self._channels.setdefault(conversation_id, Channel())
+    ) -> AsyncGenerator[Update, None]:
+        """Yield everything after the cursor, in order, for ever: batches of events, and snapshots.
+
+        A snapshot comes where `after` is None, or where the journal does not hold what follows the cursor. `is_own`
+        says that the conversation is known to be the user's. Raises NotFound, or Unavailable (then follow again).
+        """
+        channel = self._channels.setdefault(conversation_id, LiveChannel())
         channel.followers += 1
-        log: Log | None = None  # where this follower reads while a turn runs, or ran
-        read_at = -1  # at which of the channel's changes all that was committed had been read
+        cursor = Cursor(after, is_own=is_own)
         try:
-            if after is None:
-                snapshot = await self._snapshot(user_id, conversation_id)
-                after, is_own = snapshot.seq, True
-                yield snapshot
             while True:
-                if log is None and is_own and channel.log is not None and channel.log.covers(after):
-                    log = channel.log
-                if log is not None:
-                    if events := log.after(after):
-                        after = events[-1].seq
+                update = cursor.next(channel)
+                if isinstance(update, list):  # not `match`: this is run twice for each token and follower
+                    yield update
+                elif update == "change":
+                    await channel.wait_change()
+                elif update == "reading":
+                    assert cursor.after is not None
+                    changes = channel.changes
+                    reading = await self._read(channel, user_id, conversation_id, cursor.after)
+                    events = cursor.take_reading(reading, changes)
+                    if channel.needs_log(reading):
+                        self._open_remote(conversation_id, channel, cursor.after)
+                    if events:
                         yield events
-                    elif log.is_over:
-                        read_at = log.over_at
-                        log = None
-                    else:
-                        await channel.change()
-                elif read_at == channel.changes:
-                    await channel.change()
+                elif update == "snapshot":
+                    snapshot = await self._snapshot(user_id, conversation_id)
+                    cursor.take_snapshot(snapshot.seq)
+                    yield snapshot
                 else:
-                    changes = channel.changes  # what commits during the reading is not known to be in it
-                    reading = await self._read(channel, user_id, conversation_id, after)
-                    is_own = True
-                    if reading.is_broken:
-                        snapshot = await self._snapshot(user_id, conversation_id)
-                        after = snapshot.seq
-                        yield snapshot
-                        continue
-                    if reading.events:
-                        after = reading.events[-1].seq
-                    if reading.is_complete:
-                        read_at = changes
-                        if reading.is_running and channel.log is None:
-                            self._open_remote(conversation_id, channel, after)
-                    if reading.events:
-                        yield reading.events
+                    assert_never(update)
         finally:
             channel.followers -= 1
             self._drop_if_unused(conversation_id, channel)
 
     async def keep_following(
         self, user_id: str, conversation_id: UUID, after: int | None, *, is_own: bool = False
-    ) -> AsyncGenerator[Step | DatabaseUnavailable, None]:
+    ) -> AsyncGenerator[Update | DatabaseUnavailable, None]:
         """Follow as `follow` does, also while Postgres is away: yield DatabaseUnavailable then, and go on from the
         cursor. Raises NotFound."""
         while True:
@@ -283,8 +237,8 @@ class Follows:
                 unavailable.__cause__ = error
                 yield unavailable
 
-    async def _read(self, channel: Channel, user_id: str, conversation_id: UUID, after: int) -> Reading:
-        """What lies after the cursor; those who ask the same at the same change share one reading."""
+    async def _read(self, channel: LiveChannel, user_id: str, conversation_id: UUID, after: int) -> Reading:
+        """Read what follows the cursor. Followers that ask the same at the same version share one reading."""
         key = (user_id, after, channel.changes)
         task = channel.readings.get(key)
         if task is None:
@@ -306,7 +260,7 @@ class Follows:
             raise NotFound(conversation_id=conversation_id)
         return snapshot
 
-    def _drop_if_unused(self, conversation_id: UUID, channel: Channel) -> None:
+    def _drop_if_unused(self, conversation_id: UUID, channel: LiveChannel) -> None:
         if channel.followers or self._channels.get(conversation_id) is not channel:
             return
         if (remote := self._remote.get(conversation_id)) is not None and channel.log is remote:

@@ -1,11 +1,16 @@
-"""The journal's group commit: what the running turns of this node say goes to Postgres in one statement a flush.
+"""Group commit: one statement per flush appends what all running turns of this node have said.
 
-The contract. While a turn runs, only its owner appends to its conversation, and counts `seq` on from the
-admission. `TurnJournal.add_*` never waits: it puts into a buffer, whose size is bounded by the turn's own bound.
-A flush takes the whole buffer; the next batch collects while it is under way; there is never more than one.
-Nothing is published before its commit is known. A flush whose outcome is unknown is repeated with the same
-keys. A turn whose epoch is stale is refused as a whole: it is lost, says nothing more, and nobody here is told
-anything further of it by this node's memory; its followers read on in Postgres.
+The contract:
+
+- While a turn runs, only its owner appends to its conversation. It counts `seq` on from the admission.
+- `TurnJournal.add_text` and `add_event` never wait. They fill a buffer whose size the turn's own limit bounds.
+- A flush takes the whole buffer, and the next batch collects while it is under way. There is never more than one flush.
+- Nothing is published before its commit is known. A flush whose outcome is unknown is repeated with the same keys.
+- Postgres refuses a turn whose epoch is stale, as a whole. That turn is lost: this node appends and publishes nothing
+  more of it, and its followers continue from Postgres.
+
+`FlushSchedule` and `TurnBuffer` decide; they are given the time and know no event loop. `Journal` and `TurnJournal`
+act.
 """
 
 from __future__ import annotations
@@ -22,122 +27,219 @@ from anynode.server import metrics
 
 logger = logging.getLogger("anynode.journal")
 
-# From so many running turns on, what is urgent keeps the full interval's distance from the previous flush; with
-# fewer, a proportion of it. So urgency costs nothing alone and cannot raise the number of statements in a crowd.
-URGENT_TURNS: Final = 100
+URGENT_TURNS: Final = 100  # running turns from which on urgency no longer shortens the interval
 
 OnCommitted = Callable[[Sequence[Event], bool], None]
 
 
-class TurnJournal:
-    """One running turn's way into the journal; `closed` is done when its ending is committed (True) or it is lost."""
+class FlushSchedule:
+    """When the next flush is due. It is given the time and sets no timer.
+
+    Text waits for the interval. An urgent flush comes no sooner than `interval × min(1, open_turns / URGENT_TURNS)`
+    after the last one: almost at once for one turn, a full interval from 100 turns on. So urgency never adds statements
+    under load.
+    """
+
+    __slots__ = ("_flushed_at", "_interval", "due_at", "open_turns")
+
+    def __init__(self, interval_seconds: float, now: float) -> None:
+        self.due_at: float | None = None  # None: nobody has asked since the last flush began
+        self.open_turns = 0
+        self._interval = interval_seconds
+        self._flushed_at = now - interval_seconds
+
+    def want(self, now: float, *, is_urgent: bool) -> float | None:
+        """Ask for a flush. Return when it is due, or None if the next one is due as early already."""
+        if is_urgent:
+            at = self._flushed_at + self._interval * min(1.0, self.open_turns / URGENT_TURNS)
+        else:
+            at = now + self._interval
+        if self.due_at is not None and self.due_at <= at:
+            return None
+        self.due_at = at
+        return at
+
+    def flushed(self, now: float) -> None:
+        """Note that a flush begins now, with everything that was asked for so far."""
+        self.due_at = None
+        self._flushed_at = now
+
+
+class TurnBuffer:
+    """What one turn has said and no flush has taken yet, as plain state.
+
+    The buffer accepts until the turn's ending is in it, or until the turn is lost.
+    """
 
     __slots__ = (
-        "_committed_seq",
         "_ending",
-        "_is_dirty",
-        "_is_sealed",
-        "_journal",
         "_next_seq",
-        "_on_committed",
         "_pending",
-        "_progress",
         "_texts",
         "_turn_id_text",
-        "closed",
+        "committed_seq",
         "epoch",
+        "is_lost",
+        "is_over",
+        "is_sealed",
         "turn_id",
     )
 
-    def __init__(self, journal: Journal, turn_id: UUID, epoch: int, next_seq: int, on_committed: OnCommitted) -> None:
+    def __init__(self, turn_id: UUID, epoch: int, next_seq: int) -> None:
         self.turn_id = turn_id
-        self._turn_id_text = str(turn_id)
         self.epoch = epoch
-        self.closed: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._journal = journal
+        self.committed_seq = next_seq - 1
+        self.is_sealed = False  # nothing more is accepted
+        self.is_over = False  # the ending is committed
+        self.is_lost = False  # the turn is no longer this node's
+        self._turn_id_text = str(turn_id)
         self._next_seq = next_seq
-        self._committed_seq = next_seq - 1
-        self._progress: asyncio.Future[None] | None = None  # done at the next commit, or when the turn is over
-        self._on_committed = on_committed
         self._pending: list[tuple[str, str]] = []
         self._texts: list[str] = []
         self._ending: Ending | None = None
-        self._is_dirty = False
-        self._is_sealed = False
 
-    def add_text(self, text: str, *, is_urgent: bool = False) -> None:
-        """Append text; adjacent texts of one flush become one event. Ignored once the turn has ended or is lost."""
-        if self._is_sealed:
-            return
-        self._texts.append(text)
-        if is_urgent or not self._is_dirty:
-            self._journal.want_flush(self, is_urgent=is_urgent)
+    def add_text(self, text: str) -> None:
+        """Append text. Adjacent texts of one flush become one event."""
+        if not self.is_sealed:
+            self._texts.append(text)
 
     def add_event(self, type: str, payload: str) -> None:
-        """Append an event with a JSON payload, to be committed at once. Ignored once the turn has ended or is lost."""
-        if self._is_sealed:
-            return
-        self._close_text()
-        self._pending.append((type, payload))
-        self._journal.want_flush(self, is_urgent=True)
-
-    async def committed(self) -> None:
-        """Wait until all that was appended so far is committed, or the turn is over or lost. The one thing here that
-        waits: for an agent that is about to do what must not be done without a trace."""
-        self._close_text()
-        last_seq = self._next_seq - 1 + len(self._pending)
-        while self._committed_seq < last_seq and not self.closed.done():
-            self._progress = asyncio.get_running_loop().create_future()
-            await self._progress
+        """Append an event with a JSON payload."""
+        if not self.is_sealed:
+            self.close_text()
+            self._pending.append((type, payload))
 
     def end(self, type: str, payload: str, ending: Ending) -> None:
-        """Append the turn's last event, which commits with its messages and status. Only the first one counts."""
-        if self._is_sealed:
-            return
-        self.add_event(type, payload)
-        self._ending = ending
-        self._is_sealed = True
+        """Append the turn's last event. Only the first call counts."""
+        if not self.is_sealed:
+            self.add_event(type, payload)
+            self._ending = ending
+            self.is_sealed = True
 
     def lose(self) -> None:
-        """This node no longer has the right to the turn: forget what is not committed, say nothing more."""
-        self._is_sealed = True
+        """Forget what no flush has taken, and accept nothing more."""
+        self.is_sealed = True
+        self.is_lost = not self.is_over
         self._pending.clear()
         self._texts.clear()
-        if not self.closed.done():
-            self.closed.set_result(False)
-        self._tell_progress()
 
-    @property
-    def is_ending(self) -> bool:
-        """Whether the last event is in the buffer, or on its way into Postgres."""
-        return self._ending is not None
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether the turn is no longer this node's."""
-        return self.closed.done() and not self.closed.result()
-
-    def _close_text(self) -> None:
+    def close_text(self) -> int:
+        """Let later text begin another event. Return the seq of the last event that was appended so far."""
         if self._texts:
             self._pending.append((DELTA, delta_payload("".join(self._texts))))
             self._texts.clear()
+        return self._next_seq - 1 + len(self._pending)
 
-    def _take(self) -> Entry:
-        self._close_text()
+    def take(self) -> Entry:
+        """Return everything for a flush, numbered, and leave the buffer empty."""
+        self.close_text()
         events = []
         for seq, (type, payload) in enumerate(self._pending, self._next_seq):
             events.append(Event(seq, type, self._turn_id_text, payload))
         self._next_seq += len(events)
         self._pending.clear()
-        self._is_dirty = False
         return Entry(self.turn_id, self.epoch, events, self._ending)
 
-    def _commit(self, entry: Entry) -> None:
-        if self.is_lost:
+    def commit(self, entry: Entry) -> None:
+        """Note that an entry of this buffer is committed."""
+        self.committed_seq = entry.events[-1].seq
+        self.is_over = entry.ending is not None
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the turn's last event was appended."""
+        return self._ending is not None
+
+
+class TurnJournal:
+    """One running turn's way into the journal.
+
+    `closed` is done when the turn's ending is committed (True) or the turn is lost (False).
+    """
+
+    __slots__ = ("_buffer", "_journal", "_loop", "_on_committed", "_progress", "closed", "is_queued")
+
+    def __init__(self, journal: Journal, buffer: TurnBuffer, on_committed: OnCommitted) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[bool] = self._loop.create_future()
+        self.is_queued = False  # the next flush will take what the buffer holds
+        self._journal = journal
+        self._buffer = buffer
+        self._progress: asyncio.Future[None] | None = None  # done at the next commit, or when the turn is closed
+        self._on_committed = on_committed
+
+    @property
+    def turn_id(self) -> UUID:
+        """The turn's id."""
+        return self._buffer.turn_id
+
+    @property
+    def epoch(self) -> int:
+        """The epoch under which this node owns the turn."""
+        return self._buffer.epoch
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the last event is in the buffer, on its way into Postgres, or committed."""
+        return self._buffer.is_ending
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the turn is no longer this node's."""
+        return self._buffer.is_lost
+
+    def add_text(self, text: str, *, is_urgent: bool = False) -> None:
+        """Append text. It is ignored once the turn has ended or is lost."""
+        if self._buffer.is_sealed:
             return
-        self._on_committed(entry.events, entry.ending is not None)
-        self._committed_seq = entry.events[-1].seq
-        if entry.ending is not None:
+        self._buffer.add_text(text)
+        if is_urgent or not self.is_queued:
+            self._journal.want_flush(self, is_urgent=is_urgent)
+
+    def add_event(self, type: str, payload: str) -> None:
+        """Append an event with a JSON payload, urgently. It is ignored once the turn has ended or is lost."""
+        if self._buffer.is_sealed:
+            return
+        self._buffer.add_event(type, payload)
+        self._journal.want_flush(self, is_urgent=True)
+
+    def end(self, type: str, payload: str, ending: Ending) -> None:
+        """Append the turn's last event, which commits with its messages and status. Only the first call counts."""
+        if self._buffer.is_sealed:
+            return
+        self._buffer.end(type, payload, ending)
+        self._journal.want_flush(self, is_urgent=True)
+
+    async def wait_committed(self) -> None:
+        """Wait until everything appended so far is committed, or the turn is over or lost.
+
+        An agent waits here before it does what must leave a trace: before it runs a tool.
+        """
+        last_seq = self._buffer.close_text()
+        while self._buffer.committed_seq < last_seq and not self.closed.done():
+            self._progress = self._loop.create_future()
+            await self._progress
+
+    def lose(self) -> None:
+        """Give the turn up: forget what is not committed, and append and publish nothing more."""
+        self._buffer.lose()
+        if not self.closed.done():
+            self.closed.set_result(False)
+        self._tell_progress()
+
+    def take(self) -> Entry:
+        """Return everything for a flush."""
+        self.is_queued = False
+        return self._buffer.take()
+
+    def commit(self, entry: Entry) -> None:
+        """Publish an entry that is committed, unless the turn was lost meanwhile."""
+        if self._buffer.is_lost:
+            return
+        is_over = entry.ending is not None
+        self._on_committed(entry.events, is_over)
+        self._buffer.commit(entry)
+        if is_over:
             self.closed.set_result(True)
         self._tell_progress()
 
@@ -147,70 +249,60 @@ class TurnJournal:
 
 
 class Journal:
-    """The buffer of a node and the one task that flushes it."""
+    """The turns of a node that have something to commit, and the one task that flushes them."""
 
     def __init__(self, database: Database, *, flush_interval_seconds: float, attempt_seconds: float) -> None:
         self._database = database
-        self._interval = flush_interval_seconds
         self._attempt_seconds = attempt_seconds  # then another connection is tried
         self._loop = asyncio.get_running_loop()
-        self._dirty: list[TurnJournal] = []
-        self._open = 0
+        self._schedule = FlushSchedule(flush_interval_seconds, self._loop.time())
+        self._queued: list[TurnJournal] = []
         self._due = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
-        self._flushed_at = self._loop.time() - flush_interval_seconds
 
     def open(self, turn_id: UUID, epoch: int, next_seq: int, on_committed: OnCommitted) -> TurnJournal:
-        """The journal of a turn that runs here from now on; `next_seq` is the seq of its next event. The callback
-        gets events once they are committed, and whether they end the turn."""
-        turn = TurnJournal(self, turn_id, epoch, next_seq, on_committed)
-        self._open += 1
+        """Return the journal of a turn that runs here from now on; `next_seq` is the seq of its next event.
+
+        `on_committed` is called with events once they are committed, and with whether they end the turn.
+        """
+        turn = TurnJournal(self, TurnBuffer(turn_id, epoch, next_seq), on_committed)
+        self._schedule.open_turns += 1
         turn.closed.add_done_callback(self._forget)
         return turn
 
     def want_flush(self, turn: TurnJournal, *, is_urgent: bool) -> None:
-        """See that what the turn has to say is committed within the interval, or as soon as is fair."""
-        if not turn._is_dirty:
-            turn._is_dirty = True
-            self._dirty.append(turn)
-        if is_urgent:
-            at = self._flushed_at + self._interval * min(1.0, self._open / URGENT_TURNS)
-        else:
-            at = self._loop.time() + self._interval
-        if self._timer is not None:
-            if self._timer_at <= at:
-                return
-            self._timer.cancel()
-        if at <= self._loop.time():
-            self._timer = None
+        """Let the next flush take what the turn has said: within the interval, or as soon as the schedule allows."""
+        if not turn.is_queued:
+            turn.is_queued = True
+            self._queued.append(turn)
+        now = self._loop.time()
+        at = self._schedule.want(now, is_urgent=is_urgent)
+        if at is None:
+            return
+        self._stop_timer()
+        if at <= now:
             self._due.set()
         else:
-            self._timer, self._timer_at = self._loop.call_at(at, self._ring), at
+            self._timer = self._loop.call_at(at, self._due.set)
 
     async def run(self) -> None:
-        """Flush for ever. The owner cancels it when no turn runs any more."""
+        """Flush for ever. The owner cancels this when no turn runs any more."""
         while True:
             await self._due.wait()
             self._due.clear()
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
-            turns, self._dirty = self._dirty, []
-            if not turns:
-                continue
-            self._flushed_at = self._loop.time()
-            batch = [(turn, turn._take()) for turn in turns]
+            self._stop_timer()
+            self._schedule.flushed(self._loop.time())
+            turns, self._queued = self._queued, []
+            batch = [(turn, turn.take()) for turn in turns]
             await self._commit([(turn, entry) for turn, entry in batch if entry.events])
-            if self._dirty and self._timer is None:
-                self._ring()
 
-    def _ring(self) -> None:
-        self._timer = None
-        self._due.set()
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _forget(self, closed: asyncio.Future[bool]) -> None:
-        self._open -= 1
+        self._schedule.open_turns -= 1
 
     async def _commit(self, batch: Sequence[tuple[TurnJournal, Entry]]) -> None:
         while batch := [(turn, entry) for turn, entry in batch if not turn.is_lost]:
@@ -224,7 +316,7 @@ class Journal:
                 # A turn leaves the batch when its lease has run out by this node's own clock.
                 logger.warning("a flush of %d turns waits for Postgres: %s", len(batch), error)
                 continue
-            except Exception:  # noqa: BLE001  (logged where it is found whose it is)
+            except Exception:  # noqa: BLE001  (logged once the turn that causes it is found)
                 await self._isolate(batch)
                 return
             metrics.flushes.inc()
@@ -234,14 +326,14 @@ class Journal:
                     logger.warning("turn %s is no longer this node's", turn.turn_id)
                     turn.lose()
                 else:
-                    turn._commit(entry)
+                    turn.commit(entry)
             return
 
     async def _isolate(self, batch: Sequence[tuple[TurnJournal, Entry]]) -> None:
-        """One turn has something that Postgres does not take: find it, so that the others go on."""
+        """Commit each turn alone: one of them has an event that Postgres refuses, and the others must go on."""
         if len(batch) > 1:
             for part in batch:
                 await self._commit([part])
         else:
-            logger.exception("what turn %s said cannot be committed", batch[0][0].turn_id)
+            logger.exception("an event of turn %s cannot be committed; the turn is given up", batch[0][0].turn_id)
             batch[0][0].lose()

@@ -1,4 +1,9 @@
-"""Leases: a node keeps those of its turns, and takes over turns whose nodes have lost theirs."""
+"""Leases: a node renews those of its turns, and takes over turns whose nodes have lost theirs.
+
+Leases run by the database's clock. A node relies on one by its own monotonic clock, for less time than it was granted,
+so a node that is cut off gives its turns up before another may take them over. A node that was paused cannot. Every
+write of a turn therefore carries the turn's epoch, and Postgres refuses a stale one.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal, TypeAlias, assert_never
 
 from anynode.models.conversations import read_history
 from anynode.models.database import Database, Unavailable
@@ -16,37 +21,66 @@ from anynode.server import metrics
 from anynode.server.agents.agent import Agent, Turn, can_resume_calls
 from anynode.server.engine.admission import agent_history
 from anynode.server.engine.running_turns import RunningTurns
-from anynode.server.engine.steps import history_of_steps, standing_events, steps_in
-from anynode.server.engine.turn import RunningTurn
+from anynode.server.engine.steps import history_of_steps, stands_up_to, steps_in
+from anynode.server.engine.turn import TurnRunner
 from anynode.server.protocol.encoding import encode
 from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
 
 BEAT_SECONDS: Final = 1.0
-TAKEOVERS_AT_ONCE: Final = 20  # in one statement: so that nodes share them, and none takes long
+TAKEOVERS_AT_ONCE: Final = 20  # turns of one statement: so the nodes share the work, and no statement takes long
 
 
-class Lease:
-    """A lease that is being asked for: this node trusts it from when it `is_asked`, by the monotonic clock, for less
-    than it lasts, as clocks drift and an agent takes a moment to stop."""
+class LeaseClock:
+    """How long this node may rely on a lease: 80 % of its duration, from before the request was sent.
+
+    The rest is for clocks that drift and for agents that take a moment to stop. All times are of the monotonic clock.
+    """
 
     def __init__(self, trusted_seconds: float) -> None:
         self._trusted_seconds = trusted_seconds
-        self._asked_at: float | None = None
+        self._started_at: float | None = None
 
-    def is_asked(self) -> None:
-        """The statement is on its way. Where it is repeated, the first may be the one that was heard."""
-        self._asked_at = self._asked_at or time.monotonic()
+    def start(self, now: float) -> None:
+        """Note that the request is being sent. Only the first call counts: a repeated request may have been heard the
+        first time."""
+        if self._started_at is None:
+            self._started_at = now
 
     @property
     def trusted_until(self) -> float:
-        """0: it has never been asked for."""
-        return self._asked_at + self._trusted_seconds if self._asked_at else 0.0
+        """The time up to which the lease is trusted; 0 if it was never requested."""
+        return 0.0 if self._started_at is None else self._started_at + self._trusted_seconds
+
+
+# What becomes of a turn of this node once Postgres has answered a renewal.
+# keep: trust the new lease
+# cancel: trust the new lease, and stop the turn, as some node was asked to
+# lose: another node owns the turn, or it is gone
+# give back: this node had lost the turn, and has renewed its lease all the same
+# leave: the turn has ended, or its end is on its way
+Renewal: TypeAlias = Literal["keep", "cancel", "lose", "give back", "leave"]
+
+
+def renewal_of(cancel_requested: bool | None, *, is_lost: bool, is_closed: bool, is_ending: bool) -> Renewal:
+    """Decide what becomes of a turn after a renewal. `cancel_requested` is None if the lease was not renewed.
+
+    A turn whose end is on its way is left alone where its lease was not renewed: the end may be committed already, and
+    an ended turn has no lease. If it is not, the flush is refused.
+    """
+    is_held = cancel_requested is not None
+    if is_lost and is_held:
+        return "give back"
+    if is_closed:
+        return "leave"
+    if is_held:
+        return "cancel" if cancel_requested else "keep"
+    return "leave" if is_ending else "lose"
 
 
 class Leases:
-    """The leases of a node's turns. `may_take_over` is false from the beginning of its drain on."""
+    """The leases of a node's turns. `may_take_over` is false once the node drains."""
 
     def __init__(
         self, settings: Settings, database: Database, turns: RunningTurns, *, node_id: str, agent: Agent
@@ -56,22 +90,22 @@ class Leases:
         self._database = database
         self._turns = turns
         self._node_id = node_id
-        self._standing = standing_events(agent)
+        self._stands_up_to = stands_up_to(agent)
         self._resumes_calls = can_resume_calls(agent)
         self._take_over_soon = asyncio.Event()
         self._trusted_seconds = settings.lease_seconds * 0.8
         self._beat_seconds = min(BEAT_SECONDS, settings.lease_seconds / 5)
 
-    def new(self) -> Lease:
-        """A lease, to be asked for."""
-        return Lease(self._trusted_seconds)
+    def new(self) -> LeaseClock:
+        """Return the clock of a lease that is about to be requested."""
+        return LeaseClock(self._trusted_seconds)
 
     def take_over_soon(self) -> None:
-        """A turn is known whose lease has run out."""
+        """Look for lapsed leases now: one is known to have run out."""
         self._take_over_soon.set()
 
     async def beat(self) -> None:
-        """Renew the leases, and look for those that have run out, for ever."""
+        """Renew the leases, and then look for lapsed ones, for ever."""
         while True:
             started = time.monotonic()
             try:
@@ -84,7 +118,7 @@ class Leases:
             await asyncio.sleep(max(0.0, started + self._beat_seconds - time.monotonic()))
 
     async def take_over_lapsed(self) -> None:
-        """At every beat, and at once where somebody here follows a turn whose node has died."""
+        """Take over turns whose leases have lapsed, for ever: at every beat, and at once if one is followed here."""
         while True:
             await self._take_over_soon.wait()
             self._take_over_soon.clear()
@@ -101,61 +135,73 @@ class Leases:
         if not renewed:
             return
         lease = self.new()
-        lease.is_asked()
+        lease.start(now)
         held = await renew_leases(
             self._database,
-            {running.turn.turn_id: running.turn.attempt for running in renewed},
+            {running.turn.turn_id: running.epoch for running in renewed},
             lease_seconds=self._settings.lease_seconds,
             within_seconds=self._trusted_seconds,
         )
-        given_up: list[RunningTurn] = []
+        given_back: list[TurnRunner] = []
         for running in renewed:
-            is_to_cancel = held.get(running.turn.turn_id)
-            if running.journal.is_lost and is_to_cancel is not None:
-                given_up.append(running)
-            elif running.journal.closed.done():
-                continue
-            elif is_to_cancel is not None:
-                running.lease_until = lease.trusted_until
-                if is_to_cancel:
+            journal = running.journal
+            renewal = renewal_of(
+                held.get(running.turn.turn_id),
+                is_lost=journal.is_lost,
+                is_closed=journal.closed.done(),
+                is_ending=journal.is_ending,
+            )
+            match renewal:
+                case "keep":
+                    running.lease_until = lease.trusted_until
+                case "cancel":
+                    running.lease_until = lease.trusted_until
                     running.cancel()
-            elif not running.journal.is_ending:
-                running.lose()
-        if given_up:
-            await self.release(given_up)
+                case "lose":
+                    running.lose()
+                case "give back":
+                    given_back.append(running)
+                case "leave":
+                    pass
+                case _:
+                    assert_never(renewal)
+        if given_back:
+            await self.release(given_back)
 
-    async def release(self, turns: Sequence[RunningTurn]) -> None:
-        """Hand over turns that were lost on purpose."""
+    async def release(self, turns: Sequence[TurnRunner]) -> None:
+        """Let other nodes take these turns over at once; they must be lost here already."""
         try:
-            await release_leases(self._database, {running.turn.turn_id: running.turn.attempt for running in turns})
+            await release_leases(self._database, {running.turn.turn_id: running.epoch for running in turns})
         except Unavailable as error:
             logger.warning("the leases could not be released, and will lapse: %s", error)
 
     async def _take_over(self) -> None:
-        is_more = True
-        while is_more and self.may_take_over:
-            with self._turns.starting():
-                lease = self.new()
-                taken_turns = await take_over(
-                    self._database,
-                    node=self._node_id,
-                    known=self._turns.known(),
-                    lease_seconds=self._settings.lease_seconds,
-                    beat_seconds=self._beat_seconds,
-                    limit=TAKEOVERS_AT_ONCE,
-                    max_attempts=self._settings.max_attempts,
-                    stands_up_to=self._standing,
-                    within_seconds=self._trusted_seconds,
-                    on_sent=lease.is_asked,
-                )
-                for taken in taken_turns:
-                    logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
-                    metrics.turns_taken_over.inc()
-                    self._turns.spawn(self._continue(taken, lease), taken.turn_id)
-            is_more = len(taken_turns) == TAKEOVERS_AT_ONCE
+        while self.may_take_over and await self._take_over_some() == TAKEOVERS_AT_ONCE:
+            pass
 
-    async def _continue(self, taken: TakenTurn, lease: Lease) -> None:
-        """Go on with a turn, each by itself, so that one that cannot be read does not keep the others."""
+    async def _take_over_some(self) -> int:
+        with self._turns.starting():
+            lease = self.new()
+            taken_turns = await take_over(
+                self._database,
+                node=self._node_id,
+                known=self._turns.known(),
+                lease_seconds=self._settings.lease_seconds,
+                beat_seconds=self._beat_seconds,
+                limit=TAKEOVERS_AT_ONCE,
+                max_attempts=self._settings.max_attempts,
+                stands_up_to=self._stands_up_to,
+                within_seconds=self._trusted_seconds,
+                on_sent=lambda: lease.start(time.monotonic()),
+            )
+            for taken in taken_turns:
+                logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
+                metrics.turns_taken_over.inc()
+                self._turns.spawn(self._continue(taken, lease), taken.turn_id)
+        return len(taken_turns)
+
+    async def _continue(self, taken: TakenTurn, lease: LeaseClock) -> None:
+        """Run a turn that was taken over. Each has its own task, so that an unreadable one does not stop the others."""
         try:
             found = await read_history(
                 self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
@@ -171,7 +217,7 @@ class Leases:
             steps, partial, pending = steps_in(taken.standing_events)
             is_readable = True
         except Exception:
-            logger.exception("what stands of turn %s cannot be read", taken.turn_id)
+            logger.exception("the journal of turn %s cannot be read; the turn fails", taken.turn_id)
             steps, partial, pending, is_readable = [], taken.text, [], False
         turn = Turn(
             taken.turn_id,
@@ -185,21 +231,23 @@ class Leases:
         )
         restarted = encode({"epoch": taken.epoch, "text": taken.text})
         event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
-        running = self._turns.start(turn, [event], lease.trusted_until)
+        running = self._turns.start(turn, [event], lease.trusted_until, epoch=taken.epoch)
         running.keep(steps, partial)
         if taken.cancel_requested:
             running.cancel()
         elif taken.is_exhausted:
             running.fail(f"The answer was interrupted {self._settings.max_attempts} times.", retryable=True)
         elif not is_readable:
-            running.fail("The answer was interrupted, and what stood of it cannot be read.")
+            running.fail("The answer was interrupted, and its stored part cannot be read.")
 
-    async def watch(self) -> None:
-        """Stop the turns whose lease could not be renewed, for ever."""
-        # Apart from the beat, which may itself be waiting for a Postgres that does not answer.
+    async def drop_lapsed(self) -> None:
+        """Give up the turns whose leases could not be renewed in time, for ever."""
+        # A task of its own, as the beat may be waiting for a Postgres that does not answer.
         while True:
             await asyncio.sleep(self._settings.lease_seconds / 20)
-            now = time.monotonic()
-            for running in [running for running in self._turns.all() if running.lease_until < now]:
-                logger.warning("the lease of turn %s has run out", running.turn.turn_id)
-                running.lose()
+            self._lose_lapsed(time.monotonic())
+
+    def _lose_lapsed(self, now: float) -> None:
+        for running in [running for running in self._turns.all() if running.lease_until < now]:
+            logger.warning("the lease of turn %s has run out", running.turn.turn_id)
+            running.lose()

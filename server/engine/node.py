@@ -23,7 +23,7 @@ from anynode.server.engine.admission import Admitted, admitted_by, agent_history
 from anynode.server.engine.conversations import Conversations
 from anynode.server.engine.follow import Follows
 from anynode.server.engine.housekeeping import delete_expired
-from anynode.server.engine.leases import Lease, Leases
+from anynode.server.engine.leases import LeaseClock, Leases
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.turn_reader import TurnReader
@@ -77,7 +77,7 @@ class Node:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._running.journal.run())
                 group.create_task(self._leases.beat())
-                group.create_task(self._leases.watch())
+                group.create_task(self._leases.drop_lapsed())
                 group.create_task(self._leases.take_over_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
                 group.create_task(hear_cluster(self._database, self.node_id, self._running, self.follows))
@@ -96,14 +96,14 @@ class Node:
         """Admit nothing more, let the running turns end, and hand over those that do not in time."""
         self.draining.set()
         self._leases.may_take_over = False
-        await self._running.ended(within_seconds)
+        await self._running.wait_ended(within_seconds)
         for _ in range(2):  # what was on its way may have begun after all
             if left := self._running.all():
                 logger.info("handing over %d turns", len(left))
                 for running in left:
                     running.lose()
                 await self._leases.release(left)
-            await self._running.ended(1.0)
+            await self._running.wait_ended(1.0)
         self.drained.set()
 
     # Messages that begin a turn.
@@ -130,7 +130,9 @@ class Node:
             first = [("message.created", question.message_created), ("turn.started", question.turn_started)]
             with self._running.starting(question.turn_id), unavailable_as_client_error(question.conversation_id):
                 lease = self._leases.new()
-                admission = await admit(self._database, question, on_sent=lease.is_asked, **self._terms())
+                admission = await admit(
+                    self._database, question, on_sent=lambda: lease.start(time.monotonic()), **self._terms()
+                )
                 self._start(user_id, admission, first, lease)
             return admission
 
@@ -153,7 +155,7 @@ class Node:
                     frame.message_id,
                     turn_id=turn_id,
                     created_at=datetime.now(UTC),
-                    on_sent=lease.is_asked,
+                    on_sent=lambda: lease.start(time.monotonic()),
                     **self._terms(),
                 )
                 first = [("turn.started", encode({"message_id": admission.client_message_id}))]
@@ -205,7 +207,7 @@ class Node:
             "history_messages_max": self._settings.history_messages_max,
         }
 
-    def _start(self, user_id: str, admission: Admission, first: Sequence[tuple[str, str]], lease: Lease) -> None:
+    def _start(self, user_id: str, admission: Admission, first: Sequence[tuple[str, str]], lease: LeaseClock) -> None:
         """Run the turn of an admission, whose `first` events (type, JSON payload) are committed."""
         if admission.outcome != "admitted":
             return
@@ -277,7 +279,7 @@ class Node:
             await self.cancel(user_id, conversation_id, None)
             return True
 
-        # The last attempt is forced: it finds no turn in its way.
+        # The last attempt begins after `give_up_at`. So it is forced, and finds no turn in its way.
         outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS + 1)
         if outcome == "not_found":
             raise NotFound(conversation_id=conversation_id)
@@ -292,12 +294,13 @@ async def repeat_while_busy(
 ) -> Outcome:
     """Make an attempt, and make it again while a running turn is in its way. Returns the outcome of the last one.
 
-    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. After
-    `within_seconds` the outcome is returned as it is.
+    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. The outcome of an
+    attempt that begins after `within_seconds` is returned as it is.
     """
     give_up_at = time.monotonic() + within_seconds
     while True:
+        is_last = time.monotonic() > give_up_at  # by when it begins: a slow one must not be the last unawares
         outcome = await attempt()
-        if time.monotonic() > give_up_at or not await stop(outcome):
+        if is_last or not await stop(outcome):
             return outcome
         await asyncio.sleep(STOP_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The turns that this node runs: where they begin, and where they are no more."""
+"""The turns that this node runs: where they begin, and where they are forgotten."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from anynode.models.database import Database
 from anynode.models.events import Event
 from anynode.server import metrics
 from anynode.server.agents.agent import Agent, Turn
-from anynode.server.engine.follow import Follows, Log
+from anynode.server.engine.cursor import Log
+from anynode.server.engine.follow import Follows
 from anynode.server.engine.journal import Journal
-from anynode.server.engine.turn import RunningTurn
+from anynode.server.engine.turn import TurnRunner
 from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.node")
@@ -25,7 +26,7 @@ DRAIN_POLL_SECONDS: Final = 0.05
 
 
 class RunningTurns:
-    """All of them, by id; `journal` must be running for them to get anywhere."""
+    """The turns that run on this node, by id. Nothing that they say is committed unless `journal.run` is running."""
 
     def __init__(self, settings: Settings, database: Database, agent: Agent, follows: Follows) -> None:
         self.journal = Journal(
@@ -38,27 +39,30 @@ class RunningTurns:
         self._settings = settings
         self._agent = agent
         self._follows = follows
-        self._turns: dict[UUID, RunningTurn] = {}
+        self._turns: dict[UUID, TurnRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
         return len(self._turns)
 
-    def get(self, turn_id: UUID) -> RunningTurn | None:
-        """The turn, if it runs here."""
+    def get(self, turn_id: UUID) -> TurnRunner | None:
+        """Return the turn, or None if it does not run here."""
         return self._turns.get(turn_id)
 
-    def all(self) -> list[RunningTurn]:
-        """As they are now."""
+    def all(self) -> list[TurnRunner]:
+        """Return a list of the turns that run now."""
         return list(self._turns.values())
 
     def known(self) -> set[UUID]:
-        """The ids of those that run, or may be about to."""
+        """Return the ids of the turns that run here, or may be about to."""
         return self._turns.keys() | self._to_start
 
     @contextmanager
     def starting(self, *turn_ids: UUID) -> Iterator[None]:
-        """Turns may begin here in the meantime: a drain waits for them, and these are not taken for unknown ones."""
+        """Announce that turns may begin within this context.
+
+        A drain waits for it, and a takeover counts `turn_ids` as known here.
+        """
         self._starting += 1
         self._to_start.update(turn_ids)
         try:
@@ -67,13 +71,16 @@ class RunningTurns:
             self._starting -= 1
             self._to_start.difference_update(turn_ids)
 
-    def start(self, turn: Turn, events: Sequence[Event], trusted_until: float) -> RunningTurn:
-        """Run a turn whose first `events` are committed; its lease is trusted until then, by the monotonic clock."""
+    def start(self, turn: Turn, events: Sequence[Event], trusted_until: float, *, epoch: int = 1) -> TurnRunner:
+        """Run a turn whose first `events` are committed, under the epoch in which this node owns it.
+
+        Its lease is trusted until `trusted_until`, by the monotonic clock.
+        """
         if (earlier := self._turns.get(turn.turn_id)) is not None:
-            earlier.lose()  # this node has taken its own turn over: the database's clock is far ahead of its own
+            earlier.lose()  # this node has taken over its own turn: the database's clock is far ahead
         log = self._follows.start_log(turn.conversation_id, events)
-        journal = self.journal.open(turn.turn_id, turn.attempt, events[-1].seq + 1, self._publisher(turn, log))
-        running = RunningTurn(
+        journal = self.journal.open(turn.turn_id, epoch, events[-1].seq + 1, self._publisher(turn, log))
+        running = TurnRunner(
             self._agent,
             turn,
             journal,
@@ -88,7 +95,7 @@ class RunningTurns:
         return running
 
     def spawn(self, work: Coroutine[Any, Any, None], *turn_ids: UUID) -> None:
-        """Do work that a drain waits for, and with which these turns may begin."""
+        """Run a coroutine that a drain waits for, and in which the turns `turn_ids` may begin."""
 
         def forget(task: asyncio.Task[None]) -> None:
             self._tasks.discard(task)
@@ -96,7 +103,7 @@ class RunningTurns:
 
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        self._to_start.update(turn_ids)  # now, and not when the task comes to run: a takeover may be asked for before
+        self._to_start.update(turn_ids)  # now, as a takeover may be asked for before the task runs
         task.add_done_callback(forget)
 
     def _publisher(self, turn: Turn, log: Log) -> Callable[[Sequence[Event], bool], None]:
@@ -105,12 +112,12 @@ class RunningTurns:
 
         return publish
 
-    async def _run_turn(self, running: RunningTurn) -> None:
+    async def _run_turn(self, running: TurnRunner) -> None:
         if not await running.run():
             metrics.turns_lost.inc()
             logger.warning("turn %s was given up: its lease is lost", running.turn.turn_id)
 
-    def _forget(self, running: RunningTurn, log: Log) -> None:
+    def _forget(self, running: TurnRunner, log: Log) -> None:
         # Followers of a turn that is lost go on with what its next node commits.
         self._follows.end_log(running.turn.conversation_id, log, is_whole=not running.journal.is_lost)
         metrics.turns_running.dec()
@@ -118,8 +125,8 @@ class RunningTurns:
         if self._turns.get(running.turn.turn_id) is running:
             del self._turns[running.turn.turn_id]
 
-    async def ended(self, within_seconds: float) -> None:
-        """Wait until none runs any more, and none can begin that was on its way."""
+    async def wait_ended(self, within_seconds: float) -> None:
+        """Wait until no turn runs any more, and none that was on its way can begin; at most `within_seconds`."""
         deadline = time.monotonic() + within_seconds
         while (self._tasks or self._starting) and (left_seconds := deadline - time.monotonic()) > 0:
             pause = min(left_seconds, DRAIN_POLL_SECONDS)

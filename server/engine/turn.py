@@ -1,8 +1,8 @@
 """One running turn: the agent's events go to the journal as they come, and exactly one end follows them.
 
-Nothing here waits for a client, or for the database; only tools do, for their calls to be committed. Whatever stops a
-turn (the agent's end or error, a cancel, no progress, a lost lease), the first one counts; what the agent says
-afterwards is not heard.
+Nothing here waits for a client or for the database, with one exception: an agent is resumed after its tool calls only
+once these are committed. A turn stops by its agent's end or error, a cancel, silence, or a lost lease. The first of
+them counts, and events that the agent yields afterwards are ignored.
 """
 
 from __future__ import annotations
@@ -43,23 +43,89 @@ from anynode.server.protocol.frames import Usage as TurnUsage
 
 logger = logging.getLogger("anynode.turn")
 
-LETTING_GO_SECONDS: Final = 5.0  # how long an agent may take to let go of what it holds
+AGENT_CLOSE_SECONDS: Final = 5.0  # how long a cancelled agent may take to release what it holds
 AnyToolEvent = TypeVar("AnyToolEvent", ToolCall, ToolResult)
 
 YIELD_EVERY: Final = 64  # events after which an agent that never waits lets the other turns run
 
 
 @dataclass(slots=True)
-class Said:
-    """What the turn leaves behind so far: messages of completed steps, and the step that is being said."""
+class Draft:
+    """The answer so far: the messages of completed steps, the step under way, and the size of everything said."""
 
+    user_id: str
+    bytes_max: int
     messages: list[NewMessage] = field(default_factory=list)
     step: Step = field(default_factory=Step)
     bytes: int = 0
 
+    def count(self, text: str) -> bool:
+        """Count text towards the answer's size. Return whether the answer is still within its limit."""
+        self.bytes += len(text) if text.isascii() else len(text.encode())
+        return self.bytes <= self.bytes_max
 
-class RunningTurn:
-    """A turn that this node runs, from its admission or takeover to the commit of its end."""
+    def keep(self, steps: Sequence[Step], text: str, now: datetime) -> None:
+        """Begin with what earlier attempts left: completed steps, and the text of the step that was cut."""
+        for step in steps:
+            self.step = step
+            self.count(step.text)
+            for result in step.results:
+                self.count(result.content)
+            self.complete_step(now)
+        self.step.texts.append(text)
+        self.count(text)
+
+    def complete_step(self, now: datetime) -> None:
+        """Turn the step into messages, and begin the next one."""
+        step = self.step
+        self._add("assistant", step.text, COMPLETED, now, tool_calls=encode(tool_calls_json(step.calls)))
+        for result in step.results:
+            status = FAILED if result.is_error else COMPLETED
+            self._add("tool", result.content, status, now, tool_name=result.tool_name, tool_call_id=result.tool_call_id)
+        self.step = Step()
+
+    def finish(self, status: str, now: datetime) -> NewMessage:
+        """Return the last message, with what was said since the last completed step. Calls without a result go."""
+        if self.step.results:
+            self.step.cut()
+            self.complete_step(now)
+        return self._add("assistant", self.step.text, status, now)
+
+    def _add(
+        self,
+        role: str,
+        content: str,
+        status: str,
+        now: datetime,
+        *,
+        tool_calls: str | None = None,
+        tool_name: str | None = None,
+        tool_call_id: str | None = None,
+    ) -> NewMessage:
+        number = len(self.messages) + 1
+        message = NewMessage(
+            uuid7(), self.user_id, number, role, content, status, now, tool_calls, tool_name, tool_call_id
+        )
+        self.messages.append(message)
+        return message
+
+
+class Silence:
+    """How long an agent has yielded nothing, by a clock that its owner reads."""
+
+    __slots__ = ("heard_at", "limit_seconds")
+
+    def __init__(self, limit_seconds: float, now: float) -> None:
+        self.limit_seconds = limit_seconds
+        self.heard_at = now
+
+    def seconds_left(self, now: float) -> float:
+        """Return how long the agent may still be silent; 0 or less: it has been silent for too long."""
+        return self.limit_seconds - (now - self.heard_at)
+
+
+class TurnRunner:
+    """Runs one turn on this node, from its admission or takeover to the commit of its end."""
 
     def __init__(
         self, agent: Agent, turn: Turn, journal: TurnJournal, *, timeout_seconds: float, answer_bytes_max: int
@@ -68,23 +134,26 @@ class RunningTurn:
         self.journal = journal
         self.lease_until = 0.0  # by the monotonic clock
         self._agent = agent
-        self._timeout_seconds = timeout_seconds
-        self._answer_bytes_max = answer_bytes_max
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._progress_at = self._loop.time()
+        self._silence = Silence(timeout_seconds, self._loop.time())
         self._started_at = time.monotonic()
         self._cleaner = TextCleaner()
-        self._said = Said()
+        self._draft = Draft(turn.user_id, answer_bytes_max)
         self._has_spoken = False
         self._usage: Usage | None = None
 
+    @property
+    def epoch(self) -> int:
+        """The epoch under which this node owns the turn."""
+        return self.journal.epoch
+
     async def run(self) -> bool:
-        """Run to the commit of the end (True), or until the turn is lost (False)."""
+        """Run the agent to the commit of the turn's end (True), or until the turn is lost (False)."""
         if self._stopped.done():  # ended before it began
             return await self.journal.closed
         answering = asyncio.create_task(self._answer())
-        self._watchdog = self._loop.call_later(self._timeout_seconds, self._check_progress)
+        self._watchdog = self._loop.call_later(self._silence.limit_seconds, self._check_progress)
         self.journal.closed.add_done_callback(lambda _: self._stop())
         try:
             await asyncio.wait((answering, self._stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -93,34 +162,29 @@ class RunningTurn:
                 self.fail("The agent's answer could not be ended.")
             return await self.journal.closed
         finally:
-            # By now the end is committed: an agent that is slow to let go keeps nobody waiting.
+            # By now the end is committed: nobody waits for an agent that is slow to stop.
             self._watchdog.cancel()
             answering.cancel()
-            await asyncio.wait((answering,), timeout=LETTING_GO_SECONDS)
+            await asyncio.wait((answering,), timeout=AGENT_CLOSE_SECONDS)
             if not answering.done():
                 logger.error("the agent of turn %s does not stop when it is cancelled", self.turn.turn_id)
             elif not answering.cancelled() and (error := answering.exception()) is not None:
                 logger.error("the agent of turn %s could not be closed", self.turn.turn_id, exc_info=error)
 
     def cancel(self) -> None:
-        """Stop, and keep what was said."""
+        """Stop the agent, and end the turn as cancelled with the answer so far."""
         self._end(CANCELLED)
 
     def fail(self, message: str, *, retryable: bool = False) -> None:
-        """Stop with an error, and keep what was said."""
+        """Stop the agent, and end the turn as failed with the answer so far."""
         self._end(FAILED, ErrorDetail(AgentFailed.code, clean(message), retryable))
 
     def keep(self, steps: Sequence[Step], text: str) -> None:
-        """Begin with what earlier attempts have left: completed steps, and the text of the step that was cut."""
-        for step in steps:
-            self._said.step = step
-            self._said.bytes += len(step.text.encode()) + sum(len(result.content.encode()) for result in step.results)
-            self._complete_step()
-        self._said.step.texts.append(text)
-        self._said.bytes += len(text.encode())
+        """Begin with what earlier attempts left: completed steps, and the text of the step that was cut."""
+        self._draft.keep(steps, text, datetime.now(UTC))
 
     def lose(self) -> None:
-        """The right to the turn is gone: stop without an end."""
+        """Stop the agent without ending the turn: this node no longer owns it."""
         self.journal.lose()
 
     async def _answer(self) -> None:
@@ -129,14 +193,14 @@ class RunningTurn:
             count = 0
             has_called = False
             async for event in events:
-                self._progress_at = self._loop.time()
+                self._silence.heard_at = self._loop.time()
                 self._hear(event)
                 if isinstance(event, ToolCall):
                     has_called = True
                 elif has_called:
-                    # What runs from here on has a trace: a takeover finds the call, with its id.
+                    # Before the agent runs the tool, its call is committed: a takeover finds it, with its id.
                     has_called = False
-                    await self.journal.committed()
+                    await self.journal.wait_committed()
                 count += 1
                 if count % YIELD_EVERY == 0:
                     await asyncio.sleep(0)
@@ -164,17 +228,9 @@ class RunningTurn:
             case TextDelta(text):
                 self._hear_text(text)
             case ToolCall():
-                call = _storable(event)
-                payload = encode(call)
-                self._begin_step()
-                if self._count(payload):
-                    self._said.step.add_call(call)
-                    self.journal.add_event("turn.tool_call", payload)
+                self._hear_call(_storable(event))
             case ToolResult():
-                result = _storable(event)
-                if self._count(result.content):
-                    self._said.step.add_result(result)
-                    self.journal.add_event("turn.tool_result", encode(result))
+                self._hear_result(_storable(event))
             case StepEnd():
                 self._begin_step()
             case Usage():
@@ -186,64 +242,48 @@ class RunningTurn:
         text = self._cleaner.clean(text)
         if not text:
             return
-        self._begin_step()
-        if self._count(text):
-            self._said.step.texts.append(text)
-            self.journal.add_text(text, is_urgent=not self._has_spoken)
-            self._has_spoken = True
+        draft = self._draft
+        if draft.step.is_complete:  # not `_begin_step`: one call less for each token
+            draft.complete_step(datetime.now(UTC))
+        if not draft.count(text):
+            self._fail_too_long()
+            return
+        draft.step.texts.append(text)
+        self.journal.add_text(text, is_urgent=not self._has_spoken)
+        self._has_spoken = True
 
-    def _count(self, text: str) -> bool:
-        """Whether the turn may say this much more; where not, it has failed."""
-        self._said.bytes += len(text) if text.isascii() else len(text.encode())
-        if self._said.bytes <= self._answer_bytes_max:
-            return True
-        self.fail(f"The answer is longer than {self._answer_bytes_max} bytes (ANSWER_BYTES_MAX).")
-        return False
+    def _hear_call(self, call: ToolCall) -> None:
+        payload = encode(call)
+        self._begin_step()
+        if self._draft.count(payload):
+            self._draft.step.add_call(call)
+            self.journal.add_event("turn.tool_call", payload)
+        else:
+            self._fail_too_long()
+
+    def _hear_result(self, result: ToolResult) -> None:
+        if self._draft.count(result.content):
+            self._draft.step.add_result(result)
+            self.journal.add_event("turn.tool_result", encode(result))
+        else:
+            self._fail_too_long()
 
     def _begin_step(self) -> None:
-        """What comes next belongs to another step, if this one is complete."""
-        if self._said.step.is_complete:
-            self._complete_step()
+        """Begin another step with what comes next, if the step under way is complete."""
+        if self._draft.step.is_complete:
+            self._draft.complete_step(datetime.now(UTC))
 
-    def _complete_step(self) -> None:
-        said, step = self._said, self._said.step
-        calls = encode(tool_calls_json(step.calls))
-        said.messages.append(self._message("assistant", step.text, COMPLETED, tool_calls=calls))
-        for result in step.results:
-            status = FAILED if result.is_error else COMPLETED
-            named = {"tool_name": result.tool_name, "tool_call_id": result.tool_call_id}
-            said.messages.append(self._message("tool", result.content, status, **named))
-        said.step = Step()
-
-    def _message(
-        self,
-        role: str,
-        content: str,
-        status: str,
-        *,
-        tool_calls: str | None = None,
-        tool_name: str | None = None,
-        tool_call_id: str | None = None,
-    ) -> NewMessage:
-        number = len(self._said.messages) + 1
-        now = datetime.now(UTC)
-        return NewMessage(
-            uuid7(), self.turn.user_id, number, role, content, status, now, tool_calls, tool_name, tool_call_id
-        )
+    def _fail_too_long(self) -> None:
+        self.fail(f"The answer is longer than {self._draft.bytes_max} bytes (ANSWER_BYTES_MAX).")
 
     def _end(self, status: str, error: ErrorDetail | None = None) -> None:
         if self._stopped.done():
             return
         if rest := self._cleaner.finish():
             self._hear_text(rest)
-            if self._stopped.done():  # the rest was too much
+            if self._stopped.done():  # the rest made the answer too long
                 return
-        said = self._said
-        if said.step.results:
-            said.step.cut()
-            self._complete_step()
-        message = self._message("assistant", said.step.text, status)
-        said.messages.append(message)
+        message = self._draft.finish(status, datetime.now(UTC))
         usage = self._total_usage()
         shown = Message(
             message.id, message.role, message.content, None, None, None, status, self.turn.turn_id, message.created_at
@@ -258,7 +298,7 @@ class RunningTurn:
             encode(payload),
             Ending(
                 status,
-                said.messages,
+                self._draft.messages,
                 error=None if error is None else encode(error),
                 usage=encode(usage),
             ),
@@ -268,7 +308,7 @@ class RunningTurn:
 
     def _total_usage(self) -> TurnUsage:
         seconds = time.monotonic() - self._started_at
-        if self.turn.attempt > 1:  # it began on another node, whose clock said when
+        if self.epoch > 1:  # the turn began on another node: its id says when, by that node's clock
             seconds = max(seconds, time.time() - made_at(self.turn.turn_id))
         seconds = round(seconds, 3)
         if self._usage is None:
@@ -280,18 +320,18 @@ class RunningTurn:
             self._stopped.set_result(None)
 
     def _check_progress(self) -> None:
-        silent_seconds = self._loop.time() - self._progress_at
         if self._stopped.done():
             return
-        if silent_seconds >= self._timeout_seconds:
-            self.fail(f"The agent said nothing for {self._timeout_seconds:g} seconds.", retryable=True)
+        seconds_left = self._silence.seconds_left(self._loop.time())
+        if seconds_left <= 0:
+            self.fail(f"The agent said nothing for {self._silence.limit_seconds:g} seconds.", retryable=True)
         else:
-            self._watchdog = self._loop.call_later(self._timeout_seconds - silent_seconds, self._check_progress)
+            self._watchdog = self._loop.call_later(seconds_left, self._check_progress)
 
 
 def _storable(event: AnyToolEvent) -> AnyToolEvent:
-    """The event as Postgres can hold it. Raises msgspec.ValidationError where a field is of a wrong kind, which Structs
-    do not check by themselves."""
+    """Return the event as Postgres can hold it. Raises msgspec.ValidationError if a field has a wrong type, as Structs
+    do not check that."""
     return msgspec.convert(clean(msgspec.structs.asdict(event)), type(event))
 
 

@@ -270,7 +270,7 @@ class _Bodies:
     async def read(self, headers: Headers, receive: Receive, bytes_max: int) -> bytes:
         """Read a whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length[:20]) > bytes_max:
+        if length.isdecimal() and int(length[:20]) > bytes_max:
             raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
         body = bytearray()
         try:

@@ -6,6 +6,7 @@ from typing import Final
 
 from tests.mutations.mutation import Change, Mutation
 
+CURSOR: Final = "server/engine/cursor.py"
 FOLLOW: Final = "server/engine/follow.py"
 JOURNAL: Final = "server/engine/journal.py"
 LEASES: Final = "server/engine/leases.py"
@@ -42,8 +43,8 @@ MUTATIONS: Final = (
         [
             Change(
                 LEASES,
-                "return self._asked_at + self._trusted_seconds if",
-                "return time.monotonic() + self._trusted_seconds if",
+                "else self._started_at + self._trusted_seconds",
+                "else time.monotonic() + self._trusted_seconds",
             )
         ],
         ["unit/engine/test_leases.py"],
@@ -53,8 +54,8 @@ MUTATIONS: Final = (
         [
             Change(
                 LEASES,
-                "                running.lose()\n        if given_up",
-                "                pass\n        if given_up",
+                'case "lose":\n                    running.lose()\n',
+                'case "lose":\n                    pass\n',
             )
         ],
         ["system/test_leases.py"],
@@ -70,7 +71,7 @@ MUTATIONS: Final = (
                 "                turn._on_committed(entry.events, entry.ending is not None)\n"
                 "            try:\n                refused = await flush(",
             ),
-            Change(JOURNAL, "        self._on_committed(entry.events, entry.ending is not None)\n", ""),
+            Change(JOURNAL, "        self._on_committed(entry.events, is_over)\n", ""),
         ],
         ["system/test_commit_then_deliver.py"],
     ),
@@ -82,7 +83,7 @@ MUTATIONS: Final = (
     # Yours only.
     Mutation(
         "a stranger joins the log of a turn that runs",
-        [Change(FOLLOW, "if log is None and is_own and channel.log", "if log is None and channel.log")],
+        [Change(CURSOR, "if self.is_own and channel.log is not None", "if channel.log is not None")],
         [f"{SOCKET}::test_a_stranger_who_asked_to_follow_hears_nothing_of_later_turns", STRANGERS, SOCKET],
     ),
     # Following.
@@ -90,35 +91,35 @@ MUTATIONS: Final = (
         "a log shows the cursor's event again",
         [
             Change(
-                FOLLOW, "self.events[cursor + 1 - self.first_seq :]", "self.events[max(0, cursor - self.first_seq) :]"
+                CURSOR, "self.events[cursor + 1 - self.first_seq :]", "self.events[max(0, cursor - self.first_seq) :]"
             )
         ],
         [CUT_POINTS],
     ),
     Mutation(
         "a log is joined by those that are behind it",
-        [Change(FOLLOW, "return self.first_seq - 1 <= cursor <=", "return cursor <=")],
+        [Change(CURSOR, "return self.first_seq - 1 <= cursor <=", "return cursor <=")],
         [CUT_POINTS, ANY_NODE],
     ),
     Mutation(
         "a follower that has caught up moves the log that others read",
-        [Change(FOLLOW, "if reading.is_running and channel.log is None:", "if reading.is_running:")],
+        [Change(CURSOR, "return self.log is None and reading.is_running and", "return reading.is_running and")],
         [ANY_NODE, "system/test_shared_reading.py"],
     ),
     Mutation(
         "followers elsewhere are not woken by a turn that begins",
         [
             Change(
-                FOLLOW,
-                "                channel.heard_seq = last_seq\n                channel.wake()\n",
-                "                channel.heard_seq = last_seq\n",
+                CURSOR,
+                "            self.heard_seq = last_seq\n            self.wake()\n",
+                "            self.heard_seq = last_seq\n",
             )
         ],
         [ANY_NODE],
     ),
     Mutation(
         "what changes during a reading counts as read",
-        [Change(FOLLOW, "read_at = changes\n", "read_at = channel.changes\n")],
+        [Change(FOLLOW, "cursor.take_reading(reading, changes)", "cursor.take_reading(reading, channel.changes)")],
         ["system/test_wake_up.py"],
     ),
     Mutation(
@@ -162,7 +163,7 @@ MUTATIONS: Final = (
         "a cancel at another node is not heard of",
         [
             Change(NODE, "for turn_id in news.to_cancel:", "for turn_id in ():"),
-            Change(LEASES, "                if is_to_cancel:\n", "                if False:\n"),
+            Change(LEASES, 'return "cancel" if cancel_requested else "keep"', 'return "keep"'),
         ],
         ["system/test_cancel.py"],
     ),

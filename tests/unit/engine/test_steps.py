@@ -22,7 +22,7 @@ from anynode.server.agents.agent import (
     resumes_calls,
 )
 from anynode.server.agents.tool_calls import tool_calls_json
-from anynode.server.engine.steps import Step, history_of_steps, standing_events, steps_in
+from anynode.server.engine.steps import Step, history_of_steps, stands_up_to, steps_in
 from anynode.server.protocol.encoding import encode
 
 Journal = list[tuple[str, str]]
@@ -225,11 +225,11 @@ def test_how_far_a_turn_stands_depends_on_what_its_agent_can_do() -> None:
         return answer
 
     delta_event = TextDelta("")
-    assert standing_events(agent()) == ["turn.tool_result"]
-    assert standing_events(resumes_calls(agent())) == ["turn.tool_call", "turn.tool_result"]
+    assert stands_up_to(agent()) == ["turn.tool_result"]
+    assert stands_up_to(resumes_calls(agent())) == ["turn.tool_call", "turn.tool_result"]
     everything = {"turn.delta", "turn.tool_call", "turn.tool_result", "turn.restarted"}
-    assert set(standing_events(continues(agent()))) == everything
-    assert set(standing_events(continues(resumes_calls(agent())))) == everything
+    assert set(stands_up_to(continues(agent()))) == everything
+    assert set(stands_up_to(continues(resumes_calls(agent())))) == everything
 
 
 # Of random turns, cut anywhere and restarted as the takeover does it.
@@ -361,3 +361,55 @@ def test_steps_are_an_assistants_message_with_calls_and_one_of_a_tool_for_each_r
 
 def test_no_steps_are_no_messages() -> None:
     assert history_of_steps([]) == []
+
+
+# What cannot be read is not taken for a step, whichever field of whichever event it is.
+
+A_CALL = ("turn.tool_call", {"tool_call_id": "1", "tool_name": "tool", "arguments": {}})
+A_RESULT = ("turn.tool_result", {"tool_call_id": "1", "tool_name": "tool", "content": "found", "is_error": False})
+GOOD: list[tuple[str, dict[str, Any]]] = [("turn.delta", {"text": "said "}), A_CALL, A_RESULT]
+
+
+def step_with(type: str, **fields: Any) -> list[tuple[str, str]]:
+    """The journal of a completed step, with other fields (None: without them) in its event of this type."""
+    changed = [(event, {**payload, **(fields if event == type else {})}) for event, payload in GOOD]
+    return [
+        (event, json.dumps({name: value for name, value in payload.items() if value is not None}))
+        for event, payload in changed
+    ]
+
+
+def test_a_journal_that_nobody_has_changed_is_read() -> None:
+    ((step,), partial, _) = steps_in(step_with("turn.delta"))
+    assert (step.text, [call.tool_call_id for call in step.calls], partial) == ("said ", ["1"], "")
+
+
+@pytest.mark.parametrize(
+    ("type", "field", "value"),
+    [
+        ("turn.tool_result", "tool_call_id", 7),
+        ("turn.tool_result", "tool_call_id", None),
+        ("turn.tool_result", "tool_name", 7),
+        ("turn.tool_result", "content", ["found"]),
+        ("turn.tool_result", "is_error", "no"),
+        ("turn.tool_call", "tool_call_id", None),
+        ("turn.tool_call", "arguments", None),
+        ("turn.delta", "text", None),
+        ("turn.tool_call", "tool_call_id", 7),
+        ("turn.tool_call", "tool_name", 7),
+        ("turn.tool_call", "arguments", "none"),
+        ("turn.delta", "text", 7),
+    ],
+)
+def test_a_journal_with_a_field_of_the_wrong_kind_cannot_be_read(type: str, field: str, value: Any) -> None:
+    with pytest.raises(Exception):  # noqa: B017, PT011 (whatever it is, its turn fails)
+        steps_in(step_with(type, **{field: value}))
+
+
+@pytest.mark.parametrize("before", [[], GOOD], ids=["at once", "after another one"])
+def test_a_journal_with_a_result_of_a_call_that_was_never_made_cannot_be_read(
+    before: list[tuple[str, dict[str, Any]]],
+) -> None:
+    orphan = (A_RESULT[0], {**A_RESULT[1], "tool_call_id": "2"})
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        steps_in([(type, json.dumps(payload)) for type, payload in [*before, orphan]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, get_args
 from uuid import UUID
@@ -13,11 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anynode.models.events import Event, delta_payload
-from anynode.server.errors import CLIENT_ERRORS, InvalidFrame, NotFound
-from anynode.server.protocol.encoding import encode, error_frame, event_frames
+from anynode.server.errors import CLIENT_ERRORS, InvalidFrame
+from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import (
-    JOURNAL_FRAMES,
     SEQ_MAX,
     AnyClientFrame,
     AnyServerFrame,
@@ -27,11 +24,9 @@ from anynode.server.protocol.frames import (
     ConversationSnapshot,
     ConversationUnfollow,
     Error,
-    ErrorDetail,
     Goaway,
     Heartbeat,
     Message,
-    MessageCreated,
     MessageSend,
     Ping,
     Pong,
@@ -39,10 +34,6 @@ from anynode.server.protocol.frames import (
     RunningTurn,
     ServerFrame,
     TurnCancel,
-    TurnCompleted,
-    TurnDelta,
-    TurnStarted,
-    Usage,
     decode_frame,
     request_id_of,
 )
@@ -276,145 +267,14 @@ def test_a_frame_without_a_usable_request_id_has_none(text: str) -> None:
     assert request_id_of(text) is None
 
 
-# What the journal shows.
-
-
-def event(seq: int, type: str, payload: object, turn_id: UUID | None = TURN) -> Event:
-    return Event(seq, type, None if turn_id is None else str(turn_id), encode(payload))
-
-
-def delta(seq: int, text: str, turn_id: UUID = TURN) -> Event:
-    return Event(seq, "turn.delta", str(turn_id), delta_payload(text))
-
-
-def message() -> dict[str, Any]:
-    built: dict[str, Any] = msgspec.to_builtins(MESSAGE)
-    return built
-
-
-EVENTS = [
-    event(1, "message.created", {"message": message()}),
-    event(2, "turn.started", {"message_id": "m"}),
-    delta(3, 'one "\n\u2028 é'),
-    event(4, "turn.tool_call", {"tool_call_id": "c", "tool_name": "add", "arguments": {"a": [1, {"b": None}]}}),
-    event(5, "turn.tool_result", {"tool_call_id": "c", "tool_name": "add", "content": "2", "is_error": False}),
-    event(6, "turn.restarted", {"epoch": 2, "text": ""}),
-    event(7, "turn.completed", {"message": message(), "usage": msgspec.to_builtins(Usage(1, 2, None, 0.5))}),
-    event(8, "turn.completed", {"message": message(), "usage": msgspec.to_builtins(Usage(None, None, None, 0.5))}),
-    event(9, "turn.cancelled", {"message": message()}),
-    event(
-        10, "turn.failed", {"message": message(), "error": msgspec.to_builtins(ErrorDetail("agent_failed", "x", True))}
-    ),
-]
+# What clients are sent.
 
 
 def strictly(text: str) -> ServerFrame:
     """The frame in `text`, which must have every field of its type and no other."""
     decoded: ServerFrame = msgspec.json.decode(text, type=AnyServerFrame)
     assert json.loads(text) == json.loads(encode(decoded))
-    assert "\n" not in text
     return decoded
-
-
-@pytest.mark.parametrize("shown", EVENTS, ids=lambda shown: f"{shown.seq} {shown.type}")
-def test_a_single_event_is_shown_as_the_frame_of_its_type(shown: Event) -> None:
-    (text,) = event_frames(CONVERSATION, [shown])
-    decoded = strictly(text)
-    assert isinstance(decoded, JOURNAL_FRAMES)
-    assert json.loads(text)["type"] == shown.type
-    assert (decoded.conversation_id, decoded.seq) == (CONVERSATION, shown.seq)
-    assert getattr(decoded, "turn_id", TURN) == TURN
-
-
-def test_the_examples_above_have_every_frame_of_the_journal() -> None:
-    shown = {type(strictly(event_frames(CONVERSATION, [example])[0])) for example in EVENTS}
-    assert shown == set(JOURNAL_FRAMES)
-
-
-def test_events_of_several_kinds_are_shown_one_by_one() -> None:
-    decoded = [strictly(text) for text in event_frames(CONVERSATION, EVENTS)]
-    assert [getattr(each, "seq", None) for each in decoded] == [each.seq for each in EVENTS]
-    assert isinstance(decoded[0], MessageCreated)
-    assert decoded[0].message == MESSAGE
-    assert isinstance(decoded[1], TurnStarted)
-    assert isinstance(decoded[6], TurnCompleted)
-    assert decoded[6].usage == Usage(1, 2, None, 0.5)
-
-
-def test_an_event_shown_again_is_the_same_text() -> None:
-    shown = delta(3, "again")
-    assert event_frames(CONVERSATION, [shown]) == event_frames(CONVERSATION, [shown])
-
-
-def test_adjacent_deltas_are_merged_under_the_last_seq() -> None:
-    texts = event_frames(CONVERSATION, [delta(3, "a "), delta(4, '"\\'), delta(5, " é\U0001f600")])
-    assert [strictly(text) for text in texts] == [TurnDelta(CONVERSATION, 5, TURN, 'a "\\ é\U0001f600')]
-
-
-def test_merging_leaves_each_event_as_it_is_for_the_next_follower() -> None:
-    events = [delta(3, "a"), delta(4, "b")]
-    event_frames(CONVERSATION, events)
-    assert strictly(event_frames(CONVERSATION, events[1:])[0]) == TurnDelta(CONVERSATION, 4, TURN, "b")
-
-
-@pytest.mark.parametrize(
-    "between",
-    [
-        event(5, "turn.restarted", {"epoch": 2, "text": ""}),
-        event(5, "turn.tool_call", {"tool_call_id": "c", "tool_name": "t", "arguments": {}}),
-    ],
-    ids=lambda between: between.type,
-)
-def test_merging_does_not_cross_another_event(between: Event) -> None:
-    events = [delta(3, "a"), delta(4, "b"), between, delta(6, "c"), delta(7, "d")]
-    decoded = [strictly(text) for text in event_frames(CONVERSATION, events)]
-    assert decoded[0] == TurnDelta(CONVERSATION, 4, TURN, "ab")
-    assert decoded[2] == TurnDelta(CONVERSATION, 7, TURN, "cd")
-    assert len(decoded) == 3
-
-
-def test_merging_does_not_cross_into_another_turn() -> None:
-    events = [delta(3, "a"), delta(4, "b"), delta(5, "c", OTHER_TURN), delta(6, "d", OTHER_TURN)]
-    assert [strictly(text) for text in event_frames(CONVERSATION, events)] == [
-        TurnDelta(CONVERSATION, 4, TURN, "ab"),
-        TurnDelta(CONVERSATION, 6, OTHER_TURN, "cd"),
-    ]
-
-
-def test_no_events_are_no_frames() -> None:
-    assert event_frames(CONVERSATION, []) == []
-
-
-KINDS = st.sampled_from(["turn.delta", "turn.delta", "turn.delta", "turn.restarted", "turn.started"])
-
-
-def _transcript(frames: Sequence[ServerFrame]) -> list[tuple[UUID | None, str]]:
-    """Everything that frames say, one character an entry, so that merging makes no difference."""
-    said: list[tuple[UUID | None, str]] = []
-    for each in frames:
-        if isinstance(each, TurnDelta):
-            said += [(each.turn_id, character) for character in each.text]
-        else:
-            said.append((None, type(each).__name__))
-    return said
-
-
-@given(st.lists(st.tuples(KINDS, st.sampled_from([TURN, OTHER_TURN]), st.text(max_size=3)), max_size=12))
-def test_merged_frames_say_what_single_ones_say(kinds: list[tuple[str, UUID, str]]) -> None:
-    payloads: dict[str, object] = {"turn.restarted": {"epoch": 2, "text": ""}, "turn.started": {"message_id": "m"}}
-    events = [
-        delta(seq, text, turn_id) if type == "turn.delta" else event(seq, type, payloads[type], turn_id)
-        for seq, (type, turn_id, text) in enumerate(kinds, 1)
-    ]
-    merged = [strictly(text) for text in event_frames(CONVERSATION, events)]
-    single = [strictly(text) for each in events for text in event_frames(CONVERSATION, [each])]
-    assert _transcript(merged) == _transcript(single)
-    seqs = [getattr(each, "seq", 0) for each in merged]
-    assert seqs == sorted(set(seqs))
-    assert seqs[-1:] == [each.seq for each in events][-1:]
-
-
-# What does not come from the journal.
 
 
 @pytest.mark.parametrize(
@@ -449,11 +309,6 @@ def test_a_message_has_exactly_the_fields_of_the_design() -> None:
     assert set(json.loads(encode(MESSAGE))) == {
         *("id", "role", "content", "tool_calls", "tool_name", "tool_call_id", "status", "turn_id", "created_at")
     }
-
-
-def test_an_error_frame_says_which_request_and_conversation() -> None:
-    decoded = strictly(error_frame(NotFound(conversation_id=CONVERSATION), "r"))
-    assert decoded == Error("not_found", "There is no such conversation.", False, "r", CONVERSATION)
 
 
 def test_the_error_codes_are_those_of_the_design() -> None:

@@ -1,0 +1,145 @@
+"""Conversations and messages as the APIs read and write them: what is not found, and a Postgres that is away."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+from uuid import UUID
+
+import pytest
+
+from anynode.models.chats import Chat
+from anynode.models.database import Database, Unavailable
+from anynode.server.engine.conversations import Conversations
+from anynode.server.errors import DatabaseUnavailable, NotFound
+from tests.kit.turns import AT, CONVERSATION, TURN, USER, turn_ref
+
+ROW = {
+    "id": CONVERSATION,
+    "client_id": "chat-1",
+    "title": "A title",
+    "system_prompt": None,
+    "metadata": '{"a": 1}',
+    "last_seq": 7,
+    "created_at": AT,
+    "updated_at": AT,
+}
+BEFORE = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c20")
+Call = Callable[[Conversations], Awaitable[Any]]
+
+CALLS: dict[str, Call] = {
+    "create": lambda known: known.create(USER, title=None, system_prompt=None, metadata=None),
+    "read": lambda known: known.read(USER, CONVERSATION),
+    "list": lambda known: known.list(USER, limit=20),
+    "update": lambda known: known.update(USER, CONVERSATION, {"title": "Another"}),
+    "messages": lambda known: known.messages(USER, CONVERSATION, limit=50, before=None),
+    "find_chat": lambda known: known.find_chat(USER, "chat-1"),
+    "find_chat_end": lambda known: known.find_chat_end(USER, "chat-1"),
+    "find_sent": lambda known: known.find_sent(USER, "m-1"),
+    "find_turn": lambda known: known.find_turn(USER, TURN),
+    "usage": lambda known: known.usage([TURN]),
+}
+
+
+class Rows:
+    """A database that answers each statement with the rows that it is given, and all others with none."""
+
+    def __init__(self, **rows: Any) -> None:
+        self.rows = rows
+        self.asked: dict[str, tuple[Any, ...]] = {}
+
+    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
+        self.asked[name] = arguments
+        rows = self.rows.get(name, [])
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+
+class Away:
+    """A Postgres that does not answer."""
+
+    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
+        raise Unavailable("OSError: refused")
+
+
+def of(database: object) -> Conversations:
+    return Conversations(cast(Database, database))
+
+
+def test_all_methods_are_tested_here() -> None:
+    assert set(CALLS) == {name for name in vars(Conversations) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_a_postgres_that_does_not_answer_is_told_as_such(name: str) -> None:
+    with pytest.raises(DatabaseUnavailable) as raised:
+        await CALLS[name](of(Away()))
+    assert isinstance(raised.value.__cause__, Unavailable)
+
+
+@pytest.mark.parametrize("name", ["read", "update", "messages"])
+async def test_what_is_not_the_users_is_not_found(name: str) -> None:
+    with pytest.raises(NotFound, match="There is no such conversation"):
+        await CALLS[name](of(Rows()))
+
+
+@pytest.mark.parametrize("name", ["find_chat", "find_chat_end", "find_sent", "find_turn"])
+async def test_a_search_that_finds_nothing_returns_none(name: str) -> None:
+    assert await CALLS[name](of(Rows())) is None
+
+
+async def test_usage_of_no_turn_asks_nothing() -> None:
+    assert await of(Away()).usage([]) == {}
+    assert await of(Rows(read_usage=[{"id": TURN, "usage": "{}"}])).usage([TURN]) == {TURN: "{}"}
+
+
+@pytest.mark.parametrize(
+    ("name", "statement"),
+    [("create", "create_conversation"), ("read", "read_conversation"), ("update", "update_conversation")],
+)
+async def test_a_conversation_comes_with_all_its_fields(name: str, statement: str) -> None:
+    found = await CALLS[name](of(Rows(**{statement: [ROW]})))
+    assert (found.id, found.client_id, found.title, found.system_prompt) == (CONVERSATION, "chat-1", "A title", None)
+    assert (bytes(found.metadata), found.seq, found.created_at, found.updated_at) == (b'{"a": 1}', 7, AT, AT)
+
+
+async def test_a_conversation_is_made_with_an_id_of_its_own_and_empty_metadata() -> None:
+    database = Rows(create_conversation=[ROW])
+    await of(database).create(USER, title="A title", system_prompt="Be brief.", metadata=None)
+    user_id, id, *rest, created_at = database.asked["create_conversation"]
+    assert (user_id, rest) == (USER, ["A title", "Be brief.", "{}"])
+    assert id.version == 7
+    assert created_at.tzinfo is not None
+
+
+async def test_conversations_are_listed_from_the_top_or_behind_a_place() -> None:
+    database = Rows(list_conversations=[ROW], list_conversations_before=[])
+    assert [found.id for found in await of(database).list(USER, limit=20, skip=3, search="tea")] == [CONVERSATION]
+    assert database.asked["list_conversations"] == (USER, 20, 3, "tea")
+    assert await of(database).list(USER, limit=20, before=(AT, CONVERSATION)) == []
+    assert database.asked["list_conversations_before"] == (USER, 20, 0, None, AT, CONVERSATION)
+
+
+async def test_a_message_that_is_not_in_the_conversation_is_not_found_as_such() -> None:
+    database = Rows(read_conversation=[ROW])
+    with pytest.raises(NotFound, match="There is no such message in this conversation"):
+        await of(database).messages(USER, CONVERSATION, limit=50, before=BEFORE)
+    with pytest.raises(NotFound, match="There is no such conversation"):
+        await of(Rows()).messages(USER, CONVERSATION, limit=50, before=BEFORE)
+    with pytest.raises(DatabaseUnavailable):
+        await of(Rows(read_conversation=Unavailable())).messages(USER, CONVERSATION, limit=50, before=BEFORE)
+
+
+async def test_a_page_of_messages_comes_oldest_first() -> None:
+    rows = [{"id": UUID(int=n), "bytes": 10, "position": n, "system_prompt": None} for n in (3, 2, 1)]
+    page = await of(Rows(read_messages=rows)).messages(USER, CONVERSATION, limit=50, before=None)
+    assert ([row["position"] for row in page.messages], page.is_first) == ([1, 2, 3], True)
+
+
+async def test_a_turn_is_found_with_the_place_of_its_first_event() -> None:
+    row = {"conversation_id": CONVERSATION, "first_seq": 7}
+    assert await of(Rows(find_turn=[row])).find_turn(USER, TURN) == turn_ref()
+    chat = {**row, "turn_id": TURN}
+    assert await of(Rows(find_chat=[chat])).find_chat(USER, "chat-1") == Chat(CONVERSATION, turn_ref())
+    assert await of(Rows(find_chat=[{**chat, "turn_id": None}])).find_chat(USER, "chat-1") == Chat(CONVERSATION, None)
