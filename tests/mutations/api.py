@@ -9,8 +9,6 @@ from tests.mutations.mutation import Change, Mutation
 CHUNKS: Final = "server/api/ai_sdk/fold.py"
 CHUNK_STREAM: Final = "server/api/ai_sdk/stream.py"
 AI_SDK_CONNECTION: Final = "server/api/ai_sdk/connection.py"
-WAITING: Final = "server/api/ai_sdk/newer.py"
-RESPONSES: Final = "server/api/openai/handlers.py"
 
 MUTATIONS: Final = (
     Mutation(
@@ -30,25 +28,35 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a stream that is cut ends as if it were whole",
-        [Change("server/transport/sse.py", "if not is_whole:", "if False:")],
+        [Change("server/transport/sse.py", "if self.must_be_whole and not is_whole:", "if False:")],
         ["system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "resuming twice stops the turn",
-        [Change(AI_SDK_CONNECTION, "if not shown.is_resumed:", "if True:")],
+        [Change("server/api/ai_sdk/stops.py", "if not is_resumed:", "if True:")],
         ["system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "what begins between the look and the waiting is missed",
         [
-            Change(WAITING, "conversation_id, last_seq, is_own=True", "conversation_id, None, is_own=True"),
-            Change(WAITING, "await anext(steps)", "await anext(steps), await anext(steps)"),
+            Change(AI_SDK_CONNECTION, "conversation_id, last_seq, is_own=True", "conversation_id, None, is_own=True"),
+            Change(
+                AI_SDK_CONNECTION,
+                "            async with aclosing(following) as updates:\n",
+                "            async with aclosing(following) as updates:\n                await anext(updates)\n",
+            ),
         ],
         ["system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a turn goes on whose client stops it and waits for the next one",
-        [Change(AI_SDK_CONNECTION, "        await self._stop_now(frame.id)  # else", "        pass  # else")],
+        [
+            Change(
+                AI_SDK_CONNECTION,
+                "        await self._stop(self._stops.settle(frame.id))  # else",
+                "        pass  # else",
+            )
+        ],
         ["system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
@@ -68,7 +76,11 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a response that goes on repeats the event that it goes on after",
-        [Change(RESPONSES, "if event.sequence_number > self._after", "if event.sequence_number >= self._after")],
+        [
+            Change(
+                "server/api/openai/stream.py", "event.sequence_number > shown_to", "event.sequence_number >= shown_to"
+            )
+        ],
         ["system/test_responses.py"],
     ),
     Mutation(

@@ -12,6 +12,7 @@ JOURNAL: Final = "server/engine/journal.py"
 LEASES: Final = "server/engine/leases.py"
 NODE: Final = "server/engine/node.py"
 RUNNING: Final = "server/engine/running_turns.py"
+WATCH: Final = "server/engine/watch.py"
 
 CRASHES: Final = "system/test_crashes.py"
 CUT_POINTS: Final = "system/test_cut_points.py"
@@ -162,7 +163,7 @@ MUTATIONS: Final = (
     Mutation(
         "a cancel at another node is not heard of",
         [
-            Change(NODE, "for turn_id in news.to_cancel:", "for turn_id in ():"),
+            Change(WATCH, "for turn_id in news.to_cancel:", "for turn_id in ():"),
             Change(LEASES, 'return "cancel" if cancel_requested else "keep"', 'return "keep"'),
         ],
         ["system/test_cancel.py"],
@@ -188,7 +189,7 @@ MUTATIONS: Final = (
     # Postgres.
     Mutation(
         "who has stopped a turn interrupts the next one",
-        [Change(NODE, "admission.turn_id == stopped", "stopped is not None")],
+        [Change(NODE, "admission.turn_id == wait_for", "wait_for is not None")],
         ["system/test_ai_sdk_socket.py"],
     ),
 )
