@@ -31,7 +31,7 @@ _TOKEN = re.compile(
     | \b[Ee]'(?:[^'\\]|\\.|'')*' | '(?:[^']|'')*'     # literals
     | "(?:[^"]|"")*"                                  # identifiers
     | (?P<quote>\$(?:[A-Za-z_]\w*)?\$).*?(?P=quote)   # dollar-quoted literals
-    | :: | :=
+    | ::                                              # casts
     | (?<![\w\])]) : (?P<name>[A-Za-z_]\w*)
     | (?P<number>\$\d+)
     """,

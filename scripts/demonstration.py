@@ -34,7 +34,7 @@ READY_SECONDS: Final = 60.0
 
 @contextmanager
 def running_dev() -> Iterator[str]:
-    """The URL of the page that `anynode dev --nodes 3` prints."""
+    """Run `anynode dev --nodes 3`, and give the URL of the page that it prints."""
     with tempfile.TemporaryDirectory(prefix="anynode-demonstration-") as directory:
         environment = {**os.environ, "PORT": str(free_port()), "ECHO_TOKENS_PER_SECOND": "30", "LEASE_SECONDS": "2"}
         command = [sys.executable, "-m", "anynode.server.cli", "dev", "--nodes", "3", "--data-dir", directory]
@@ -58,7 +58,7 @@ def _url_in(process: subprocess.Popen[str]) -> str:
 
 
 class Film:
-    """Pictures of a page, one at each moment of a clock."""
+    """Pictures of a page, one for each tick of a clock."""
 
     def __init__(self, page: Page) -> None:
         self.pictures: list[Image.Image] = []
@@ -66,18 +66,18 @@ class Film:
         self._started = time.monotonic()
 
     async def shoot(self, seconds: float) -> None:
-        """Go on for this time."""
+        """Take pictures for some seconds."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             due = self._started + len(self.pictures) * FRAME_SECONDS
             await asyncio.sleep(max(due - time.monotonic(), 0))
             picture = Image.open(io.BytesIO(await self._page.screenshot())).convert("RGB")
-            # A picture that was late stands for those that it is late for.
+            # A picture that is late also stands for those that it has delayed.
             count = max(round((time.monotonic() - self._started) / FRAME_SECONDS) - len(self.pictures), 1)
             self.pictures += [picture] * count
 
     def save(self, path: Path) -> None:
-        """Write it as an animation that goes on for ever."""
+        """Write the pictures as an animation that repeats."""
         first, *others = self.pictures
         first.save(
             path,

@@ -107,7 +107,7 @@ def stop(process: subprocess.Popen[str]) -> str:
 
 
 def try_out(mutation: Mutation, top: Path, *options: str) -> str:
-    """Return the test of a copy that notices the mutation, or "". Raises RuntimeError where a test cannot be run."""
+    """Return the test of a copy that notices the mutation, or "". Raises RuntimeError if a test cannot be run."""
     for file, text in broken(mutation, top).items():
         (top / file).write_text(text)
     for test in mutation.tests:

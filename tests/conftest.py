@@ -1,4 +1,4 @@
-"""Fixtures for all tests: one Postgres for the whole run, fresh migrated databases, and nodes."""
+"""Fixtures: one Postgres for the whole run, a fresh migrated database, and a node."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from tortoise.migrations.migration import Migration
 from tortoise.migrations.operations import RunSQL
 
-# `changed_xid` is the transaction that last began a turn: whoever has seen all transactions before a
-# snapshot's xmin finds every later change by this index, in whatever order they commit.
+# `changed_xid` is the transaction that last began a turn. A node that has seen all transactions before a snapshot's
+# xmin finds every later change by this index, in whatever order they commit.
 # The second index holds next to nothing: turns that run and have been asked to stop. `attempts` counts the nodes that
 # have died of a turn; a node that hands its turns over does not count, so it is not the epoch.
 # An empty `events` that is cut to no page would look small enough to be read whole, to plans that are kept for long.

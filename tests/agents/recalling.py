@@ -15,9 +15,8 @@ AGENT: Final = "tests.agents.recalling:recall"
 
 
 async def recall(turn: Turn) -> AsyncIterator[AgentEvent]:
-    """Do what the script says; it may have two more actions. `recall` tells the history as JSON, a list of [role,
-    content, ids of the calls or id of the call that is answered]. `frozen` is a call whose arguments are a Mapping but
-    not a dict."""
+    """Follow the question, a script with two more actions: `recall` tells the history as JSON, a list of [role, text,
+    ids of the calls or id of the answered call]; `frozen` makes a call whose arguments are a Mapping but not a dict."""
     for action in json.loads(turn.history[-1].content):
         match action:
             case ["recall"]:

@@ -40,7 +40,7 @@ async def script(turn: Turn) -> AsyncIterator[AgentEvent]:
                 yield ToolCall(*arguments)
             case "result":
                 yield ToolResult(*arguments)
-            case "results":  # a number of calls, each with this result
+            case "results":  # a number of calls, and the result of each
                 for number in range(arguments[0]):
                     yield ToolCall(f"call-{number}", "tool", {})
                     yield ToolResult(f"call-{number}", "tool", arguments[1])

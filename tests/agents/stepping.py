@@ -18,9 +18,9 @@ WORD_SECONDS: Final = 0.04
 
 
 async def improvise(turn: Turn) -> AsyncIterator[AgentEvent]:
-    """Do what the question says: a list of steps, each a list of actions. Beyond those of a script there are `words`,
-    a number of words that nobody has said before; `chatter`, such words one after another up to a gate; and `see`,
-    which tells what the agent was given."""
+    """Follow the question: a list of steps, each a list of actions. There are three actions more than in a script:
+    `words` says a number of new words; `chatter` says new words one after another up to a gate; `see` tells what the
+    agent was given."""
     steps = json.loads(turn.history[-1].content)
     completed = sum(message.role == "assistant" for message in turn.steps)
     for actions in steps[completed:]:

@@ -30,7 +30,7 @@ async def look_up(word: str, context: ToolContext) -> str:
 
 
 def block(word: str, context: ToolContext) -> str:
-    """Wait as `hold` does, in a thread."""
+    """Look a word up as `look_up` does, but in a thread."""
     _mark(word, f"{context.tool_call_id} {context.attempt} {context.user_id}")
     while word.startswith("slow") and not (_directory() / word).exists():
         time.sleep(POLL_SECONDS)
@@ -58,7 +58,7 @@ async def forgetful(turn: Turn) -> AsyncIterator[AgentEvent]:
 
 @resumes_calls
 async def attentive(turn: Turn) -> AsyncIterator[AgentEvent]:
-    """Answer as `forgetful` does; this agent says that it runs the calls that it is given."""
+    """Answer as `forgetful` does, as an agent that resumes calls."""
     async for event in forgetful(turn):
         yield event
 

@@ -1,4 +1,4 @@
-"""Whose a turn is, as the database keeps it: what an owner may write, and what nobody may."""
+"""The owner of a turn, as the database keeps it: what an owner may write, and what nobody may."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def turn_id(connection: asyncpg.Connection) -> uuid.UUID:
 
 @pytest.fixture
 async def lost_turn_id(database: Database, turn_id: uuid.UUID, database_url: str) -> uuid.UUID:
-    """The same after another node has taken it over: its epoch is 2, its last seq is 3."""
+    """The turn after another node has taken it over: its epoch is 2, its last seq is 3."""
     await sql(database_url, "UPDATE turns SET lease_expires_at = clock_timestamp()")
     assert [taken.turn_id for taken in await take(database, "other")] == [turn_id]
     return turn_id
@@ -185,7 +185,7 @@ async def test_a_turn_that_is_being_taken_over_is_left_to_who_takes_it(
     assert await take(database, "other") == []
 
 
-@pytest.mark.usefixtures("turn_id")  # whoever is known already is not inserted, for which one transaction would wait
+@pytest.mark.usefixtures("turn_id")  # a known user is not inserted; one transaction would wait
 @pytest.mark.parametrize("is_new", [True, False], ids=["new", "existing"])
 async def test_a_message_that_two_nodes_admit_at_the_same_instant_is_admitted_once(
     connection: asyncpg.Connection, database_url: str, *, is_new: bool
@@ -246,7 +246,7 @@ COPY = """
 """
 
 
-@pytest.mark.usefixtures("turn_id")  # whoever is known already is not inserted, for which one transaction would wait
+@pytest.mark.usefixtures("turn_id")  # a known user is not inserted; one transaction would wait
 async def test_a_watch_misses_no_turn_that_began_before_others_and_committed_after_them(
     database: Database, connection: asyncpg.Connection, database_url: str
 ) -> None:

@@ -172,7 +172,7 @@ class Chat:
         await self.box.press("Enter")
 
     async def ended(self, answers: int = 1) -> None:
-        """Wait until the page shows this number of answers, and nothing runs."""
+        """Wait until this number of answers is there, and nothing runs."""
         await expect(self.answers).to_have_count(answers)
         await expect(self.answer).to_have_attribute("aria-busy", "false")
         await expect(self.stop).to_have_count(0)

@@ -21,8 +21,8 @@ BROKEN: Final = (OSError, EOFError, WebSocketException)
 
 @dataclass
 class Transcript:
-    """What a device was shown of a conversation: from `start` on, or from a snapshot, without a gap or a repetition.
-    `asks` is what its next frame has to answer."""
+    """The frames of a conversation that a device was shown: from `start` on, or from a snapshot, each event once and
+    without a gap. `asks` is what its next frame has to answer."""
 
     start: int = 0
     frames: list[Frame] = field(default_factory=list)
@@ -78,7 +78,7 @@ class Request:
 
     @property
     def request_id(self) -> str:
-        """The request_id of the frame that was sent."""
+        """The `request_id` of the frame."""
         return str(self.frame["request_id"])
 
     @property

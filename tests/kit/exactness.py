@@ -35,7 +35,7 @@ class Client:
 
     @property
     def conversation_id(self) -> str | None:
-        """The id that the first frame has told."""
+        """The conversation of the first frame; None before it."""
         return str(self.frames[0]["conversation_id"]) if self.frames else None
 
     @property

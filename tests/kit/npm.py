@@ -78,7 +78,7 @@ def _link(source: str, target: str) -> str:
 
 
 def install(directory: Path) -> Path:
-    """Return what `node_modules` does, to callers other than tests. Raises RegistryUnreachable."""
+    """Install like the fixture `node_modules`, for callers other than tests. Raises RegistryUnreachable."""
     chosen = [directory / name for name in CHOSEN if (directory / name).exists()]
     digest = hashlib.sha256()
     for file in chosen:

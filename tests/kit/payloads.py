@@ -19,7 +19,7 @@ class Payload:
     readable: str | None = None
 
     def aimed(self, address: str) -> Payload:
-        """Return this payload, pointing at another address (`host:port`)."""
+        """Return a copy of the payload that points at another address (`host:port`)."""
         readable = self.readable and self.readable.replace(TRAP, address)
         return Payload(self.name, self.text.replace(TRAP, address), readable)
 

@@ -75,7 +75,7 @@ class PgBouncer:
 
 @contextmanager
 def running_pgbouncer(postgres_url: str, *, pool_size: int) -> Iterator[PgBouncer]:
-    """Run one that opens at most `pool_size` connections to a database. See `programs` where there is none."""
+    """Run a PgBouncer that opens at most `pool_size` connections to a database. Without the program see `programs`."""
     _program()
     directory = Path(tempfile.mkdtemp(prefix="anynode-"))
     try:

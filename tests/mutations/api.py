@@ -9,6 +9,8 @@ from tests.mutations.mutation import Change, Mutation
 CHUNKS: Final = "server/api/ai_sdk/fold.py"
 CHUNK_STREAM: Final = "server/api/ai_sdk/stream.py"
 AI_SDK_CONNECTION: Final = "server/api/ai_sdk/connection.py"
+STOPS: Final = "server/api/ai_sdk/stops.py"
+RESPONSE_STREAM: Final = "server/api/openai/stream.py"
 
 MUTATIONS: Final = (
     Mutation(
@@ -24,50 +26,42 @@ MUTATIONS: Final = (
     Mutation(
         "a stream goes on over what it has shown and a takeover takes back",
         [Change(CHUNK_STREAM, "if chunks.takes_back:", "if False:")],
-        ["system/test_ai_sdk_http.py"],
+        ["unit/api/ai_sdk/test_stream.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "a stream that is cut ends as if it were whole",
         [Change("server/transport/sse.py", "if self.must_be_whole and not is_whole:", "if False:")],
-        ["system/test_ai_sdk_http.py"],
+        ["unit/transport/test_sse.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "resuming twice stops the turn",
-        [Change("server/api/ai_sdk/stops.py", "if not is_resumed:", "if True:")],
-        ["system/test_ai_sdk_socket.py"],
+        [Change(STOPS, "if not is_resumed:", "if True:")],
+        ["unit/api/ai_sdk/test_stops.py", "system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "what begins between the look and the waiting is missed",
         [
             Change(AI_SDK_CONNECTION, "conversation_id, last_seq, is_own=True", "conversation_id, None, is_own=True"),
             Change(
-                AI_SDK_CONNECTION,
-                "            async with aclosing(following) as updates:\n",
-                "            async with aclosing(following) as updates:\n                await anext(updates)\n",
+                AI_SDK_CONNECTION, "if not isinstance(update, DatabaseUnavailable):", "if isinstance(update, list):"
             ),
         ],
-        ["system/test_ai_sdk_waiting.py"],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a turn goes on whose client stops it and waits for the next one",
-        [
-            Change(
-                AI_SDK_CONNECTION,
-                "        await self._stop(self._stops.settle(frame.id))  # else",
-                "        pass  # else",
-            )
-        ],
-        ["system/test_ai_sdk_waiting.py"],
+        [Change(AI_SDK_CONNECTION, "await self._stop(self._stops.settle(frame.id))  # else", "pass  # else")],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_waiting.py"],
     ),
     Mutation(
         "a resume after a sequence number repeats that chunk",
         [Change(AI_SDK_CONNECTION, "if sequence > after:", "if sequence >= after:")],
-        ["system/test_ai_sdk_socket.py"],
+        ["unit/api/ai_sdk/test_connection.py", "system/test_ai_sdk_socket.py"],
     ),
     Mutation(
         "a message that was sent can be changed without a word",
         [Change("server/api/ai_sdk/questions.py", "sent is not None and sent.content != question.text", "False")],
-        ["system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
+        ["unit/api/ai_sdk/test_questions.py", "system/test_ai_sdk_socket.py", "system/test_ai_sdk_http.py"],
     ),
     Mutation(
         "frames of our own wire may be as long as the AI SDK's",
@@ -76,12 +70,8 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a response that goes on repeats the event that it goes on after",
-        [
-            Change(
-                "server/api/openai/stream.py", "event.sequence_number > shown_to", "event.sequence_number >= shown_to"
-            )
-        ],
-        ["system/test_responses.py"],
+        [Change(RESPONSE_STREAM, "if event.sequence_number > shown_to", "if event.sequence_number >= shown_to")],
+        ["unit/api/openai/test_stream.py", "system/test_responses.py"],
     ),
     Mutation(
         "what a tool call is called with depends on who stored it",

@@ -32,7 +32,7 @@ OWN: Final = "c.user_id = :user_id"
 ANYBODYS: Final = ":user_id::text IS NOT NULL"
 
 MUTATIONS: Final = (
-    # A former owner writes on.
+    # A former owner goes on writing.
     Mutation(
         "flush_one ignores the epoch",
         [Change(QUERIES, "t.epoch = :epoch AND", ":epoch::integer > 0 AND")],

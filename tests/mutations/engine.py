@@ -10,9 +10,9 @@ CURSOR: Final = "server/engine/cursor.py"
 FOLLOW: Final = "server/engine/follow.py"
 JOURNAL: Final = "server/engine/journal.py"
 LEASES: Final = "server/engine/leases.py"
+WATCH: Final = "server/engine/watch.py"
 NODE: Final = "server/engine/node.py"
 RUNNING: Final = "server/engine/running_turns.py"
-WATCH: Final = "server/engine/watch.py"
 
 CRASHES: Final = "system/test_crashes.py"
 CUT_POINTS: Final = "system/test_cut_points.py"
@@ -23,7 +23,7 @@ STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one
 TAKEOVER: Final = "system/test_takeover.py"
 
 MUTATIONS: Final = (
-    # A former owner writes on.
+    # A former owner goes on writing.
     Mutation(
         "leases are not renewed",
         [Change(LEASES, "                await self._renew()\n", "                pass\n")],
@@ -132,7 +132,7 @@ MUTATIONS: Final = (
     Mutation(
         "who waits for a turn is not told of a drain",
         [Change(NODE, "        self.drained.set()\n", "")],
-        ["system/test_rest_turns.py"],
+        ["unit/engine/test_node.py", "system/test_rest_turns.py"],
     ),
     # Takeover, cancel, drain.
     Mutation(
@@ -166,12 +166,16 @@ MUTATIONS: Final = (
             Change(WATCH, "for turn_id in news.to_cancel:", "for turn_id in ():"),
             Change(LEASES, 'return "cancel" if cancel_requested else "keep"', 'return "keep"'),
         ],
-        ["system/test_cancel.py"],
+        ["unit/engine/test_watch.py", "system/test_cancel.py"],
     ),
     Mutation(
         "a drain does not hand its turns over",
         [Change(NODE, "                await self._leases.release(left)\n", "")],
-        [f"{CRASHES}::test_a_turn_that_outlasts_the_drain_is_handed_over_at_once", "system/test_drain.py"],
+        [
+            "unit/engine/test_node.py",
+            f"{CRASHES}::test_a_turn_that_outlasts_the_drain_is_handed_over_at_once",
+            "system/test_drain.py",
+        ],
     ),
     Mutation(
         "a node that drains admits messages",
@@ -179,17 +183,21 @@ MUTATIONS: Final = (
             Change(NODE, "        self.draining.set()\n", ""),
             Change("server/app.py", "        self.node.draining.set()\n", ""),
         ],
-        [f"{CRASHES}::test_a_draining_node_admits_nothing_and_says_so", "system/test_drain.py"],
+        [
+            "unit/engine/test_node.py",
+            f"{CRASHES}::test_a_draining_node_admits_nothing_and_says_so",
+            "system/test_drain.py",
+        ],
     ),
     Mutation(
         "a node that drains takes turns over",
         [Change(NODE, "        self._leases.may_take_over = False\n", "")],
-        ["system/test_leases.py"],
+        ["unit/engine/test_node.py", "system/test_leases.py"],
     ),
     # Postgres.
     Mutation(
         "who has stopped a turn interrupts the next one",
         [Change(NODE, "admission.turn_id == wait_for", "wait_for is not None")],
-        ["system/test_ai_sdk_socket.py"],
+        ["unit/engine/test_node.py", "system/test_ai_sdk_socket.py"],
     ),
 )

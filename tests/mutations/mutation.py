@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Change(NamedTuple):
-    """One replacement: `old`, which is `times` times in the file or in the paragraph with `within`, becomes `new`."""
+    """A replacement of `old`, which is `times` times in the file, by `new`. `within` restricts it to one paragraph."""
 
     file: str
     old: str
@@ -28,7 +28,7 @@ class Mutation:
 
 
 def paragraph(text: str, within: str) -> tuple[int, int]:
-    """Return where the only paragraph with `within` in it begins and ends; without `within`, all of the text."""
+    """Return the start and the end of the only paragraph that has `within` in it; all of the text if it is empty."""
     if not within:
         return 0, len(text)
     if text.count(within) != 1:

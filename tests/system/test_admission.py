@@ -183,7 +183,7 @@ async def test_a_message_sent_20_times_at_once_to_two_nodes_is_one_message_and_o
 
 
 async def assert_sent_once(database_url: str, message_id: str, *, turns: int) -> None:
-    """One message with this id, in the only conversation, which has `turns` ended turns and no gap."""
+    """Assert that one message has this id, in the only conversation, which has `turns` ended turns and no gap."""
     messages = await sql(database_url, "SELECT conversation_id FROM messages WHERE client_id = $1", message_id)
     assert len(messages) == 1
     conversations = await sql(database_url, "SELECT id FROM conversations")

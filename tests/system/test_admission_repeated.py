@@ -16,7 +16,7 @@ from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
 QUESTION = script_of(("text", "begun in {attempt} "), ("text", "ended in {attempt}"))
 
-# A session that has begun a turn waits at its commit while the test holds the lock.
+# A transaction that has begun a turn waits at its commit while the test holds the lock.
 WAITING_COMMITS = """
 CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql
     AS 'BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END';

@@ -513,7 +513,7 @@ async def test_a_busy_chat_refuses_a_question_or_is_interrupted(
 async def test_a_stop_is_of_the_turn_that_it_was_said_of(
     nodes: Nodes, module_database_url: str, strings: Strings, user: str, chat: str, gate: str
 ) -> None:
-    """A client that has stopped a turn asks again; that does not stop the next turn of another client."""
+    """A client that has stopped a turn does not stop another client's next turn with what it asks then."""
     other = strings.name()
     async with chat_socket(nodes[0], user) as socket, chat_socket(nodes[1], user) as elsewhere:
         request = await socket.ask(chat, asking([("text", "a"), ("gate", gate)]))

@@ -1,4 +1,4 @@
-"""Any node will do: a client that leaves one in mid-turn and goes on at another sees each event exactly once."""
+"""Any node will do: a client that goes from one to another in mid-turn gets every event exactly once."""
 
 from __future__ import annotations
 

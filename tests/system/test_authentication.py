@@ -1,4 +1,4 @@
-"""Authentication over real sockets: the three transports, origins, deadlines, renewal and expiry."""
+"""Authentication: the three transports, origins, deadlines, renewal and expiry, over real sockets."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def strings(tmp_path: Path) -> Strings:
 
 
 async def has_answered_pings(socket: Socket, count: int) -> list[Frame]:
-    """Return what comes with the answers to `count` pings; a frame that was sent before them would be among it."""
+    """Return the frames that come with the answers to `count` pings; a frame that was sent before is among them."""
     frames = []
     for _ in range(count):
         await socket.send({"type": "ping"})
@@ -230,7 +230,7 @@ async def test_an_ending_its_message_status_and_cursor_commit_in_one_transaction
 
 
 async def flushes_of(node: NodeProcess, user: str, turns: int) -> float:
-    """Return how many flush statements this number of turns at once costs."""
+    """Return the number of flush statements of a number of turns at once."""
     before = node.metric("anynode_flushes_total")
 
     async def answer() -> None:

@@ -27,7 +27,7 @@ StartNode = Callable[..., NodeProcess]
 
 @dataclass(frozen=True)
 class Point:
-    """Where a node dies: at the nth execution of a statement, with a number of turns; they end under this epoch."""
+    """The point where a node dies: the nth execution of a statement, with some turns, which end under this epoch."""
 
     when: When
     statement: str

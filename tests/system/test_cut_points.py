@@ -1,4 +1,4 @@
-"""One invariant at every cut point: a client that comes back with its cursor sees each event exactly once."""
+"""One invariant at every cut point: a client that comes back with its cursor gets every event exactly once."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def shared_dev(module_database_url: str, directory: Path) -> Iterator[Dev]:
 
 @pytest.fixture
 def dev(shared_dev: Dev) -> Dev:
-    """The same, when all nodes are there."""
+    """The shared dev, once all of its nodes are there."""
     wait_until(lambda: len(ids(shared_dev)) == 3 and set(reached(shared_dev, 3)) == set(ids(shared_dev).values()))
     return shared_dev
 
@@ -82,7 +82,7 @@ def ids(dev: Dev) -> dict[str, str]:
 
 
 def reached(dev: Dev, times: int) -> list[str]:
-    """The ids of the nodes that so many connections through the front lead to."""
+    """Return the ids of the nodes to which `times` connections through the load balancer lead."""
     return [request(f"{dev.entry}/livez")[1]["node_id"] for _ in range(times)]
 
 
@@ -92,7 +92,7 @@ def order(dev: Dev, node_id: str, action: str = "kill", *, url: str | None = Non
 
 
 def assert_is_back(dev: Dev, name: str, old_id: str) -> None:
-    """It is ready on a port of the same nodes, under the same name, and is chosen again."""
+    """Assert that a node is ready on a port of these nodes, under the same name, and is chosen again."""
     wait_until(lambda: ids(dev).get(name, old_id) != old_id)
     wait_until(lambda: ids(dev)[name] in reached(dev, 3))
 

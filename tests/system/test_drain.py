@@ -64,7 +64,7 @@ def is_in_last_step(client: Client) -> Callable[[], Awaitable[object]]:
 
 
 def has_come_on(client: Client, nodes: int) -> Callable[[], Awaitable[object]]:
-    """Whether the client has left this number of nodes, and has seen more since."""
+    """Return a condition: the client has left `nodes` nodes, and has seen more since."""
 
     async def condition() -> bool:
         return len(client.cursors) == nodes and client.cursor > client.cursors[-1]

@@ -207,7 +207,7 @@ async def test_the_script_takes_frames_of_any_size(database_url: str, tmp_path: 
 
 
 async def test_the_script_goes_on_from_a_snapshot(database_url: str, tmp_path: Path, user: str) -> None:
-    """The script comes back when the journal is gone."""
+    """The script was away until the journal was gone."""
     strings = Strings(tmp_path / "strings")
     question = script_of(("text", "Hear "), ("gate", user), ("text", "this."))
     with running_node(database_url, tmp_path, strings.environment) as node:

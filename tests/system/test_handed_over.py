@@ -36,7 +36,7 @@ async def next_of_journal(socket: Socket) -> Frame:
 
 
 async def turn_of(database_url: str, client: Client) -> tuple[str, int, int]:
-    """Return the status, epoch and attempts of the client's turn."""
+    """Return the status, the epoch and the attempts of a client's turn."""
     (turn,) = await sql(
         database_url,
         "SELECT status, epoch, attempts FROM turns WHERE conversation_id = $1",

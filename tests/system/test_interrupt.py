@@ -43,7 +43,7 @@ async def test_a_message_to_another_node_stops_the_turn_and_is_answered(
         assert text_of(stopped) == stopped[-1]["message"]["content"] != ""
         assert seen(answer) == [["user", CHATTER], ["assistant", text_of(stopped)], ["user", SEE]]
         assert (answer[0]["type"], answer[0]["seq"]) == ("message.created", stopped[-1]["seq"] + 1)
-        # A client that watched the first turn goes on to the next.
+        # The follower of the first turn goes on to the next.
         rest = await take(here, answer[-1]["seq"])
         assert rest[-1] == answer[-1]
     await assert_all_was_shown(module_database_url, stopped + rest)

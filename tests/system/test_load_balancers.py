@@ -63,7 +63,7 @@ class Nodes:
 
     @property
     def ids(self) -> dict[str, NodeProcess]:
-        """The nodes by their ids, as `ready` gives them."""
+        """The running nodes, by the name that `ready` gives."""
         return {json.loads(node.get("/livez")[1])["node_id"]: node for node in self.running}
 
     def replace_the_ended(self) -> None:
@@ -108,7 +108,7 @@ def command(program: str, directory: Path, port: int, node_ports: Sequence[int])
 
 
 def replaced(text: str, old: str, new: str) -> str:
-    """Return the text with its only occurrence of `old` replaced."""
+    """Replace the one occurrence of a text."""
     assert text.count(old) == 1, old
     return text.replace(old, new)
 

@@ -157,7 +157,7 @@ class Guard:
         context.on("dialog", self._asked)
 
     async def prepare(self) -> None:
-        """Note what happens; called before there is a page."""
+        """Prepare the context; call it before there is a page."""
         await self._context.expose_binding(CANARY, lambda _source, *_said: self._happens("a script ran"))
         await self._context.add_init_script(AUDIT)
 
@@ -202,7 +202,7 @@ async def guarded(browser: Browser, node: NodeProcess, trap: Trap) -> AsyncItera
 
 
 async def ended(chat: Chat, answers: int, what: str) -> None:
-    """Wait until this number of answers has ended; `what` names the last one in an error."""
+    """Wait until this number of answers has ended; `what` is the last question."""
     try:
         async with asyncio.timeout(DEEP_SECONDS_MAX):
             is_there = await chat.page.evaluate(f"audited.ended({answers})")
@@ -237,7 +237,7 @@ def scripted_node(module_database_url: str, tmp_path_factory: pytest.TempPathFac
 
 
 def in_parts(payloads: Sequence[Payload], length: int) -> list[Any]:
-    """Split the payloads into conversations of this length."""
+    """Cut the payloads into parts of one conversation each."""
     return [
         pytest.param(payloads[at : at + length], id=f"{payloads[at].name} and on".replace(" ", "-"))
         for at in range(0, len(payloads), length)

@@ -218,7 +218,7 @@ async def test_an_admission_that_a_node_hears_of_after_the_turn_was_taken_over(
 
 
 async def outlive_leases(database_url: str, count: int) -> None:
-    """Wait until the database's clock has gone on for `count` leases of a second."""
+    """Wait until the database's clock has moved on by `count` leases of a second."""
     began = (await sql(database_url, "SELECT clock_timestamp() AS now"))[0]["now"]
 
     async def has_passed() -> bool:

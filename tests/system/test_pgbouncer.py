@@ -139,7 +139,7 @@ async def test_many_turns_at_once_on_two_nodes_answer_right(
 
 
 async def streaming(socket: Socket, deltas: int) -> list[Frame]:
-    """Ask, and take what comes up to this number of deltas."""
+    """Ask, and return the frames up to a number of deltas."""
     await socket.ask("go")
     frames = []
     for _ in range(deltas):

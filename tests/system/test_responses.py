@@ -49,7 +49,7 @@ async def client_of(node: NodeProcess, user: str, *, token: str | None = None) -
 
 
 async def taken(stream: Stream, count: int | None = None) -> list[ResponseStreamEvent]:
-    """Take `count` events of a stream, or all, and close it."""
+    """Return `count` events, or all, of a stream, and close it."""
     events: list[ResponseStreamEvent] = []
     async with stream:
         while count is None or len(events) < count:
@@ -75,7 +75,7 @@ def response_in(event: ResponseStreamEvent) -> Response:
 
 
 def assert_whole(events: Sequence[ResponseStreamEvent]) -> Response:
-    """Assert that the events are a whole stream; return the response at its end."""
+    """Assert that the events are a stream from its start to its end, and return the response at the end."""
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
     assert [event.type in TERMINAL for event in events] == [False] * (len(events) - 1) + [True]
@@ -300,7 +300,7 @@ async def raw_stream(rest: Rest, id: str) -> AsyncIterator[aiohttp.ClientRespons
 
 
 async def heartbeats(raw: aiohttp.ClientResponse, count: int) -> None:
-    """Read until this number of heartbeats has come."""
+    """Read until `count` heartbeats have come."""
     read = b""
     while read.count(b": \n\n") < count:
         read += await raw.content.readany()
@@ -377,7 +377,7 @@ async def test_a_deletion_ends_the_stream_with_an_error(nodes: Nodes, gate: str,
 
 @pytest.fixture
 def environment(strings: Strings) -> dict[str, str]:
-    """Settings of nodes that die: other nodes wait a second for their leases."""
+    """The settings of nodes that die: other nodes wait a second."""
     return {**strings.environment, "LEASE_SECONDS": "1"}
 
 

@@ -1,4 +1,4 @@
-"""REST: turns that are waited for. They end once, wherever they run, whichever client leaves, and whatever dies."""
+"""REST: turns that are waited for. They end once, on any node, even if a client leaves or a node dies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def nodes(module_database_url: str, strings: Strings, tmp_path_factory: pytest.T
 
 @pytest.fixture
 def environment(strings: Strings) -> dict[str, str]:
-    """Settings of nodes that die: other nodes wait a second for their leases."""
+    """The settings of nodes that die: other nodes wait a second."""
     return {**strings.environment, "LEASE_SECONDS": "1"}
 
 

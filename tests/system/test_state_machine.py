@@ -363,7 +363,7 @@ class Chat(RuleBasedStateMachine):
         return condition
 
     async def add_fresh_devices(self) -> None:
-        """Add two devices on each node: one reads every conversation from the start, one by snapshot."""
+        """Add two devices to each node: one reads every conversation from the start, and one by snapshot."""
         for slot in range(NODES):
             for asks in ("cursor", "snapshot"):
                 device = Device(self.world.nodes, slot, self.user, self.expired)
@@ -540,7 +540,7 @@ class Verdict:
             assert any(question.said_in(epoch).startswith(answer["content"]) for epoch in range(1, turn["epoch"] + 1))
 
     def judge_transcript(self, transcript: Transcript) -> None:
-        """The transcript is the journal from where it begins, and shows of each ended turn the turn's message."""
+        """Assert that a transcript is the journal from its beginning on, and shows the messages of its ended turns."""
         frames, begin = transcript.frames, transcript.start
         if frames and frames[0]["type"] == "conversation.snapshot":
             snapshot, begin = frames[0], frames[0]["seq"]

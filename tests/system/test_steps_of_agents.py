@@ -363,7 +363,7 @@ async def test_superseded_answers_push_neither_their_question_nor_what_came_befo
 async def test_many_turns_at_once_lose_nothing_to_one_that_fails(
     node: NodeProcess, module_database_url: str, user: str
 ) -> None:
-    """Good turns share their flushes with what cannot be stored."""
+    """The good turns share their flushes with events that cannot be stored."""
     good = script_of(*(action for number in range(10) for action in (call(number), result(number), ("text", "w "))))
     bad = script_of(("text", "so far "), ("call", 7, "tool", {}))
 

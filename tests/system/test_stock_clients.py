@@ -399,7 +399,7 @@ async def test_chats_that_share_a_websocket_stream_side_by_side(world: World, us
 
 
 async def test_what_is_asked_in_another_process_is_followed_live(world: World, user: str) -> None:
-    """Two processes run the lines of docs/clients.md, each at a node of its own."""
+    """Two tabs run the lines of docs/clients.md, each at a node of its own."""
     with running_driver() as elsewhere:
         async with AsyncExitStack() as stack:
             tab = await stack.enter_async_context(world.tab(user, follow=True))

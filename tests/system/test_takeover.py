@@ -86,7 +86,7 @@ async def test_60_turns_go_on_when_nodes_are_killed(
             clients.append(client)
             followers.append(follower)
             rotated = [*nodes[number % 3 :], *nodes[: number % 3]] * 2
-            # Both ask: the first one to arrive has the turn on its node.
+            # Both ask, and the one that comes first has the turn on its node.
             group.create_task(client.watch(*rotated))
             group.create_task(follower.watch(*rotated[1:]))
 

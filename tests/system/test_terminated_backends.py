@@ -36,7 +36,7 @@ async def test_turns_stream_on_while_a_backend_is_terminated_every_moment(
         watching = []
         for number, (client, follower) in enumerate(zip(clients, followers, strict=True)):
             here, there = nodes[number % 2], nodes[1 - number % 2]
-            # Both ask: the first one to arrive has the turn on its node.
+            # Both ask, and the one that comes first has the turn on its node.
             watching += [group.create_task(client.watch(here)), group.create_task(follower.watch(there))]
         killed = await terminate_backends(database_url, lambda: all(task.done() for task in watching))
     assert killed > KILLS / 2

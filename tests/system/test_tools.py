@@ -291,7 +291,7 @@ async def test_a_call_is_made_again_by_the_third_node_when_the_second_dies_of_it
 
 
 def has_called(client: Client, calls: int) -> Callable[[], Any]:
-    """Whether the client has seen this number of calls."""
+    """Return a condition: the client has seen `calls` calls."""
 
     async def condition() -> bool:
         return sum(what == "call" for what, _ in called(client)) == calls

@@ -90,7 +90,7 @@ async def test_a_turn_that_cannot_be_read_fails_and_the_others_go_on(
 
 
 async def assert_is_over(database_url: str, client: Client) -> None:
-    """The turn failed once, under its second epoch; what is stored of it is what its client shows."""
+    """Assert that the turn failed once, under its second epoch, and that the database holds what its client shows."""
     conversation_id = uuid.UUID(client.conversation_id)
     (turn,) = await sql(database_url, "SELECT status, epoch FROM turns WHERE conversation_id = $1", conversation_id)
     assert tuple(turn) == ("failed", 2)

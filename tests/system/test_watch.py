@@ -28,7 +28,7 @@ def proxy(database_url: str) -> Iterator[PostgresProxy]:
 
 
 async def has_watched(proxy: PostgresProxy, times: int) -> None:
-    """Wait until `times` watches have been asked from now on and answered."""
+    """Wait until the node has had answers to `times` watches that it asked from now on."""
     executions = proxy.executions("watch")
 
     async def condition() -> bool:

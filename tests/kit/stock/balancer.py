@@ -33,9 +33,8 @@ class Balancer:
         return f"http://127.0.0.1:{self.port}"
 
     def cut(self, at: int | bytes, how: Break = "rst") -> None:
-        """Break the connection that is about to send a client the byte after the first `at` ones, counted from the last
-        cut or else from now, or what begins with the bytes `at`. Cuts that are asked for together come one after the
-        other."""
+        """Break a connection before its client gets a certain byte. `at` is a number of bytes to clients, counted from
+        the last cut or else from now, or the bytes at which to break. Several cuts take effect one after the other."""
         self._cuts.append((at, how))
         if len(self._cuts) == 1:
             self._cut_from = self.bytes_sent

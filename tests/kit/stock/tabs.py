@@ -51,7 +51,7 @@ class View:
 
     @property
     def roles(self) -> list[str]:
-        """The role of each message."""
+        """The roles of the messages, in order."""
         return [message["role"] for message in self.messages]
 
 
@@ -100,8 +100,8 @@ class Tab:
         received: str | None = None,
         within_seconds: float = 20,
     ) -> View:
-        """Wait until the last answer has this length, this number of messages is there, the chat has this status, and a
-        chunk or frame of this type has come: what is given of these."""
+        """Wait until the tab shows this number of characters of the last answer and this number of messages, the chat
+        has this status, and this chunk or frame has come."""
         conditions = {"characters": characters, "messages": messages, "status": status, "received": received}
         given = {name: value for name, value in conditions.items() if value is not None}
         return _view(await self._call("until", within_seconds=within_seconds, **given))

@@ -37,7 +37,7 @@ def asked(*actions: Sequence[Any]) -> str:
 
 
 def paced(seconds: float, text: str = "w{number} ") -> list[Any]:
-    """Return the action that says WHOLE in this number of seconds."""
+    """Return the action that says WHOLE within some seconds."""
     return ["paced", TOKENS, text, seconds / TOKENS]
 
 

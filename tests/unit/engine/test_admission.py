@@ -51,7 +51,7 @@ def test_a_question_has_new_ids_and_events_that_hold_them() -> None:
     other = question_of(USER, send(), message_bytes_max=100)
     ids = {id for each in (question, other) for id in (each.turn_id, each.message_id, each.new_conversation_id)}
     assert len(ids) == 6
-    assert (question.user_id, question.conversation_id, question.client_id) == (USER, CONVERSATION, "m-1")
+    assert (question.user_id, question.conversation_id, question.client_message_id) == (USER, CONVERSATION, "m-1")
     assert before <= question.created_at <= datetime.now(UTC)
     assert json.loads(question.turn_started) == {"message_id": "m-1"}
     assert json.loads(question.message_created)["message"] == {
@@ -65,8 +65,8 @@ def test_a_question_has_new_ids_and_events_that_hold_them() -> None:
         "turn_id": str(question.turn_id),
         "created_at": question.created_at.isoformat().replace("+00:00", "Z"),
     }
-    assert question.chat_id is None
-    assert question_of(USER, send(), chat_id="chat-1", message_bytes_max=100).chat_id == "chat-1"
+    assert question.client_chat_id is None
+    assert question_of(USER, send(), chat_id="chat-1", message_bytes_max=100).client_chat_id == "chat-1"
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_every_other_outcome_is_an_error_with_the_conversation(
 @pytest.mark.parametrize(
     ("last_role", "message"),
     [
-        ("user", "After a message of role user one of role user may not come; next may come: assistant."),
-        ("tool", "After a message of role tool one of role user may not come; next may come: assistant or tool."),
-        ("assistant", "After a message of role assistant one of role user may not come; next may come: tool."),
+        ("user", "A user message cannot follow a user message; expected: assistant."),
+        ("tool", "A user message cannot follow a tool message; expected: assistant or tool."),
+        ("assistant", "A user message cannot follow an assistant message; expected: tool."),
     ],
 )
 def test_a_question_out_of_order_is_told_what_may_come(last_role: str, message: str) -> None:
@@ -193,11 +193,11 @@ def test_a_result_takes_its_tools_name_from_the_call_unless_it_has_one() -> None
 
 
 def test_messages_out_of_order_are_refused_with_the_place_of_the_first_one() -> None:
-    with pytest.raises(RoleOrder, match=r"^messages\[1\]: After a message of role user one of role user may not come"):
+    with pytest.raises(RoleOrder, match=r"^messages\[1\]: A user message cannot follow a user message"):
         appended(UserMessage("a"), UserMessage("b"))
-    with pytest.raises(RoleOrder, match=r"^After a message of role user"):
+    with pytest.raises(RoleOrder, match=r"^A user message cannot follow a user message"):
         appended(UserMessage("b"), tail=Tail("user"))
-    with pytest.raises(RoleOrder, match="No call 2 waits for its result; next may come: the result of 1"):
+    with pytest.raises(RoleOrder, match="No call 2 is pending; pending: 1"):
         appended(ToolMessage("2", "a"), tail=Tail("assistant", {"1": "search"}))
 
 

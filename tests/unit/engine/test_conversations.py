@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 from uuid import UUID
 
 import pytest
 
-from anynode.models.chats import Chat
-from anynode.models.database import Database, Unavailable
+from anynode.models.client_chats import Chat
+from anynode.models.database import Unavailable
 from anynode.server.engine.conversations import Conversations
 from anynode.server.errors import DatabaseUnavailable, NotFound
+from tests.kit.statements import Answers
 from tests.kit.turns import AT, CONVERSATION, TURN, USER, turn_ref
 
 ROW = {
@@ -41,30 +42,15 @@ CALLS: dict[str, Call] = {
 }
 
 
-class Rows:
-    """A database that answers each statement with the rows that it is given, and all others with none."""
-
-    def __init__(self, **rows: Any) -> None:
-        self.rows = rows
-        self.asked: dict[str, tuple[Any, ...]] = {}
-
-    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
-        self.asked[name] = arguments
-        rows = self.rows.get(name, [])
-        if isinstance(rows, Exception):
-            raise rows
-        return rows
+def of(answers: Answers) -> Conversations:
+    return Conversations(answers.database)
 
 
-class Away:
+class Away(Answers):
     """A Postgres that does not answer."""
 
-    async def fetch(self, name: str, *arguments: Any, **options: Any) -> Any:
+    def answer(self, name: str, arguments: Mapping[str, Any]) -> Any:
         raise Unavailable("OSError: refused")
-
-
-def of(database: object) -> Conversations:
-    return Conversations(cast(Database, database))
 
 
 def test_all_methods_are_tested_here() -> None:
@@ -81,17 +67,17 @@ async def test_a_postgres_that_does_not_answer_is_told_as_such(name: str) -> Non
 @pytest.mark.parametrize("name", ["read", "update", "messages"])
 async def test_what_is_not_the_users_is_not_found(name: str) -> None:
     with pytest.raises(NotFound, match="There is no such conversation"):
-        await CALLS[name](of(Rows()))
+        await CALLS[name](of(Answers()))
 
 
 @pytest.mark.parametrize("name", ["find_chat", "find_chat_end", "find_sent", "find_turn"])
 async def test_a_search_that_finds_nothing_returns_none(name: str) -> None:
-    assert await CALLS[name](of(Rows())) is None
+    assert await CALLS[name](of(Answers())) is None
 
 
 async def test_usage_of_no_turn_asks_nothing() -> None:
     assert await of(Away()).usage([]) == {}
-    assert await of(Rows(read_usage=[{"id": TURN, "usage": "{}"}])).usage([TURN]) == {TURN: "{}"}
+    assert await of(Answers({"read_usage": [{"id": TURN, "usage": "{}"}]})).usage([TURN]) == {TURN: "{}"}
 
 
 @pytest.mark.parametrize(
@@ -99,47 +85,51 @@ async def test_usage_of_no_turn_asks_nothing() -> None:
     [("create", "create_conversation"), ("read", "read_conversation"), ("update", "update_conversation")],
 )
 async def test_a_conversation_comes_with_all_its_fields(name: str, statement: str) -> None:
-    found = await CALLS[name](of(Rows(**{statement: [ROW]})))
+    found = await CALLS[name](of(Answers({statement: [ROW]})))
     assert (found.id, found.client_id, found.title, found.system_prompt) == (CONVERSATION, "chat-1", "A title", None)
     assert (bytes(found.metadata), found.seq, found.created_at, found.updated_at) == (b'{"a": 1}', 7, AT, AT)
 
 
 async def test_a_conversation_is_made_with_an_id_of_its_own_and_empty_metadata() -> None:
-    database = Rows(create_conversation=[ROW])
+    database = Answers({"create_conversation": [ROW]})
     await of(database).create(USER, title="A title", system_prompt="Be brief.", metadata=None)
-    user_id, id, *rest, created_at = database.asked["create_conversation"]
-    assert (user_id, rest) == (USER, ["A title", "Be brief.", "{}"])
-    assert id.version == 7
-    assert created_at.tzinfo is not None
+    ((_, given),) = database.asked
+    assert given.pop("conversation_id").version == 7
+    assert given.pop("created_at").tzinfo is not None
+    assert given == {"user_id": USER, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
 
 
 async def test_conversations_are_listed_from_the_top_or_behind_a_place() -> None:
-    database = Rows(list_conversations=[ROW], list_conversations_before=[])
+    database = Answers({"list_conversations": [ROW]})
     assert [found.id for found in await of(database).list(USER, limit=20, skip=3, search="tea")] == [CONVERSATION]
-    assert database.asked["list_conversations"] == (USER, 20, 3, "tea")
+    ((name, first),) = database.asked
+    assert (name, set(first.values())) == ("list_conversations", {USER, 20, 3, "tea"})
     assert await of(database).list(USER, limit=20, before=(AT, CONVERSATION)) == []
-    assert database.asked["list_conversations_before"] == (USER, 20, 0, None, AT, CONVERSATION)
+    name, second = database.asked[1]
+    assert (name, set(second.values())) == ("list_conversations_before", {USER, 20, 0, None, AT, CONVERSATION})
 
 
 async def test_a_message_that_is_not_in_the_conversation_is_not_found_as_such() -> None:
-    database = Rows(read_conversation=[ROW])
+    database = Answers({"read_conversation": [ROW]})
     with pytest.raises(NotFound, match="There is no such message in this conversation"):
         await of(database).messages(USER, CONVERSATION, limit=50, before=BEFORE)
     with pytest.raises(NotFound, match="There is no such conversation"):
-        await of(Rows()).messages(USER, CONVERSATION, limit=50, before=BEFORE)
+        await of(Answers()).messages(USER, CONVERSATION, limit=50, before=BEFORE)
     with pytest.raises(DatabaseUnavailable):
-        await of(Rows(read_conversation=Unavailable())).messages(USER, CONVERSATION, limit=50, before=BEFORE)
+        await of(Answers({"read_conversation": Unavailable()})).messages(USER, CONVERSATION, limit=50, before=BEFORE)
 
 
 async def test_a_page_of_messages_comes_oldest_first() -> None:
     rows = [{"id": UUID(int=n), "bytes": 10, "position": n, "system_prompt": None} for n in (3, 2, 1)]
-    page = await of(Rows(read_messages=rows)).messages(USER, CONVERSATION, limit=50, before=None)
+    page = await of(Answers({"read_messages": rows})).messages(USER, CONVERSATION, limit=50, before=None)
     assert ([row["position"] for row in page.messages], page.is_first) == ([1, 2, 3], True)
 
 
 async def test_a_turn_is_found_with_the_place_of_its_first_event() -> None:
     row = {"conversation_id": CONVERSATION, "first_seq": 7}
-    assert await of(Rows(find_turn=[row])).find_turn(USER, TURN) == turn_ref()
+    assert await of(Answers({"find_turn": [row]})).find_turn(USER, TURN) == turn_ref()
     chat = {**row, "turn_id": TURN}
-    assert await of(Rows(find_chat=[chat])).find_chat(USER, "chat-1") == Chat(CONVERSATION, turn_ref())
-    assert await of(Rows(find_chat=[{**chat, "turn_id": None}])).find_chat(USER, "chat-1") == Chat(CONVERSATION, None)
+    assert await of(Answers({"find_chat": [chat]})).find_chat(USER, "chat-1") == Chat(CONVERSATION, turn_ref())
+    assert await of(Answers({"find_chat": [{**chat, "turn_id": None}]})).find_chat(USER, "chat-1") == Chat(
+        CONVERSATION, None
+    )

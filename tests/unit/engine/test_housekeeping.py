@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
-from anynode.models.database import Database, Unavailable
+from anynode.models.database import Unavailable
 from anynode.server.engine import housekeeping as module
 from anynode.server.engine.housekeeping import delete_expired, pause_seconds
+from tests.kit.statements import Answers
 
 
 class Done(Exception):
     """The script is over."""
 
 
-class Kept:
-    """A database that keeps what it is asked to do, and in which `turns` and `messages` have expired."""
+class Kept(Answers):
+    """A database in which `turns` and `messages` have expired; the first statements fail with its `errors`."""
 
     def __init__(self, *, turns: int = 0, messages: int = 0) -> None:
-        self.asked: list[tuple[Any, ...]] = []
-        self.turns = turns
-        self.messages = messages
+        super().__init__()
+        self.expired = {"delete_expired_events": turns, "delete_expired_messages": messages}
         self.errors: list[Exception] = []
 
-    async def fetch(self, name: str, *arguments: Any) -> list[object]:
-        self.asked.append((name, *arguments))
+    def answer(self, name: str, arguments: Mapping[str, Any]) -> list[object]:
         if self.errors:
             raise self.errors.pop(0)
-        kind = {"delete_expired_events": "turns", "delete_expired_messages": "messages"}.get(name)
-        if kind is None:
+        if name not in self.expired:
             return []
-        deleted = min(getattr(self, kind), arguments[1])
-        setattr(self, kind, getattr(self, kind) - deleted)
+        (limit,) = (value for name, value in arguments.items() if name.endswith("_max"))
+        deleted = min(self.expired[name], limit)
+        self.expired[name] -= deleted
         return [None] * deleted
 
 
@@ -49,7 +49,7 @@ async def clean_up(monkeypatch: pytest.MonkeyPatch, kept: Kept, rounds: int = 1)
 
     monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=sleep))
     with pytest.raises(Done):
-        await delete_expired(cast(Database, kept), retention_seconds=40.0)
+        await delete_expired(kept.database, retention_seconds=40.0)
     return pauses
 
 
@@ -62,9 +62,10 @@ async def test_all_that_expires_is_deleted(monkeypatch: pytest.MonkeyPatch) -> N
         "delete_expired_tickets",
         "forget_deletions",
     ]
-    assert ("forget_deletions", 60.0) in kept.asked
-    assert ("delete_expired_events", 40.0, 100) in kept.asked
-    assert ("delete_expired_messages", 40.0, 1000) in kept.asked
+    arguments = {name: list(given.values()) for name, given in kept.asked}
+    assert arguments["forget_deletions"] == [60.0]
+    assert arguments["delete_expired_events"] == [40.0, 100]
+    assert arguments["delete_expired_messages"] == [40.0, 1000]
 
 
 async def test_a_statement_is_made_again_while_there_is_more_than_it_deletes_at_once(
@@ -73,7 +74,7 @@ async def test_a_statement_is_made_again_while_there_is_more_than_it_deletes_at_
     kept = Kept(turns=250, messages=2000)
     await clean_up(monkeypatch, kept)
     names = [name for name, *_ in kept.asked]
-    assert (kept.turns, kept.messages) == (0, 0)
+    assert set(kept.expired.values()) == {0}
     assert (names.count("delete_expired_events"), names.count("delete_expired_messages")) == (3, 3)
 
 
@@ -84,7 +85,7 @@ async def test_what_fails_is_logged_and_tried_again_after_a_pause(
     kept.errors = [Unavailable("OSError: refused"), KeyError("broken")]
     with caplog.at_level(logging.WARNING):
         await clean_up(monkeypatch, kept, rounds=3)
-    assert kept.turns == 0
+    assert set(kept.expired.values()) == {0}
     assert [record.getMessage() for record in caplog.records] == [
         "expired events wait for Postgres: OSError: refused",
         "expired events could not be deleted",

@@ -301,7 +301,7 @@ def standing_to_calls(journal: Journal) -> Journal:
 
 @given(turns(), st.integers(0, 30))
 def test_an_agent_that_resumes_calls_ends_as_one_that_was_not_interrupted(turn: Journal, cut: int) -> None:
-    """But for a step that was cut between its results, which then is two."""
+    """A step that was cut between its results becomes two; all else is equal."""
     stands = standing_to_calls(turn[:cut])
     pending = steps_in(stands)[2]
     rest = turn[len(stands) :]

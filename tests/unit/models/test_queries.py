@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 import anynode.models
-from anynode.models.functions import function_names, function_sql, load_functions
 from anynode.models.queries import bind, read, statements, translate
 
 SOURCES = Path(str(files(anynode.models)))
@@ -39,35 +38,6 @@ def test_a_statement_says_what_it_does_and_names_the_file_of_each_function_that_
     assert re.match(r"[A-Z][a-z]+ ", comment)
     named = set(re.findall(r"models/functions/(\w+)\.sql", comment))
     assert named == set(re.findall(r"\banynode_(\w+)\(", section))
-
-
-@pytest.mark.parametrize("name", sorted(function_names()))
-def test_a_function_names_the_statements_and_functions_that_call_it(name: str) -> None:
-    (called_by,) = re.findall(r"^-- Called by: (.*)$", function_sql(name), re.MULTILINE)
-    calls = rf"\banynode_{name}\("
-    assert set(re.findall(r"`(\w+)`", called_by)) == {
-        statement.name for statement in statements().values() if re.search(calls, statement.sql)
-    }
-    assert set(re.findall(r"anynode_(\w+)", called_by)) == {
-        other for other in function_names() - {name} if re.search(calls, function_sql(other))
-    }
-
-
-@pytest.mark.parametrize("name", sorted(function_names()))
-def test_a_function_says_what_it_does_what_it_locks_and_how_it_may_be_repeated(name: str) -> None:
-    header = function_sql(name).split("\n\n")[0]
-    assert header.startswith(f"-- anynode_{name}: ")
-    assert re.findall(r"^-- (Does|Locks|Repeating|Called by): \S", header, re.MULTILINE) == [
-        "Does",
-        "Locks",
-        "Repeating",
-        "Called by",
-    ]
-
-
-def test_a_function_without_a_file_cannot_be_loaded() -> None:
-    with pytest.raises(LookupError, match=r"models/functions/no_such\.sql"):
-        load_functions("admit", "no_such")
 
 
 @pytest.mark.parametrize("name", sorted(statements()))

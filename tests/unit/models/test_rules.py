@@ -239,7 +239,7 @@ def words_of(messages: Sequence[Said]) -> list[Word]:
 
 
 def turn_with_tools(number: int, answer: str, status: str, steps: int) -> list[Said]:
-    """A turn whose end comes after so many steps with two tools each."""
+    """Make a turn whose end comes after some steps with two tools each."""
     question, end = turn(number, answer, status)
     step = [Said(number, "assistant", ""), Said(number, "tool"), Said(number, "tool")]
     return [question, *step * steps, end]

@@ -17,7 +17,7 @@ from tests.kit.asgi import Peer, websocket_scope
 
 FORBIDDEN = (3003, "pages of this origin may not connect (ALLOWED_ORIGINS)")
 RESTARTING = (1012, "restarting")
-OVERLOADED = (1013, "this node has as many connections as it may")
+OVERLOADED = (1013, "this node is at its limit of connections")
 
 
 class Leaving:

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from starlette.types import Message
 
-from anynode.models.chats import Chat, ChatEnd
+from anynode.models.client_chats import Chat, ChatEnd
 from anynode.models.conversations import Snapshot
 from anynode.server.api.ai_sdk import connection as module
 from anynode.server.api.ai_sdk import stops

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from anynode.models.chats import Chat, Sent
+from anynode.models.client_chats import Chat, Sent
 from anynode.server.api.ai_sdk.questions import ask
 from anynode.server.api.ai_sdk.wire import ChatRequest
 from anynode.server.engine.admission import Admitted

@@ -6,11 +6,12 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anynode.models.turns import TurnRef
 from anynode.server.api.ai_sdk.stops import STOP_SECONDS, Stops
+from tests.kit.examples import examples
 from tests.kit.turns import CONVERSATION, USER
 
 CHAT, OTHER_CHAT = "chat-1", "chat-2"
@@ -213,7 +214,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(steps)
 def test_in_whatever_order_a_turn_is_stopped_once_and_only_one_that_was_aborted(script: list[Any]) -> None:
     """Each abort is of a turn of its own, as a request shows one turn and is aborted once."""
@@ -254,7 +255,7 @@ def test_in_whatever_order_a_turn_is_stopped_once_and_only_one_that_was_aborted(
     assert len(set(stopped)) == len(stopped)
 
 
-@settings(max_examples=30)
+@examples(50)
 @given(st.lists(st.tuples(chats, st.integers(1, 3), seconds), max_size=15))
 def test_time_alone_stops_a_turn_at_most_once_for_each_abort(script: list[tuple[str, int, float]]) -> None:
     stops, now = Stops(remembered_max=100), NOW
