@@ -77,9 +77,9 @@ class Anynode:
         """Return the ASGI application."""
         settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
         tickets, slots = Tickets(database), Slots(settings.connections_max)
-        native = partial(AnynodeConnection, settings, node, authenticator)
+        anynode = partial(AnynodeConnection, settings, node, authenticator)
         ai_sdk = partial(AiSdkConnection, settings, node, authenticator, tickets=tickets)
-        faces = [
+        apis = [
             (REST, Rest(settings, node, slots)),
             (AI_SDK, AiSdk(settings, node, slots, tickets)),
             (RESPONSES, Responses(settings, node, slots)),
@@ -87,10 +87,10 @@ class Anynode:
         app = Starlette(
             routes=[
                 *self.extra_routes(authenticator),  # first, so that they may replace one of ours
-                WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, native)),
+                WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, anynode)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
                 *health_routes(node, database.is_reachable),
-                *routes_of(faces, authenticator, body_bytes_max=settings.frame_bytes_max),
+                *routes_of(apis, authenticator, body_bytes_max=settings.frame_bytes_max),
                 *reference_routes(),
                 *page_routes(),
             ],

@@ -95,12 +95,12 @@ class TurnReader:
             pass  # the journal of a turn is deleted after its end
 
     async def events(
-        self, turn: TurnRef, *, is_whole: bool, is_new: bool = True
+        self, turn: TurnRef, *, is_whole: bool, catches_up: bool = False
     ) -> AsyncGenerator[Sequence[Event], None]:
         """Yield all events of a turn in order, in batches, up to its end, also while Postgres is away.
 
-        `is_whole` says that the turn is shown from its start. A turn that is not `is_new` begins with one batch of all
-        that is committed by now. Raises TurnInterrupted where neither the journal nor the stored turn can show it (see
+        `is_whole` says that the turn is shown from its start. With `catches_up` the first batch is all that is
+        committed by now. Raises TurnInterrupted where neither the journal nor the stored turn can show it (see
         the table above), NotFound where its conversation is deleted, and DatabaseUnavailable where Postgres is away
         before the first batch.
         """
@@ -108,7 +108,7 @@ class TurnReader:
         if turn.first_seq is not None:
             try:
                 next_seq = turn.first_seq
-                if not is_new and (events := await self._committed(turn, next_seq)):
+                if catches_up and (events := await self._committed(turn, next_seq)):
                     has_shown = True
                     yield events
                     if is_end(events[-1]):

@@ -110,17 +110,17 @@ class ScriptedReader:
     def __init__(self, *script: Sequence[Event] | Exception, stays: bool = False) -> None:
         self.script: Sequence[Sequence[Event] | Exception] = script
         self.stays = stays
-        self.asked: list[tuple[TurnRef, bool, bool]] = []  # each with `is_whole` and `is_new`
+        self.asked: list[tuple[TurnRef, bool, bool]] = []  # each with `is_whole` and `catches_up`
         self.is_closed = False
         self.ended = asyncio.Event()
         self.stored_as: StoredTurn | Exception = stored_turn("completed", message("hello"))
         self.wait_error: Exception | None = None
 
     async def events(
-        self, turn: TurnRef, *, is_whole: bool, is_new: bool = True
+        self, turn: TurnRef, *, is_whole: bool, catches_up: bool = False
     ) -> AsyncGenerator[Sequence[Event], None]:
         """Yield the batches of the script."""
-        self.asked.append((turn, is_whole, is_new))
+        self.asked.append((turn, is_whole, catches_up))
         try:
             for step in self.script:
                 if isinstance(step, Exception):

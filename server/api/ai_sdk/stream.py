@@ -31,17 +31,17 @@ def chunk_stream(
     return EventStream(
         node=node,
         request=request,
-        pieces=_pieces(node, turn, is_new=is_new),
+        pieces=_pieces(node, turn, catches_up=not is_new),
         last_words=_no_words,
         heartbeat_seconds=heartbeat_seconds,
         headers=_HEADERS,
     )
 
 
-async def _pieces(node: Node, turn: TurnRef, *, is_new: bool) -> AsyncGenerator[bytes, None]:
+async def _pieces(node: Node, turn: TurnRef, *, catches_up: bool) -> AsyncGenerator[bytes, None]:
     chunks = Chunks(str(turn.turn_id))
-    is_behind = not is_new
-    async with aclosing(node.turns.events(turn, is_whole=True, is_new=is_new)) as batches:
+    is_behind = catches_up
+    async with aclosing(node.turns.events(turn, is_whole=True, catches_up=catches_up)) as batches:
         async for events in batches:
             if is_behind:
                 is_behind = False

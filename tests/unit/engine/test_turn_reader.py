@@ -124,14 +124,14 @@ def reader_of(follows: Follows) -> TurnReader:
 
 
 async def read(
-    follows: Follows, turn: TurnRef, *, is_whole: bool = True, is_new: bool = True
+    follows: Follows, turn: TurnRef, *, is_whole: bool = True, catches_up: bool = False
 ) -> tuple[list[list[Event]], type[Exception] | None]:
     """Return the batches that a reader yields, and the error that it ends with."""
     batches: list[list[Event]] = []
     try:
         async with (
             asyncio.timeout(5.0),
-            aclosing(reader_of(follows).events(turn, is_whole=is_whole, is_new=is_new)) as reading,
+            aclosing(reader_of(follows).events(turn, is_whole=is_whole, catches_up=catches_up)) as reading,
         ):
             async for batch in reading:
                 batches.append(list(batch))
@@ -284,7 +284,7 @@ def reading_of(events: Sequence[Event], *, is_complete: bool = True, is_broken: 
 async def test_a_turn_that_is_not_new_begins_with_all_that_is_committed_and_goes_on_behind_it(stored: Stored) -> None:
     stored.readings = [reading_of(WHOLE[:2])]
     following = Following(WHOLE[2:])
-    assert await read(following, turn_ref(), is_new=False) == ([WHOLE[:2], WHOLE[2:]], None)
+    assert await read(following, turn_ref(), catches_up=True) == ([WHOLE[:2], WHOLE[2:]], None)
     assert stored.read_after == [FIRST_SEQ - 1]
     assert following.asked == [(USER, CONVERSATION, WHOLE[1].seq, True)]
 
@@ -296,7 +296,7 @@ async def test_a_turn_that_has_ended_is_one_batch_of_as_many_readings_as_it_take
         reading_of(WHOLE[2:]),
     ]
     following = Following()
-    assert await read(following, turn_ref(), is_new=False) == ([WHOLE], None)
+    assert await read(following, turn_ref(), catches_up=True) == ([WHOLE], None)
     assert stored.read_after == [FIRST_SEQ - 1, FIRST_SEQ, FIRST_SEQ + 1]
     assert following.asked == []
 
@@ -304,14 +304,14 @@ async def test_a_turn_that_has_ended_is_one_batch_of_as_many_readings_as_it_take
 async def test_nothing_is_read_beyond_the_end_of_the_turn_and_events_of_others_are_passed_over(stored: Stored) -> None:
     other = journal(STARTED, first_seq=50, turn_id=OTHER_TURN)
     stored.readings = [reading_of([*WHOLE, *other], is_complete=False)]
-    assert await read(Following(), turn_ref(), is_new=False) == ([WHOLE], None)
+    assert await read(Following(), turn_ref(), catches_up=True) == ([WHOLE], None)
     assert len(stored.read_after) == 1
 
 
 async def test_a_turn_of_which_nothing_is_committed_yet_is_followed_from_its_start(stored: Stored) -> None:
     stored.readings = [reading_of([])]
     following = Following(WHOLE)
-    assert await read(following, turn_ref(), is_new=False) == ([WHOLE], None)
+    assert await read(following, turn_ref(), catches_up=True) == ([WHOLE], None)
     assert following.asked == [(USER, CONVERSATION, FIRST_SEQ - 1, True)]
 
 
@@ -328,29 +328,29 @@ async def test_a_turn_that_is_not_new_and_that_the_journal_does_not_hold_follows
 ) -> None:
     stored.readings = [reading_of([], is_broken=True)]
     stored.turn = [row(status, "a b")]
-    batches, error = await read(Following(), turn_ref(), is_whole=is_whole, is_new=False)
+    batches, error = await read(Following(), turn_ref(), is_whole=is_whole, catches_up=True)
     assert (len(batches), error) == expected
 
 
 async def test_a_turn_that_the_journal_loses_between_two_readings_has_shown_nothing_yet(stored: Stored) -> None:
     stored.readings = [reading_of(WHOLE[:1], is_complete=False), reading_of([], is_broken=True)]
-    (batch,), error = await read(Following(), turn_ref(), is_new=False)
+    (batch,), error = await read(Following(), turn_ref(), catches_up=True)
     assert ([event.type for event in batch], error) == (["turn.started", "turn.delta", "turn.completed"], None)
 
 
 async def test_a_turn_that_the_journal_loses_behind_what_was_committed_can_be_read_nowhere(stored: Stored) -> None:
     stored.readings = [reading_of(WHOLE[:2])]
-    assert await read(Following(GONE), turn_ref(), is_new=False) == ([WHOLE[:2]], TurnInterrupted)
+    assert await read(Following(GONE), turn_ref(), catches_up=True) == ([WHOLE[:2]], TurnInterrupted)
 
 
 async def test_a_deleted_conversation_is_not_found_by_the_first_reading(stored: Stored) -> None:
     stored.readings = [None]
-    assert await read(Following(), turn_ref(), is_new=False) == ([], NotFound)
+    assert await read(Following(), turn_ref(), catches_up=True) == ([], NotFound)
 
 
 async def test_postgres_that_is_away_before_the_first_batch_is_said(stored: Stored) -> None:
     stored.readings = [Unavailable()]
-    assert await read(Following(), turn_ref(), is_new=False) == ([], DatabaseUnavailable)
+    assert await read(Following(), turn_ref(), catches_up=True) == ([], DatabaseUnavailable)
     stored.turn = Unavailable()
     assert await read(Following(), turn_ref(None)) == ([], DatabaseUnavailable)
     assert await read(Following(GONE), turn_ref()) == ([], DatabaseUnavailable)

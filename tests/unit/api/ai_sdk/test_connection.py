@@ -238,7 +238,7 @@ async def test_a_question_is_shown_to_its_end(asked: Asked) -> None:
     ]
     assert [each["sequence"] for each in shown[:-1]] == list(range(8))
     assert {each["requestId"] for each in shown} == {"r-1"}
-    assert asked.reader.asked == [(turn_ref(), True, True)]
+    assert asked.reader.asked == [(turn_ref(), True, False)]
     assert asked.cancelled == []
 
 
@@ -283,7 +283,7 @@ async def test_a_turn_is_resumed_from_its_start(asked: Asked) -> None:
     async with talking(asked, resume()) as peer:
         shown = await frames(peer, 5)
     assert kinds(shown) == ["start", "start", "start-step", "text-start", "text-delta"]
-    assert asked.reader.asked == [(turn_ref(), True, True)]
+    assert asked.reader.asked == [(turn_ref(), True, False)]
 
 
 @pytest.mark.parametrize("last_sequence", [0, 2, 6])
@@ -292,7 +292,7 @@ async def test_a_turn_is_resumed_after_a_sequence_number(asked: Asked, last_sequ
     async with talking(asked, resume(lastSequence=last_sequence)) as peer:
         shown = await frames(peer, 9 - last_sequence)
     assert [each["sequence"] for each in shown[1:-1]] == list(range(last_sequence + 1, 8))
-    assert asked.reader.asked == [(turn_ref(), False, True)]
+    assert asked.reader.asked == [(turn_ref(), False, False)]
 
 
 @pytest.mark.parametrize("chat", [None, Chat(CONVERSATION, None)])

@@ -76,7 +76,7 @@ async def test_a_new_turn_is_shown_chunk_by_chunk_to_its_end() -> None:
     assert peer.headers["x-vercel-ai-ui-message-stream"] == "v1"
     assert peer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert (peer.is_whole, is_broken_off) == (True, False)
-    assert reader.asked == [(turn_ref(), True, True)]
+    assert reader.asked == [(turn_ref(), True, False)]
     assert [len(chunks(message["body"])) for message in peer.sent[1:5]] == [4, 1, 3, 1]  # as they were committed
 
 
@@ -86,7 +86,7 @@ async def test_what_was_said_before_comes_in_as_few_chunks_as_show_it() -> None:
     peer, _ = await streamed(reader, is_new=False)
     assert texts(peer.body) == ["a b c ", "d ", "e"]
     assert types(peer.body)[-4:] == END
-    assert reader.asked == [(turn_ref(), True, False)]
+    assert reader.asked == [(turn_ref(), True, True)]
 
 
 async def test_what_was_taken_back_before_is_not_shown() -> None:

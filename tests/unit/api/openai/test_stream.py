@@ -73,7 +73,7 @@ async def test_a_turn_is_shown_from_its_start_to_its_end() -> None:
     assert [event["sequence_number"] for event in shown] == list(range(10))
     assert shown[-1]["response"]["id"] == f"resp_{TURN.hex}"
     assert (peer.is_whole, is_broken_off) == (True, False)
-    assert reader.asked == [(turn_ref(), True, True)]
+    assert reader.asked == [(turn_ref(), True, False)]
     assert [len(events_of(message["body"])) for message in peer.sent[1:3]] == [5, 5]  # as they were committed
 
 
@@ -83,7 +83,7 @@ async def test_a_stream_goes_on_after_a_sequence_number_with_the_same_events(aft
     reader = ScriptedReader(WHOLE[:2], WHOLE[2:])
     peer, _ = await streamed(reader, after)
     assert events_of(peer.body) == whole[after + 1 :]
-    assert reader.asked == [(turn_ref(), False, True)]
+    assert reader.asked == [(turn_ref(), False, False)]
 
 
 async def test_nothing_comes_after_the_last_sequence_number() -> None:
