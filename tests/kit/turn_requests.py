@@ -8,7 +8,7 @@ from typing import Any
 from tests.kit.harness import Frame, Socket
 
 
-def cancel(conversation_id: str, **fields: str | None) -> Frame:
+def cancel(conversation_id: str, **fields: Any) -> Frame:
     """Return the frame that stops a conversation's turn."""
     return {"type": "turn.cancel", "conversation_id": conversation_id, **fields}
 

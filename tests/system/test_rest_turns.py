@@ -17,6 +17,7 @@ from tests.conftest import StartNode
 from tests.kit.harness import TERMINAL, NodeProcess, running_node, socket_to, sql
 from tests.kit.postgres_proxy import postgres_proxy
 from tests.kit.rest import MISSING, Reply, Rest, rest_to
+from tests.kit.stored import turns_of
 
 Nodes = Sequence[NodeProcess]
 UUID = uuid.UUID
@@ -87,13 +88,6 @@ async def assert_gone(database_url: str, conversation_id: str) -> None:
     for table in TABLES:
         left = await sql(database_url, f"SELECT * FROM {table} WHERE conversation_id = $1", UUID(conversation_id))
         assert left == [], table
-
-
-async def turns_of(database_url: str, conversation_id: str) -> list[str]:
-    rows = await sql(
-        database_url, "SELECT status FROM turns WHERE conversation_id = $1 ORDER BY id", UUID(conversation_id)
-    )
-    return [row["status"] for row in rows]
 
 
 async def shown(rest: Rest, conversation_id: str) -> list[tuple[str, str, str]]:

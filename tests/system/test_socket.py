@@ -28,6 +28,7 @@ from tests.kit.harness import (
     text_of,
     token_for,
 )
+from tests.kit.turn_requests import cancel
 
 MESSAGE_FIELDS = {
     *("id", "role", "content", "tool_calls", "tool_name", "tool_call_id", "status", "turn_id", "created_at")
@@ -100,10 +101,6 @@ def send_to(conversation_id: str | None, content: str = "hello", **fields: Any) 
         "conversation_id": conversation_id,
         **fields,
     }
-
-
-def cancel(conversation_id: str, **fields: Any) -> Frame:
-    return {"type": "turn.cancel", "conversation_id": conversation_id, **fields}
 
 
 async def start_turn(socket: Socket, content: str = "go on") -> tuple[str, str]:
