@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import signal
 import socket
@@ -12,12 +13,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil  # type: ignore[import-untyped, unused-ignore]
 
 from tests.kit.command_line import COMMAND, environment, wait_until
-from tests.kit.harness import free_port
+
+OWN_PORTS: Final = (11_000, 32_000)
 
 
 class Dev:
@@ -100,15 +102,18 @@ def processes_that_mention(directory: Path) -> list[psutil.Process]:
 
 
 def successive_free_ports(count: int) -> list[int]:
-    """Find `count` ports in a row on which nothing listens."""
+    """Find `count` ports in a row on which nothing listens.
+
+    They are below the ports that systems give to connections and to port 0: other tests take those at any moment.
+    """
     while True:
-        first = free_port()
+        first = random.randrange(*OWN_PORTS)
         ports = list(range(first, first + count))
         try:
             for port in ports:
                 with socket.socket() as probe:
                     probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
+        except OSError:
             continue
         return ports
 
