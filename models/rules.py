@@ -30,6 +30,7 @@ TERMINAL_EVENTS: Mapping[str, str] = {
     CANCELLED: "turn.cancelled",
     FAILED: "turn.failed",
 }
+TERMINAL_TYPES: frozenset[str] = frozenset(TERMINAL_EVENTS.values())
 
 
 class OutOfOrder(ValueError):

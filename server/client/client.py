@@ -15,10 +15,10 @@ from typing import Any, Final
 import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
+from anynode.models.rules import TERMINAL_TYPES
 from anynode.server.errors import CloseCode
 from anynode.server.protocol.frames import SUBPROTOCOL
 
-TERMINAL: Final = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 BACKOFF_SECONDS: Final = (0.05, 2.0)  # the first and the longest wait between attempts
 
 INBOX_FRAMES: Final = 1000  # frames that have come and were not asked for yet
@@ -114,7 +114,7 @@ class Client:
                             return
                     case type if turn_id is not None and received.get("turn_id") == turn_id:
                         yield received
-                        if type in TERMINAL:
+                        if type in TERMINAL_TYPES:
                             return
 
     async def follow(self, conversation_id: str, after: int | None = None) -> AsyncGenerator[Frame, None]:

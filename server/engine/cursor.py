@@ -8,12 +8,10 @@ version at which a log was complete, or -1. A cursor's `_read_at` is the version
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from anynode.models.events import Event, Reading
-from anynode.models.rules import TERMINAL_EVENTS
-
-_TERMINAL: Final = frozenset(TERMINAL_EVENTS.values())
+from anynode.models.rules import TERMINAL_TYPES
 
 
 class Log:
@@ -179,6 +177,6 @@ def outcome_of(reading: Reading) -> Outcome:
         return "broken"
     if reading.is_complete and not reading.is_running:
         return "over"
-    if any(event.type in _TERMINAL for event in reading.events):
+    if any(event.type in TERMINAL_TYPES for event in reading.events):
         return "next turn"
     return "more" if reading.events else "nothing"

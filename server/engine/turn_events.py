@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Raw, Struct
 
 from anynode.models.events import DELTA, Event, delta_payload
-from anynode.models.rules import CANCELLED, COMPLETED, FAILED, RUNNING, TERMINAL_EVENTS
+from anynode.models.rules import CANCELLED, COMPLETED, FAILED, RUNNING, TERMINAL_EVENTS, TERMINAL_TYPES
 from anynode.server.agents.agent import ToolResult
 from anynode.server.protocol.bodies import StoredTurn
 from anynode.server.protocol.encoding import encode
@@ -91,7 +91,6 @@ _DECODERS: Final[Mapping[str, msgspec.json.Decoder[TurnEvent]]] = {
     TERMINAL_EVENTS[CANCELLED]: msgspec.json.Decoder(TurnCancelled),
     TERMINAL_EVENTS[FAILED]: msgspec.json.Decoder(TurnFailed),
 }
-_TERMINAL: Final = frozenset(TERMINAL_EVENTS.values())
 
 
 def decode_event(type: str, payload: str) -> TurnEvent | None:
@@ -105,7 +104,7 @@ def decode_event(type: str, payload: str) -> TurnEvent | None:
 
 def is_end(event: Event) -> bool:
     """Return whether the event is the last one of its turn."""
-    return event.type in _TERMINAL
+    return event.type in TERMINAL_TYPES
 
 
 def events_of_stored(turn: StoredTurn) -> list[Event]:
