@@ -53,6 +53,13 @@ def test_a_modules_name_says_what_is_in_it(module: Path) -> None:
     assert not EMPTY_NAMES & {*module.with_suffix("").parts}
 
 
+@pytest.mark.parametrize("package", ["engine", "transport", "protocol"])
+def test_each_module_has_a_unit_test_of_its_name(package: str) -> None:
+    modules = {path.stem for path in (TOP / "server" / package).glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (TOP / "tests" / "unit" / package).glob("test_*.py")}
+    assert modules - tests == set()
+
+
 @pytest.mark.parametrize("folder", ["tests", "bench", "scripts"])
 def test_no_module_imports_a_test_module(folder: str) -> None:
     imported = [
