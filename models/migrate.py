@@ -1,4 +1,4 @@
-"""Brings the schema up to date, one process at a time, and says when it is behind."""
+"""Brings the schema up to date, one process at a time."""
 
 from __future__ import annotations
 
@@ -9,22 +9,16 @@ import asyncpg
 from tortoise import Tortoise
 from tortoise.backends.asyncpg.client import AsyncpgDBClient
 from tortoise.migrations.executor import MigrationExecutor
-from tortoise.migrations.loader import MigrationLoader
 from tortoise.migrations.schema_editor import AsyncpgSchemaEditor
 from tortoise.transactions import in_transaction
 
-from anynode.models.database import Unavailable, normalise_url
+from anynode.models.database import normalise_url
+from anynode.models.schema_version import APP, OPTIONS
 
-APP = "models"
 _LOCK = 0x616E796E6F6465  # "anynode"
-_OPTIONS: dict[str, Any] = {"timeout": 10, "statement_cache_size": 0}  # see `database._Source`
 _APPS: dict[str, dict[str, Any]] = {
     APP: {"models": ["anynode.models.tables"], "migrations": "anynode.models.migrations"}
 }
-
-
-class SchemaBehind(Unavailable):
-    """The database has not seen all migrations that this code knows; the message names them."""
 
 
 async def migrate(url: str, *, progress: Callable[[str], object] = lambda name: None) -> list[str]:
@@ -60,29 +54,10 @@ def tortoise_config(url: str) -> dict[str, Any]:
     return {"connections": connections, "apps": _APPS}
 
 
-async def check_schema(url: str) -> None:
-    """Raise SchemaBehind if the database has not seen all migrations that this code knows."""
-    if missing := await missing_migrations(url):
-        raise SchemaBehind(", ".join(missing))
-
-
-async def missing_migrations(url: str) -> list[str]:
-    """Return the names of the migrations that this code knows and the database has not seen."""
-    connection = await asyncpg.connect(normalise_url(url), **_OPTIONS)
-    try:
-        exists = await connection.fetchval("SELECT to_regclass('tortoise_migrations') IS NOT NULL")
-        rows = await connection.fetch("SELECT name FROM tortoise_migrations WHERE app = $1", APP) if exists else []
-    finally:
-        await connection.close(timeout=5)
-    loader = MigrationLoader({APP: {"migrations": "anynode.models.migrations"}}, recorder=None)  # type: ignore[arg-type]
-    loader.load_disk()
-    return sorted({key.name for key in loader.disk_migrations} - {row["name"] for row in rows})
-
-
 class client_class(AsyncpgDBClient):  # noqa: N801  (the name that Tortoise looks for in an engine's module)
     """Tortoise's client, connected by the URL as asyncpg reads it: Tortoise's own parser knows neither `sslmode` nor
     unix sockets. Where it cannot connect, the errors are asyncpg's."""
 
     async def create_connection(self, with_db: bool) -> None:
-        self._pool = await asyncpg.create_pool(self.extra["url"], min_size=1, max_size=1, **_OPTIONS)
+        self._pool = await asyncpg.create_pool(self.extra["url"], min_size=1, max_size=1, **OPTIONS)
         await self._post_connect()

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, WebSocketRoute
 
 from anynode.models.database import Database, Unavailable
-from anynode.models.migrate import check_schema
+from anynode.models.schema_version import check_schema
 from anynode.server.agents.load import open_agent
 from anynode.server.api.ai_sdk.connection import AiSdkConnection
 from anynode.server.api.ai_sdk.handlers import AiSdk

@@ -1,4 +1,4 @@
-"""The command `anynode`."""
+"""The command `anynode`. Each subcommand loads what it runs, and no more: a node must be back soon."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from typing import Any, Final
 import click
 import platformdirs
 
-from anynode.models.migrate import migrate
 from anynode.server.auth import make_token
-from anynode.server.client.terminal import chat
 from anynode.server.errors import ConfigurationError
-from anynode.server.serve import run_node
 from anynode.server.settings import Settings, read_settings
 from anynode.server.startup import on_database, one_line_errors
 
@@ -66,12 +63,16 @@ def dev(nodes: int, data_dir: Path) -> None:
 @cli.command()
 def serve() -> None:
     """Run one node, for production."""
+    from anynode.server.serve import run_node
+
     run_node(os.environ)
 
 
 @cli.command(name="migrate")
 def migrate_command() -> None:
     """Bring the database's schema up to date. Any number of these may run at once."""
+    from anynode.models.migrate import migrate
+
     settings = read_settings(os.environ)
     applied = on_database(
         settings.database_url, lambda url: migrate(url, progress=lambda name: click.echo(f"applied {name}"))
@@ -103,6 +104,7 @@ def token(user: str, ttl: float, data_dir: Path) -> None:
 @data_directory
 def chat_command(urls: tuple[str, ...], given_token: str | None, conversation: str | None, data_dir: Path) -> None:
     """Chat in the terminal. It reconnects and resumes by itself; given several nodes, it hops between them."""
+    from anynode.server.client.terminal import chat
     from anynode.server.dev.run import DEV_USER
 
     settings = read_settings(os.environ)

@@ -12,7 +12,7 @@ import asyncpg
 import click
 
 from anynode.models.database import BadDatabaseUrl, normalise_url
-from anynode.models.migrate import SchemaBehind
+from anynode.models.schema_version import SchemaBehind
 from anynode.server.errors import ConfigurationError
 
 Result = TypeVar("Result")

@@ -12,8 +12,8 @@ import pytest
 
 from anynode.models.database import Database, Unavailable
 from anynode.models.ids import uuid7
-from anynode.models.migrate import SchemaBehind
 from anynode.models.queries import bind
+from anynode.models.schema_version import SchemaBehind
 from tests.kit.harness import free_port, with_database
 from tests.kit.pgbouncer import PgBouncer, running_pgbouncer
 

@@ -12,7 +12,8 @@ from typing import Any
 import asyncpg
 
 from anynode.models.migrate import _LOCK as LOCK
-from anynode.models.migrate import migrate, missing_migrations
+from anynode.models.migrate import migrate
+from anynode.models.schema_version import missing_migrations
 from tests.kit.harness import sql
 
 ROOT = Path(__file__).parent.parent.parent

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from anynode.models.migrate import missing_migrations
+from anynode.models.schema_version import missing_migrations
 from tests.agents.scripted import eventually
 from tests.kit.harness import TERMINAL, Frame, NodeProcess, Socket, socket_to, sql, text_of, with_database
 from tests.kit.pgbouncer import PgBouncer, running_pgbouncer
