@@ -3,7 +3,8 @@
 Owned here:
 
 - `schema.sql` is the schema as it is; `migrations/` is how it came to be; `functions/` holds the SQL functions, one
-  file each. `migrate` applies migrations. `tables` describes the tables to Tortoise.
+  file each. `migrate` applies migrations, and `schema_version` says which ones a database has seen. `tables` describes
+  the tables to Tortoise.
 - `queries.sql` holds every statement of the serving path by name; `queries` reads it. Statements are called by the
   functions of `conversations`, `client_chats`, `messages`, `events`, `turns` and `tickets`, and run by `database`.
 - `rules`, `ids` and `text` are pure: role order and what an agent sees, UUIDs, and text that Postgres can hold.
