@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
 from anynode.server.api.ai_sdk.fold import Chunks, whole
 from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnInterrupted, TurnRef
-from anynode.server.errors import ClientError
 from anynode.server.transport.http import AnyApiRequest
 from anynode.server.transport.sse import EventStream, sse_data
 
@@ -32,7 +31,7 @@ def chunk_stream(
         node=node,
         request=request,
         pieces=_pieces(node, turn, catches_up=not is_new),
-        last_words=_no_words,
+        last_words=lambda error: b"",  # the stream breaks off, and the client resumes
         heartbeat_seconds=heartbeat_seconds,
         headers=_HEADERS,
     )
@@ -51,13 +50,5 @@ async def _pieces(node: Node, turn: TurnRef, *, catches_up: bool) -> AsyncGenera
                 if chunks.takes_back:
                     raise TurnInterrupted
             if shown:
-                yield _data(shown)
+                yield b"".join(map(sse_data, shown))
     yield _DONE
-
-
-def _no_words(error: ClientError) -> bytes:
-    return b""  # the stream breaks off, and the client resumes
-
-
-def _data(chunks: Sequence[str]) -> bytes:
-    return b"".join(map(sse_data, chunks))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Final
 
@@ -60,13 +60,9 @@ async def _pieces(node: Node, turn: TurnRef, fold: Fold, shown_to: int) -> Async
         async for events in batches:
             for start in range(0, len(events), EVENTS_AT_ONCE):
                 added = [shown for event in events[start : start + EVENTS_AT_ONCE] for shown in fold.add(event)]
-                if piece := _after(shown_to, added):
+                if piece := b"".join(_data(event) for event in added if event.sequence_number > shown_to):
                     yield piece
                 await asyncio.sleep(0)  # other turns go on, however much there is to catch up with
-
-
-def _after(shown_to: int, events: Sequence[StreamEvent]) -> bytes:
-    return b"".join(_data(event) for event in events if event.sequence_number > shown_to)
 
 
 def _data(event: StreamEvent | ErrorEvent) -> bytes:
