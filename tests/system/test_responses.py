@@ -283,6 +283,7 @@ async def test_a_number_that_is_ahead_waits_for_what_comes(
 ) -> None:
     async with client_of(nodes[0], user) as client, client_of(nodes[1], user) as elsewhere:
         id = await begun(client, script_of(("text", "a "), ("gate", gate), ("text", "b")))
+        await taken(await client.responses.retrieve(id, stream=True), 5)  # "a " is an event of its own, with number 4
         waiting = asyncio.create_task(resumed(elsewhere, id, 4))
         strings.open(gate)
         events = await waiting
