@@ -19,6 +19,7 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 from anynode.models.queries import statements
 
 CHUNK_BYTES: Final = 65_536
+ACCEPTING_TURNS: Final = 10  # of the loop, from when a connection is accepted until it is known
 
 When: TypeAlias = Literal["before", "after"]
 Result = TypeVar("Result")
@@ -151,10 +152,13 @@ class PostgresProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
-        connections = list(self._connections)
-        for task in connections:
-            task.cancel()
-        await asyncio.gather(*connections, return_exceptions=True)
+        # A connection that was accepted a moment ago reaches `_accept` some turns of the loop later.
+        for _ in range(ACCEPTING_TURNS):
+            connections = list(self._connections)
+            for task in connections:
+                task.cancel()
+            await asyncio.gather(*connections, return_exceptions=True)
+            await asyncio.sleep(0)
 
     async def _heal(self) -> None:
         self.flowing.set()
@@ -165,6 +169,7 @@ class PostgresProxy:
         task = asyncio.create_task(_Connection(self, reader, writer).run())
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+        task.add_done_callback(lambda _: writer.transport.abort())  # also where it was cancelled before it began
 
 
 class _Connection:

@@ -349,7 +349,7 @@ MUTATIONS: Final = (
         ["system/test_tickets.py"],
     ),
     Mutation(
-        "a response is found whoever asks",
+        "a response is found for anybody",
         [
             Change(
                 QUERIES,
