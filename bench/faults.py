@@ -32,7 +32,6 @@ STREAMING_SECONDS: Final = (1.0, 2.0)  # how long all turns have streamed when t
 # A takeover may come late in the stream and begins it again; a machine that is too slow for it gives up here.
 TURNS_SECONDS_MAX: Final = 90.0
 DRAIN_SECONDS: Final = 60.0
-EXIT_SECONDS_MAX: Final = 20.0
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from anynode.models.conversations import Snapshot, read_snapshot
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event, Reading, read_events, read_running
 from anynode.server.engine.cursor import Channel, Cursor, Log, outcome_of
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import DatabaseUnavailable, NotFound
 
 logger = logging.getLogger("anynode.follow")
@@ -227,14 +228,14 @@ class Follows:
         """Follow as `follow` does, also while Postgres is away: yield DatabaseUnavailable then, and go on from the
         cursor. Raises NotFound."""
         while True:
+            following = self.follow(user_id, conversation_id, after, is_own=is_own)
             try:
-                async with aclosing(self.follow(user_id, conversation_id, after, is_own=is_own)) as updates:
-                    async for update in updates:
-                        after = update.seq if isinstance(update, Snapshot) else update[-1].seq
-                        yield update
-            except Unavailable as error:
-                unavailable = DatabaseUnavailable(conversation_id=conversation_id)
-                unavailable.__cause__ = error
+                async with aclosing(following) as updates:
+                    with unavailable_as_client_error(conversation_id):
+                        async for update in updates:
+                            after = update.seq if isinstance(update, Snapshot) else update[-1].seq
+                            yield update
+            except DatabaseUnavailable as unavailable:
                 yield unavailable
 
     async def _read(self, channel: LiveChannel, user_id: str, conversation_id: UUID, after: int) -> Reading:

@@ -176,7 +176,7 @@ class Node:
         end, and so is one behind the turn to `wait_for`. Raises ClientError."""
         interrupted: UUID | None = None
 
-        async def try_once() -> Admission:
+        async def try_once(is_last: bool) -> Admission:
             self._check_room(frame.conversation_id)
             return await attempt()
 
@@ -266,12 +266,10 @@ class Node:
 
     async def delete(self, user_id: str, conversation_id: UUID) -> None:
         """Delete a conversation; a turn that runs is cancelled first, and not waited for long. Raises ClientError."""
-        give_up_at = time.monotonic() + DELETE_SECONDS
 
-        async def attempt() -> str:
-            is_forced = time.monotonic() > give_up_at
+        async def attempt(is_last: bool) -> str:  # the last one is forced, and finds no turn in its way
             with unavailable_as_client_error(conversation_id):
-                return await delete_conversation(self._database, user_id, conversation_id, is_forced=is_forced)
+                return await delete_conversation(self._database, user_id, conversation_id, is_forced=is_last)
 
         async def stop(outcome: str) -> bool:
             if outcome != "conversation_busy":
@@ -279,28 +277,27 @@ class Node:
             await self.cancel(user_id, conversation_id, None)
             return True
 
-        # The last attempt begins after `give_up_at`. So it is forced, and finds no turn in its way.
-        outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS + 1)
+        outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS)
         if outcome == "not_found":
             raise NotFound(conversation_id=conversation_id)
         self.follows.wake(conversation_id)
 
 
 async def repeat_while_busy(
-    attempt: Callable[[], Awaitable[Outcome]],
+    attempt: Callable[[bool], Awaitable[Outcome]],
     stop: Callable[[Outcome], Awaitable[bool]],
     *,
     within_seconds: float,
 ) -> Outcome:
     """Make an attempt, and make it again while a running turn is in its way. Returns the outcome of the last one.
 
-    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. The outcome of an
-    attempt that begins after `within_seconds` is returned as it is.
+    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. An attempt that
+    begins after `within_seconds` is the last one, and is told so: its outcome is returned as it is.
     """
     give_up_at = time.monotonic() + within_seconds
     while True:
         is_last = time.monotonic() > give_up_at  # by when it begins: a slow one must not be the last unawares
-        outcome = await attempt()
+        outcome = await attempt(is_last)
         if is_last or not await stop(outcome):
             return outcome
         await asyncio.sleep(STOP_POLL_SECONDS)

@@ -202,7 +202,7 @@ def calls_of(part: object) -> list[tuple[Any, ...]]:
 async def test_an_attempt_that_nothing_is_in_the_way_of_is_made_once(clock: Clock) -> None:
     outcomes = iter(["done"])
 
-    async def attempt() -> str:
+    async def attempt(is_last: bool) -> str:
         return next(outcomes)
 
     async def stop(outcome: str) -> bool:
@@ -214,7 +214,7 @@ async def test_an_attempt_that_nothing_is_in_the_way_of_is_made_once(clock: Cloc
 async def test_an_attempt_is_made_again_until_nothing_is_in_its_way(clock: Clock) -> None:
     outcomes, stopped = iter(["busy", "busy", "done"]), list[str]()
 
-    async def attempt() -> str:
+    async def attempt(is_last: bool) -> str:
         return next(outcomes)
 
     async def stop(outcome: str) -> bool:
@@ -228,7 +228,7 @@ async def test_an_attempt_is_made_again_until_nothing_is_in_its_way(clock: Clock
 async def test_the_outcome_is_returned_as_it_is_when_the_time_is_over(clock: Clock) -> None:
     attempts: list[float] = []
 
-    async def attempt() -> str:
+    async def attempt(is_last: bool) -> str:
         attempts.append(clock.now)
         clock.now += 2.0
         return "busy"
