@@ -40,6 +40,7 @@ def _add_current_folder() -> None:
     """
     if "" in sys.path:  # as with `python -m`
         return
+    importlib.import_module("aiohttp")  # which the agent `openai` and JWT_JWKS_URL would load only later
     standard = sysconfig.get_path("stdlib")
     ends = [index for index, entry in enumerate(sys.path, 1) if entry in (standard, f"{standard}/lib-dynload")]
     sys.path.insert(max(ends, default=0), "")
