@@ -93,6 +93,19 @@ async def test_signs_in_from_the_fragment_and_streams(
     await expect(chat.said).to_have_text("Hear this.")
 
 
+async def test_a_call_whose_id_is_a_number_is_not_taken_for_a_part_of_the_text(
+    chat: Chat, node: NodeProcess, strings: Strings, user: str
+) -> None:
+    gate = strings.name()
+    await chat.open(node.http, token_for(user))
+    await chat.ask(script_of(("text", "Hear this."), ("call", "1", "search", {}), ("gate", gate)))
+    await expect(chat.answer.locator("details")).to_have_count(1)
+    strings.open(gate)  # the call has no result, and is not stored
+    await expect(chat.answer.locator("details")).to_have_count(0)
+    await chat.ended()
+    await expect(chat.answer.locator(".markdown")).to_have_text(["Hear this."])
+
+
 async def test_signs_in_by_the_form_which_says_why(chat: Chat, shared_node: NodeProcess, user: str) -> None:
     chat.tab.expected.append(REFUSED)
     page, why = chat.page, chat.page.get_by_role("alert")

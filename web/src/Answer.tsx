@@ -21,11 +21,16 @@ export const Answer = memo(function Answer({ message, isStreaming, regenerate }:
     <article className={isStreaming ? 'answer streaming' : 'answer'} aria-busy={isStreaming} data-message={message.id}>
       <h2 className="unseen">Answer</h2>
       {parts.map((part, index) => {
+        // A call's id is the model's own: two steps may use the same one, and it may look like an index. So both kinds of
+        // part have their place as their key.
         if (part.type === 'text') {
-          // biome-ignore lint/suspicious/noArrayIndexKey: parts have no ids, and only the end of them changes
+          // biome-ignore lint/suspicious/noArrayIndexKey: only the end of the parts changes
           return <Markdown key={index} text={part.text} isStreaming={isStreaming && index === last} />;
         }
-        if (part.type === 'dynamic-tool') return <ToolCall key={part.toolCallId} part={part} />;
+        if (part.type === 'dynamic-tool') {
+          // biome-ignore lint/suspicious/noArrayIndexKey: only the end of the parts changes
+          return <ToolCall key={index} part={part} />;
+        }
         return null;
       })}
       {isSilent && <i className="pulse" />}
