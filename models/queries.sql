@@ -308,9 +308,10 @@ UPDATE turns t SET lease_expires_at = '-infinity' FROM mine WHERE t.id = mine.id
 
 -- name: take_over
 -- Make turns whose leases have run out this node's own. `known` are the turns that it knows to be its own; a turn
--- stands up to its last event of a type in `stands_up_to`. See models/functions/take_over_turns.sql.
-SELECT * FROM anynode_take_over_turns(:node, :known, :lease_seconds, :turns_max, :attempts_max, :stands_up_to,
-                                      :two_beats_seconds);
+-- stands up to its last event of a type in `stands_up_to`. With a `conversation_id`, only a turn of it that a `Store`
+-- has run. See models/functions/take_over.sql.
+SELECT * FROM anynode_take_over(:node, :known, :lease_seconds, :turns_max, :attempts_max, :stands_up_to,
+                                :two_beats_seconds, :conversation_id);
 
 -- name: history
 -- Read what an agent needs of a conversation, as an admission returns it. See models/functions/history.sql.

@@ -4,7 +4,8 @@
 
 CREATE TABLE users (
     id text PRIMARY KEY, -- the `sub` of a token
-    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    email text -- the `email` of the newest token that had one
 );
 
 CREATE TABLE conversations (

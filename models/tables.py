@@ -39,10 +39,11 @@ class PartialIndex(Index):
 
 
 class User(Model):
-    """A user, named by the `sub` of a token."""
+    """A user, named by the `sub` of a token. `email` is that of the newest token which had one."""
 
     id = fields.CharField(255, primary_key=True)
     created_at = fields.DatetimeField(db_default=_NOW)
+    email = fields.TextField(null=True)
 
     conversations: fields.ReverseRelation[Conversation]
     messages: fields.ReverseRelation[Message]

@@ -39,6 +39,7 @@ class TakenTurn:
     standing_events: Sequence[tuple[str, str]]
     cancel_requested: bool
     is_exhausted: bool  # too many nodes have died while running it
+    agent_is_gone: bool  # its agent was a function in the process that ran it
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +94,13 @@ async def take_over(
     stands_up_to: Sequence[str],
     within_seconds: float,
     on_sent: Callable[[], object],
+    conversation_id: UUID | None = None,
 ) -> list[TakenTurn]:
     """Make at most `limit` turns with lapsed leases this node's own, under the next epoch.
 
     Turns that are its own already are taken too, if they are not `known` to it and were not renewed for two beats. A
-    turn stands up to its last event of a type in `stands_up_to`. Raises Unavailable.
+    turn stands up to its last event of a type in `stands_up_to`. With a `conversation_id`, only a turn of it that a
+    `Store` has run is taken. Raises Unavailable.
     """
     lapsed = bind(
         "take_over",
@@ -108,6 +111,7 @@ async def take_over(
         attempts_max=max_attempts,
         stands_up_to=list(stands_up_to),
         two_beats_seconds=2 * beat_seconds,
+        conversation_id=conversation_id,
     )
     # Not on the beat's line: renewals must not wait for it.
     rows = await database.run(lapsed, within_seconds=within_seconds, on_sent=on_sent)
@@ -122,6 +126,7 @@ async def take_over(
             standing_events=list(zip(row["types"] or (), row["payloads"] or (), strict=True)),
             cancel_requested=row["cancel_requested"],
             is_exhausted=row["is_exhausted"],
+            agent_is_gone=row["agent_is_gone"],
         )
         for row in rows
     ]

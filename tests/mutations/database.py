@@ -15,7 +15,7 @@ APPEND: Final = "models/functions/append.sql"
 CHAT: Final = "models/functions/chat.sql"
 DELETE: Final = "models/functions/delete.sql"
 REGENERATE: Final = "models/functions/regenerate.sql"
-TAKE_OVER: Final = "models/functions/take_over_turns.sql"
+TAKE_OVER: Final = "models/functions/take_over.sql"
 
 MESSAGES: Final = "system/test_rest_messages.py"
 OWNERS: Final = "database/test_turns.py"
