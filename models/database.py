@@ -123,8 +123,9 @@ class Database:
         singles = [_SingleLine(source) for _ in ("journal", "beat", "watch")]
         return cls(source, _PoolLine(pool), *singles)
 
-    async def contact(self) -> None:
-        """Run the check and open a connection on each line now, before the first statement needs them.
+    async def contact(self, *lines: str) -> None:
+        """Run the check and open a connection on each of `lines` now (on all, where none is named), before the first
+        statement needs them.
 
         Raises Unavailable, the check's errors, or asyncpg's errors when the server refuses the login.
         """
@@ -132,7 +133,9 @@ class Database:
             async with asyncio.timeout(CONTACT_SECONDS_MAX):
                 await self._source.contact()
                 # The first turn should not have to wait for the connections.
-                await asyncio.gather(*(line.run("SELECT 1", (), CONTACT_SECONDS_MAX) for line in self._lines.values()))
+                await asyncio.gather(
+                    *(self._lines[name].run("SELECT 1", (), CONTACT_SECONDS_MAX) for name in lines or self._lines)
+                )
         except UNAVAILABLE as error:
             if isinstance(error, ValueError):  # of a parameter or a certificate: waiting for the server does not help
                 raise

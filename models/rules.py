@@ -49,13 +49,17 @@ class Tail:
         """The roles that may come next."""
         return NEXT_ROLES[self.role, bool(self.pending)]
 
+    def check(self, role: str) -> None:
+        """Raise OutOfOrder unless a message of this role may come next."""
+        if role not in self.next_roles:
+            raise OutOfOrder(_refused(role, self.role, self.next_roles))
+
     def followed_by(self, role: str, *, calls: Sequence[tuple[str, str]] = (), tool_call_id: str | None = None) -> Tail:
         """Return the end after one more message: one with `calls` (id, tool's name), or the result of `tool_call_id`.
 
         Raises OutOfOrder.
         """
-        if role not in self.next_roles:
-            raise OutOfOrder(_refused(role, self.role, self.next_roles))
+        self.check(role)
         if role != "tool":
             if len(dict(calls)) < len(calls):
                 raise OutOfOrder("Two calls have the same id; give each its own.")

@@ -32,6 +32,7 @@ from anynode.server.engine.node import Node
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors, require_url
+from anynode.server.store.store import Store
 from anynode.server.transport.http import Slots, refuse_route, routes_of
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
@@ -124,13 +125,15 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
         except Unavailable as error:
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
         async with open_agent(settings) as agent:
-            node = Node(settings, database, agent)
+            store = Store.in_node(settings, database, agent)
+            node = Node(settings, database, agent, store=store)
             running = asyncio.create_task(_run(node, database))
             try:
                 yield Anynode(settings, database, authenticator, node, running, extra_routes)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))
+                await store.close()
     finally:
         await authenticator.close()
         await database.close()

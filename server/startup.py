@@ -42,14 +42,14 @@ def require_url(url: str | None) -> str:
 
 
 @contextmanager
-def explain_database_errors() -> Iterator[None]:
-    """Turn an error of the database into a ConfigurationError that says what to change."""
+def explain_database_errors(source: str = "DATABASE_URL") -> Iterator[None]:
+    """Turn an error of the database into a ConfigurationError that says what to change; `source` has the URL."""
     try:
         yield
     except SchemaBehind as error:
         raise ConfigurationError(f"the database's schema is behind ({error}): run `anynode migrate`") from error
     except BadDatabaseUrl as error:
-        raise ConfigurationError(f"DATABASE_URL is not a Postgres URL: {error}") from error
+        raise ConfigurationError(f"{source} is not a Postgres URL: {error}") from error
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(f"Postgres cannot be used at DATABASE_URL: {reason}") from error
+        raise ConfigurationError(f"Postgres cannot be used at {source}: {reason}") from error

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from uuid import UUID
 
 from msgspec import Struct
+
+if TYPE_CHECKING:
+    from anynode.server.store.store import Store
 
 
 class HistoryMessage(Struct, frozen=True):
@@ -75,7 +78,11 @@ AgentEvent: TypeAlias = TextDelta | ToolCall | ToolResult | StepEnd | Usage
 class Turn:
     """One turn: the question that an agent is asked to answer, and what is known of it.
 
-    ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``).
+    - ``history`` ends with the question (role ``user``) and may begin with the system prompt (role ``system``). It is
+      the newest ``HISTORY_MESSAGES_MAX`` messages; ``history_is_cut`` says that there are older ones.
+    - ``store`` reads and writes conversations of this user and of others: ``await turn.store.get_conversation_history(
+      turn.conversation_id, turn.user_id, limit=5000)`` returns more of the history. While the turn runs, its own
+      conversation refuses new messages (ConversationBusy). A ``Turn`` that a test has made has no store (None).
 
     The other fields matter after a takeover, when another node calls the agent again for the same turn:
 
@@ -96,6 +103,8 @@ class Turn:
     steps: Sequence[HistoryMessage] = field(default=())
     partial: str = ""
     pending: Sequence[ToolCall] = field(default=())
+    history_is_cut: bool = False
+    store: Store = field(default=None, repr=False)  # type: ignore[assignment]  # every node gives its turns one
 
 
 Agent: TypeAlias = Callable[[Turn], AsyncIterator[AgentEvent]]

@@ -47,7 +47,7 @@ def check_tools(name: str | None) -> None:
 
 def _import_agent(name: str) -> Agent:
     found: Any = import_named("AGENT", name, forms="`echo`, `openai` or `package.module:attribute`")
-    if not _is_agent(found):
+    if not is_agent(found):
         raise ConfigurationError(
             f"AGENT={name} must be an async generator function, "
             f"`async def answer(turn)` with `yield TextDelta(…)` in it; it is {_kind(found)}"
@@ -55,7 +55,8 @@ def _import_agent(name: str) -> Agent:
     return cast(Agent, found)
 
 
-def _is_agent(found: Any) -> bool:
+def is_agent(found: Any) -> bool:
+    """Return whether something is an agent: an async generator function, or an object that is called like one."""
     while isinstance(found, partial):
         found = found.func
     return inspect.isasyncgenfunction(found) or (callable(found) and inspect.isasyncgenfunction(type(found).__call__))

@@ -148,6 +148,15 @@ def admitted_by(user_id: str, admission: Admission, frame: MessageSend | TurnReg
             raise ValueError(f"an admission has the outcome {outcome!r}")
 
 
+def newest_of(stored: Sequence[StoredMessage], messages_max: int) -> tuple[Sequence[StoredMessage], bool]:
+    """Return the newest `messages_max` of messages (oldest first), and whether that leaves others out.
+
+    A system message that begins the conversation does not count as left out: it is the system prompt.
+    """
+    left_out = stored[: max(0, len(stored) - messages_max)]
+    return stored[len(left_out) :], any(message.role != "system" for message in left_out)
+
+
 def agent_history(stored: Sequence[StoredMessage], system_prompt: str | None) -> list[HistoryMessage]:
     """Return what the agent sees of a conversation's newest messages, the system prompt first."""
     history = [HistoryMessage("system", system_prompt)] if system_prompt else []

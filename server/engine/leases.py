@@ -10,16 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from typing import Final, Literal, TypeAlias, assert_never
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final, Literal, TypeAlias, assert_never
+from uuid import UUID
 
 from anynode.models.conversations import read_history
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.turns import TakenTurn, release_leases, renew_leases, take_over
 from anynode.server import metrics
-from anynode.server.agents.agent import Agent, Turn, can_resume_calls
-from anynode.server.engine.admission import agent_history
+from anynode.server.agents.agent import Agent, AgentEvent, TextDelta, Turn, can_resume_calls
+from anynode.server.engine.admission import agent_history, newest_of
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.steps import history_of_steps, stands_up_to, steps_in
 from anynode.server.engine.turn import TurnRunner
@@ -29,6 +30,7 @@ from anynode.server.settings import Settings
 logger = logging.getLogger("anynode.node")
 
 BEAT_SECONDS: Final = 1.0
+OWNER_GONE: Final = "The process that answered has ended."
 TAKEOVERS_AT_ONCE: Final = 20  # turns of one statement: so the nodes share the work, and no statement takes long
 
 
@@ -80,18 +82,28 @@ def renewal_of(cancel_requested: bool | None, *, is_lost: bool, is_closed: bool,
 
 
 class Leases:
-    """The leases of a node's turns. `may_take_over` is false once the node drains."""
+    """The leases of a node's turns. `may_take_over` is false once the node drains.
+
+    `agent` goes on with the turns that `take_over_lapsed` finds, and `store` is given to them.
+    """
 
     def __init__(
-        self, settings: Settings, database: Database, turns: RunningTurns, *, node_id: str, agent: Agent
+        self,
+        settings: Settings,
+        database: Database,
+        turns: RunningTurns,
+        *,
+        node_id: str,
+        agent: Agent | None,
+        store: Any = None,
     ) -> None:
         self.may_take_over = True
         self._settings = settings
         self._database = database
         self._turns = turns
         self._node_id = node_id
-        self._stands_up_to = stands_up_to(agent)
-        self._resumes_calls = can_resume_calls(agent)
+        self._agent = agent
+        self._store = store
         self._take_over_soon = asyncio.Event()
         self._trusted_seconds = settings.lease_seconds * 0.8
         self._beat_seconds = min(BEAT_SECONDS, settings.lease_seconds / 5)
@@ -176,10 +188,15 @@ class Leases:
             logger.warning("the leases could not be released, and will lapse: %s", error)
 
     async def _take_over(self) -> None:
-        while self.may_take_over and await self._take_over_some() == TAKEOVERS_AT_ONCE:
+        while self.may_take_over and await self._take_over_some(self._agent) == TAKEOVERS_AT_ONCE:
             pass
 
-    async def _take_over_some(self) -> int:
+    async def take_over_turn(self, conversation_id: UUID, agent: Agent | None) -> bool:
+        """Take over the turn that a Store has run in a conversation, if its lease has run out: `agent` goes on with it,
+        or without one it ends as failed. Return whether there was such a turn. Raises Unavailable."""
+        return await self._take_over_some(agent, conversation_id) > 0
+
+    async def _take_over_some(self, agent: Agent | None, conversation_id: UUID | None = None) -> int:
         with self._turns.starting():
             lease = self.new()
             taken_turns = await take_over(
@@ -189,23 +206,24 @@ class Leases:
                 lease_seconds=self._settings.lease_seconds,
                 beat_seconds=self._beat_seconds,
                 limit=TAKEOVERS_AT_ONCE,
-                max_attempts=self._settings.max_attempts,
-                stands_up_to=self._stands_up_to,
+                max_attempts=self._settings.max_attempts if agent is not None else 0,
+                stands_up_to=stands_up_to(agent) if agent is not None else (),
                 within_seconds=self._trusted_seconds,
                 on_sent=lambda: lease.start(time.monotonic()),
+                conversation_id=conversation_id,
             )
             for taken in taken_turns:
                 logger.info("taking over turn %s, epoch %d", taken.turn_id, taken.epoch)
                 metrics.turns_taken_over.inc()
-                self._turns.spawn(self._continue(taken, lease), taken.turn_id)
+                self._turns.spawn(self._continue(taken, lease, None if taken.agent_is_gone else agent), taken.turn_id)
         return len(taken_turns)
 
-    async def _continue(self, taken: TakenTurn, lease: LeaseClock) -> None:
-        """Run a turn that was taken over. Each has its own task, so that an unreadable one does not stop the others."""
+    async def _continue(self, taken: TakenTurn, lease: LeaseClock, agent: Agent | None) -> None:
+        """Run a turn that was taken over, or end it where there is no agent for it. Each has its own task, so that an
+        unreadable one does not stop the others."""
+        messages_max = self._settings.history_messages_max
         try:
-            found = await read_history(
-                self._database, taken.conversation_id, messages_max=self._settings.history_messages_max
-            )
+            found = await read_history(self._database, taken.conversation_id, messages_max=messages_max + 1)
         except Unavailable as error:
             logger.warning("turn %s is left to its lease: %s", taken.turn_id, error)
             return
@@ -213,6 +231,7 @@ class Leases:
             logger.info("the conversation of turn %s has been deleted", taken.turn_id)
             return
         system_prompt, stored = found
+        newest, is_cut = newest_of(stored, messages_max)
         try:
             steps, partial, pending = steps_in(taken.standing_events)
             is_readable = True
@@ -223,18 +242,22 @@ class Leases:
             taken.turn_id,
             taken.conversation_id,
             taken.user_id,
-            agent_history(stored, system_prompt or self._settings.system_prompt),
+            agent_history(newest, system_prompt or self._settings.system_prompt),
             attempt=taken.epoch,
             steps=history_of_steps(steps),
             partial=partial,
-            pending=pending if self._resumes_calls else (),
+            pending=pending if agent is not None and can_resume_calls(agent) else (),
+            history_is_cut=is_cut,
+            store=self._store,
         )
         restarted = encode({"epoch": taken.epoch, "text": taken.text})
         event = Event(taken.seq, "turn.restarted", str(taken.turn_id), restarted)
-        running = self._turns.start(turn, [event], lease.trusted_until, epoch=taken.epoch)
+        running = self._turns.start(turn, agent or _nobody, [event], lease.trusted_until, epoch=taken.epoch)
         running.keep(steps, partial)
         if taken.cancel_requested:
             running.cancel()
+        elif agent is None:
+            running.fail(OWNER_GONE, retryable=True)
         elif taken.is_exhausted:
             running.fail(f"The answer was interrupted {self._settings.max_attempts} times.", retryable=True)
         elif not is_readable:
@@ -251,3 +274,9 @@ class Leases:
         for running in [running for running in self._turns.all() if running.lease_until < now]:
             logger.warning("the lease of turn %s has run out", running.turn.turn_id)
             running.lose()
+
+
+async def _nobody(turn: Turn) -> AsyncIterator[AgentEvent]:
+    """The agent of a turn that is ended before it runs."""
+    raise AssertionError
+    yield TextDelta("")

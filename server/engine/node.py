@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
-from typing import Final, TypedDict, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
 from anynode.models.conversations import Admission, admit, delete_conversation, regenerate
@@ -19,7 +19,14 @@ from anynode.models.ids import uuid7
 from anynode.models.messages import append_messages
 from anynode.models.turns import request_cancel
 from anynode.server.agents.agent import Agent, Turn
-from anynode.server.engine.admission import Admitted, admitted_by, agent_history, appended_of, question_of
+from anynode.server.engine.admission import (
+    Admitted,
+    admitted_by,
+    agent_history,
+    appended_of,
+    newest_of,
+    question_of,
+)
 from anynode.server.engine.conversations import Conversations
 from anynode.server.engine.follow import Follows
 from anynode.server.engine.housekeeping import delete_expired
@@ -55,10 +62,15 @@ class Node:
     """One server process among equals. `run` must be running for anything else to work.
 
     `conversations` and `turns` read what is stored, `follows` what is committed from now on.
+
+    `agent` answers the turns, which are given the `store`. Without an agent, this is the node in a `Store`, which
+    serves no clients: `send` brings the agent of each turn, and a turn is taken over only where `take_over_turn` asks
+    for it. Its id begins with `store:`, by which other nodes know that they do not have the agents of its turns.
     """
 
-    def __init__(self, settings: Settings, database: Database, agent: Agent) -> None:
-        self.node_id = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
+    def __init__(self, settings: Settings, database: Database, agent: Agent | None, *, store: Any = None) -> None:
+        name = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
+        self.node_id = name if agent is not None else f"store:{name}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
         self.conversations = Conversations(database)
         self.turns = TurnReader(database, self.follows)
@@ -67,8 +79,10 @@ class Node:
         self.drained = asyncio.Event()  # no turn runs here any more, and none will
         self._settings = settings
         self._database = database
-        self._running = RunningTurns(settings, database, agent, self.follows)
-        self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent)
+        self._agent = agent
+        self._store = store
+        self._running = RunningTurns(settings, database, self.follows)
+        self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent, store=store)
 
     async def run(self) -> None:
         """Flush, beat and clean up until cancelled; it ends by itself only when the node has failed for good."""
@@ -78,10 +92,11 @@ class Node:
                 group.create_task(self._running.journal.run())
                 group.create_task(self._leases.beat())
                 group.create_task(self._leases.drop_lapsed())
-                group.create_task(self._leases.take_over_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
                 group.create_task(hear_cluster(self._database, self.node_id, self._running, self.follows))
-                group.create_task(delete_expired(self._database, retention_seconds=retention_seconds))
+                if self._agent is not None:
+                    group.create_task(self._leases.take_over_lapsed())
+                    group.create_task(delete_expired(self._database, retention_seconds=retention_seconds))
         except Exception:
             logger.critical("the node has failed and must be restarted", exc_info=True)
         finally:
@@ -115,11 +130,12 @@ class Node:
         *,
         client_chat_id: str | None = None,
         wait_for: UUID | None = None,
+        agent: Agent | None = None,
     ) -> Admitted:
         """Admit a message and start its turn, or find the turn that a repeated one has.
 
         `client_chat_id` is a client's own id of the conversation, which is made where there is none yet. `wait_for` is
-        a turn that was asked to stop: its end is waited for. Raises ClientError.
+        a turn that was asked to stop: its end is waited for. `agent` is by default the node's. Raises ClientError.
         """
 
         async def attempt() -> Admission:
@@ -133,7 +149,7 @@ class Node:
                 admission = await admit(
                     self._database, question, on_sent=lambda: lease.start(time.monotonic()), **self._terms()
                 )
-                self._start(user_id, admission, first, lease)
+                self._start(user_id, admission, first, lease, agent or self._agent)
             return admission
 
         return await self._admitted(user_id, frame, attempt, frame.if_busy == "interrupt", wait_for)
@@ -159,7 +175,7 @@ class Node:
                     **self._terms(),
                 )
                 first = [("turn.started", encode({"message_id": admission.client_message_id}))]
-                self._start(user_id, admission, first, lease)
+                self._start(user_id, admission, first, lease, self._agent)
             return admission
 
         return await self._admitted(user_id, frame, attempt, interrupts, wait_for)
@@ -204,11 +220,18 @@ class Node:
         return {
             "node": self.node_id,
             "lease_seconds": self._settings.lease_seconds,
-            "history_messages_max": self._settings.history_messages_max,
+            "history_messages_max": self._settings.history_messages_max + 1,  # one more shows that there are more
         }
 
-    def _start(self, user_id: str, admission: Admission, first: Sequence[tuple[str, str]], lease: LeaseClock) -> None:
-        """Run the turn of an admission, whose `first` events (type, JSON payload) are committed."""
+    def _start(
+        self,
+        user_id: str,
+        admission: Admission,
+        first: Sequence[tuple[str, str]],
+        lease: LeaseClock,
+        agent: Agent | None,
+    ) -> None:
+        """Let an agent answer the turn of an admission, whose `first` events (type, JSON payload) are committed."""
         if admission.outcome != "admitted":
             return
         assert admission.turn_id is not None
@@ -216,9 +239,24 @@ class Node:
             return  # it is over, and its events are gone; or it has been taken over here before this answer came
         turn_id = str(admission.turn_id)
         events = [Event(seq, type, turn_id, payload) for seq, (type, payload) in enumerate(first, admission.first_seq)]
-        history = agent_history(admission.history, admission.system_prompt or self._settings.system_prompt)
-        turn = Turn(admission.turn_id, admission.conversation_id, user_id, history)
-        self._running.start(turn, events, lease.trusted_until)
+        assert agent is not None
+        newest, is_cut = newest_of(admission.history, self._settings.history_messages_max)
+        history = agent_history(newest, admission.system_prompt or self._settings.system_prompt)
+        turn = Turn(
+            admission.turn_id,
+            admission.conversation_id,
+            user_id,
+            history,
+            history_is_cut=is_cut,
+            store=self._store,
+        )
+        self._running.start(turn, agent, events, lease.trusted_until)
+
+    async def take_over_turn(self, conversation_id: UUID, agent: Agent | None) -> bool:
+        """Take over the turn that a `Store` has run in a conversation, if its lease has run out: `agent` goes on with
+        it, or without one it ends as failed. Return whether there was such a turn. Raises DatabaseUnavailable."""
+        with unavailable_as_client_error(conversation_id):
+            return await self._leases.take_over_turn(conversation_id, agent)
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> UUID | None:
         """Ask for a turn to be stopped, wherever it runs (`turn_id` None: the running one). Returns its id; None where
@@ -233,6 +271,16 @@ class Node:
         elif (running := self._running.get(found[0])) is not None:
             running.cancel()
         return found[0]
+
+    def cancel_here(self, turn_id: UUID | None = None) -> None:
+        """Stop a turn that runs on this node, or all of them (None), without a word to Postgres first."""
+        for running in self._running.all():
+            if turn_id in (None, running.turn.turn_id):
+                running.cancel()
+
+    async def wait_ended(self, within_seconds: float) -> None:
+        """Wait until no turn runs here any more; at most `within_seconds`."""
+        await self._running.wait_ended(within_seconds)
 
     # Without a turn.
 

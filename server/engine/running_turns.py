@@ -28,7 +28,7 @@ DRAIN_POLL_SECONDS: Final = 0.05
 class RunningTurns:
     """The turns that run on this node, by id. Nothing that they say is committed unless `journal.run` is running."""
 
-    def __init__(self, settings: Settings, database: Database, agent: Agent, follows: Follows) -> None:
+    def __init__(self, settings: Settings, database: Database, follows: Follows) -> None:
         self.journal = Journal(
             database,
             flush_interval_seconds=settings.flush_interval_ms / 1000,
@@ -37,7 +37,6 @@ class RunningTurns:
         self._to_start: set[UUID] = set()
         self._starting = 0
         self._settings = settings
-        self._agent = agent
         self._follows = follows
         self._turns: dict[UUID, TurnRunner] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,8 +70,10 @@ class RunningTurns:
             self._starting -= 1
             self._to_start.difference_update(turn_ids)
 
-    def start(self, turn: Turn, events: Sequence[Event], trusted_until: float, *, epoch: int = 1) -> TurnRunner:
-        """Run a turn whose first `events` are committed, under the epoch in which this node owns it.
+    def start(
+        self, turn: Turn, agent: Agent, events: Sequence[Event], trusted_until: float, *, epoch: int = 1
+    ) -> TurnRunner:
+        """Let `agent` answer a turn whose first `events` are committed, under the epoch in which this node owns it.
 
         Its lease is trusted until `trusted_until`, by the monotonic clock.
         """
@@ -81,7 +82,7 @@ class RunningTurns:
         log = self._follows.start_log(turn.conversation_id, events)
         journal = self.journal.open(turn.turn_id, epoch, events[-1].seq + 1, self._publisher(turn, log))
         running = TurnRunner(
-            self._agent,
+            agent,
             turn,
             journal,
             timeout_seconds=self._settings.agent_timeout_seconds,

@@ -104,9 +104,10 @@ class World:
 
     def __init__(self, agent: Agent, **settings: Any) -> None:
         defaults = Settings(flush_interval_ms=0, lease_seconds=10.0, max_attempts=3, system_prompt="be kind")
+        self.agent = agent
         self.settings = replace(defaults, **settings)
         self.follows = Follows(NO_DATABASE, snapshot_messages_max=10)
-        self.turns = RunningTurns(self.settings, NO_DATABASE, agent, self.follows)
+        self.turns = RunningTurns(self.settings, NO_DATABASE, self.follows)
         self.leases = Leases(self.settings, NO_DATABASE, self.turns, node_id="node", agent=agent)
         self.renewals: asyncio.Queue[tuple[Mapping[UUID, int], asyncio.Future[dict[UUID, bool]]]] = asyncio.Queue()
         self.released: asyncio.Queue[Mapping[UUID, int]] = asyncio.Queue()
@@ -150,7 +151,7 @@ class World:
         """Start a turn."""
         turn = Turn(turn_id, CONVERSATION, "user", [], attempt=epoch)
         event = Event(5, "turn.started", str(turn_id), "{}")
-        return self.turns.start(turn, [event], trusted_until, epoch=epoch)
+        return self.turns.start(turn, self.agent, [event], trusted_until, epoch=epoch)
 
     async def taken(self, *turns: TakenTurn) -> None:
         """Answer the takeover that is under way, and run what was taken over to its end."""
@@ -287,7 +288,7 @@ def taken(journal: Sequence[tuple[str, Any]] = (), text: str = "", **fields: Any
         seq=20,
         text=text,
         standing_events=[(type, json.dumps(payload)) for type, payload in journal],
-        **{"cancel_requested": False, "is_exhausted": False, **fields},
+        **{"cancel_requested": False, "is_exhausted": False, "agent_is_gone": False, **fields},
     )
 
 

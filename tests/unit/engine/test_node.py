@@ -17,7 +17,7 @@ from anynode.models.conversations import Admission, Question, StoredMessage
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.messages import AppendOutcome
-from anynode.server.agents.agent import HistoryMessage, Turn
+from anynode.server.agents.agent import Agent, HistoryMessage, Turn
 from anynode.server.agents.echo import make_echo
 from anynode.server.engine import node as module
 from anynode.server.engine.node import Node, repeat_while_busy
@@ -120,7 +120,7 @@ class Running:
         yield
         self.to_start.difference_update(turn_ids)
 
-    def start(self, turn: Turn, events: list[Event], *lease: object) -> None:
+    def start(self, turn: Turn, agent: Agent, events: list[Event], *lease: object) -> None:
         self.started.append((turn, events))
 
     async def wait_ended(self, within_seconds: float) -> None:
@@ -153,7 +153,7 @@ class Postgres:
 
     def _next(self, terms: dict[str, Any]) -> Admission:
         terms.pop("on_sent")()
-        assert terms == {"node": "test", "lease_seconds": 5.0, "history_messages_max": 200}
+        assert terms == {"node": "test", "lease_seconds": 5.0, "history_messages_max": 201}
         self.during()
         admission = self.admissions.pop(0)
         if isinstance(admission, Exception):

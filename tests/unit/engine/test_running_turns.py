@@ -32,7 +32,7 @@ class World:
 
     def __init__(self) -> None:
         self.follows = Follows(NO_DATABASE, snapshot_messages_max=10)
-        self.turns = RunningTurns(SETTINGS, NO_DATABASE, self._agent, self.follows)
+        self.turns = RunningTurns(SETTINGS, NO_DATABASE, self.follows)
         self.may_go_on = asyncio.Event()
         self.flushed: list[Entry] = []
         self.refused: set[UUID] = set()
@@ -52,7 +52,7 @@ class World:
         """Start a turn whose first event is committed."""
         turn = Turn(turn_id, CONVERSATION, "user", [], attempt=epoch)
         events = [Event(5, "turn.started", str(turn_id), "{}")]
-        return self.turns.start(turn, events, trusted_until, epoch=epoch)
+        return self.turns.start(turn, self._agent, events, trusted_until, epoch=epoch)
 
     async def shown(self, after: int, until: int) -> list[int]:
         """The seqs that a follower is shown, up to one."""

@@ -1,0 +1,81 @@
+"""The rows that a `Store` reads, through the models of `anynode.models.tables`. Every query filters by the user.
+
+Importing this loads Tortoise, which takes longer than all else that a node loads. So a store imports it when it first
+reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+from uuid import UUID
+
+from tortoise.expressions import Q, RawSQL
+
+from anynode.models.database import Database
+from anynode.models.orm import Orm
+from anynode.models.rules import SUPERSEDED
+from anynode.models.tables import Conversation, Message
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
+
+PAGE_MESSAGES: Final = 500  # messages that are held at once, at most …
+PAGE_BYTES: Final = 2_097_152  # … and their bytes, unless one message alone has more
+
+
+class Rows:
+    """The rows of one database. All methods raise DatabaseUnavailable."""
+
+    def __init__(self, database: Database) -> None:
+        self._orm = Orm(database)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Let the models read the database while the context lasts, in the current task."""
+        with unavailable_as_client_error(), self._orm.reading():
+            yield
+
+    async def conversation(self, user_id: str, client_id: str, id: UUID | None) -> Conversation | None:
+        """Return the user's conversation with the application's own id, or else with ours. None: there is none."""
+        is_meant = Q(client_id=client_id) if id is None else Q(client_id=client_id) | Q(id=id)
+        with self.reading():
+            found = await Conversation.filter(is_meant, user_id=user_id)
+        return min(found, key=lambda each: each.client_id != client_id, default=None)
+
+    async def conversations(self, user_id: str, *, skip: int, limit: int) -> list[Conversation]:
+        """Return a user's conversations, newest activity first."""
+        with self.reading():
+            newest = Conversation.filter(user_id=user_id).order_by("-updated_at", "-id")
+            return await newest.offset(skip).limit(limit)
+
+    async def messages(self, user_id: str, ids: list[UUID]) -> list[Message]:
+        """Return messages by their ids, in order."""
+        with self.reading():
+            return await Message.filter(id__in=ids, user_id=user_id).order_by("position")
+
+    async def newest(self, user_id: str, conversation_id: UUID, limit: int) -> list[Message]:
+        """Return the newest messages, oldest first, without superseded answers."""
+        standing = Message.filter(conversation_id=conversation_id, user_id=user_id).exclude(status=SUPERSEDED)
+        with self.reading():
+            return (await standing.order_by("-position").limit(limit))[::-1]
+
+    async def page(self, user_id: str, conversation_id: UUID, after: int) -> list[Message]:
+        """Return the messages after a position, as many as may be held at once; none after the last one."""
+        size = RawSQL("octet_length(content) + coalesce(octet_length(tool_calls::text), 0)")
+        later = Message.filter(conversation_id=conversation_id, user_id=user_id, position__gt=after)
+        later = later.order_by("position")
+        with self.reading():
+            sizes = await later.limit(PAGE_MESSAGES).annotate(size=size).values_list("position", "size")
+            last, total = after, 0
+            for position, bytes in sizes:
+                total += bytes
+                if last > after and total > PAGE_BYTES:
+                    break
+                last = position
+            return await later.filter(position__lte=last) if last > after else []
+
+    async def leading_system_message(self, user_id: str, conversation_id: UUID) -> Message | None:
+        """Return the first message if it is a system's."""
+        first = Message.filter(conversation_id=conversation_id, user_id=user_id, position=1, role="system")
+        with self.reading():
+            return await first.first()
