@@ -12,11 +12,12 @@ from uuid import UUID
 import asyncpg
 from msgspec import Struct
 
-from anynode.models.database import Database
+from anynode.models.database import Database, Unavailable
 from anynode.models.ids import as_uuid
 from anynode.models.queries import bind
 from anynode.models.rules import COMPLETED
 
+CREATE_TIMES_MAX: Final = 20  # how often others may make and delete the same conversation meanwhile
 DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
 
 
@@ -231,6 +232,58 @@ async def create_conversation(
     )
     (row,) = await database.run(created)
     return row
+
+
+async def get_or_create_conversation(
+    database: Database,
+    user_id: str,
+    *,
+    conversation_id: UUID,
+    client_id: str | None,
+    wanted_id: UUID | None,
+    title: str | None,
+    system_prompt: str | None,
+    metadata: str,
+    created_at: datetime,
+) -> tuple[asyncpg.Record | None, bool]:
+    """Find the user's conversation by an id, or make it. Returns its row, and whether this call has made it.
+
+    `client_id` is looked up first, as the client's own id of a conversation, then `wanted_id` as ours. `wanted_id` is
+    the same text as a UUID, None if it is no UUID. A conversation that is there stays as it is. A new one is made under
+    `conversation_id`, which must be new, and has the `client_id`.
+
+    With a `wanted_id` and no `client_id` it is made under `wanted_id` itself. The row is None if another user has that
+    id. Repeat the call then, with the text as `client_id`.
+
+    Many calls at once, on any nodes, return one conversation, and one of them has made it. Raises Unavailable.
+    """
+    new_id = wanted_id if client_id is None and wanted_id is not None else conversation_id
+    attempts = 0
+
+    def count() -> None:
+        nonlocal attempts
+        attempts += 1
+
+    statement = bind(
+        "get_or_create_conversation",
+        user_id=user_id,
+        client_id=client_id,
+        wanted_id=wanted_id,
+        new_id=new_id,
+        title=title,
+        system_prompt=system_prompt,
+        metadata=metadata,
+        created_at=created_at,
+    )
+    for answers in range(1, CREATE_TIMES_MAX + 1):
+        (row,) = await database.run(statement, on_sent=count)
+        if row["id"] is not None:
+            # An earlier attempt, whose answer was lost, may be the one that made it.
+            is_mine = attempts > answers and (row["id"], row["created_at"]) == (new_id, created_at)
+            return row, row["is_new"] or is_mine
+        if row["is_taken"]:
+            return None, False
+    raise Unavailable("the conversation is being made and deleted all the time")
 
 
 async def read_conversation(database: Database, user_id: str, conversation_id: UUID) -> asyncpg.Record | None:

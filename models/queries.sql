@@ -186,6 +186,33 @@ VALUES (:conversation_id, :user_id, :title, :system_prompt, :metadata, :created_
 ON CONFLICT (id) DO UPDATE SET id = excluded.id
 RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
 
+-- name: get_or_create_conversation
+-- Find the conversation that a client means by an id, as anynode_chat does, or make one under `new_id`. There is always
+-- one row. Its id is null where `new_id` is another user's conversation (`is_taken`), or where another transaction made
+-- the conversation at the same instant: then the same statement again finds it. Users come before their conversations,
+-- as in anynode_admit_to_chat, so that two transactions of a new user never wait for each other.
+WITH found AS MATERIALIZED (
+    SELECT anynode_chat(:user_id, coalesce(:client_id, :wanted_id::uuid::text), :wanted_id) AS id,
+           EXISTS (SELECT FROM conversations WHERE id = :new_id AND user_id <> :user_id) AS is_taken
+), known AS (
+    INSERT INTO users (id) SELECT :user_id FROM found WHERE found.id IS NULL AND NOT is_taken
+    ON CONFLICT DO NOTHING
+    RETURNING id
+), made AS (
+    INSERT INTO conversations (id, user_id, client_id, title, system_prompt, metadata, created_at, updated_at)
+    SELECT :new_id, :user_id, :client_id, :title, :system_prompt, :metadata, :created_at, :created_at
+    FROM (SELECT count(*) FROM known) AS users_first, found WHERE found.id IS NULL AND NOT is_taken
+    ON CONFLICT DO NOTHING
+    RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at
+)
+SELECT is_taken, c.*
+FROM found LEFT JOIN (
+    SELECT true AS is_new, * FROM made
+    UNION ALL
+    SELECT false, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+    WHERE id = (SELECT id FROM found)
+) c ON true;
+
 -- name: read_conversation
 -- Read one conversation.
 SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations

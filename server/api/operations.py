@@ -61,10 +61,10 @@ REST: Final[tuple[Operation, ...]] = (
         method="POST",
         path="/conversations",
         name="createConversation",
-        summary="Make a conversation.",
+        summary="Make a conversation; or get it, where the client has made it under this `client_id` before.",
         handler=Rest.create,
         bodies=(NewConversation,),
-        replies={201: Conversation},
+        replies={200: Conversation, 201: Conversation},
     ),
     Operation(
         method="GET",

@@ -74,13 +74,12 @@ class Rest:
     async def create(self, request: ApiRequest[NoQuery, NewConversation]) -> ASGIApp:
         """`POST /conversations`."""
         fields = self._storable(request.body)
-        conversation = await self._node.conversations.create(
-            request.user_id,
-            title=fields["title"],
-            system_prompt=fields["system_prompt"],
-            metadata=fields["metadata"],
-        )
-        return reply(conversation, 201, {"Location": f"/conversations/{conversation.id}"})
+        client_id = fields.pop("client_id")
+        if client_id is None:
+            conversation, is_new = await self._node.conversations.create(request.user_id, **fields), True
+        else:
+            conversation, is_new = await self._node.conversations.get_or_create(request.user_id, client_id, **fields)
+        return reply(conversation, 201 if is_new else 200, {"Location": f"/conversations/{conversation.id}"})
 
     async def list(self, request: ApiRequest[ConversationsQuery, None]) -> ASGIApp:
         """`GET /conversations`."""

@@ -13,12 +13,13 @@ from anynode.models.client_chats import Chat, ChatEnd, Sent, find_chat, find_cha
 from anynode.models.conversations import (
     Snapshot,
     create_conversation,
+    get_or_create_conversation,
     list_conversations,
     read_conversation,
     update_conversation,
 )
 from anynode.models.database import Database
-from anynode.models.ids import uuid7
+from anynode.models.ids import as_uuid, uuid7
 from anynode.models.messages import Page, read_messages
 from anynode.models.turns import TurnRef, find_turn, read_usage
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
@@ -53,6 +54,25 @@ class Conversations:
                 created_at=datetime.now(UTC),
             )
         return _conversation(row)
+
+    async def get_or_create(
+        self, user_id: str, client_id: str, *, title: str | None, system_prompt: str | None, metadata: str | None
+    ) -> tuple[Conversation, bool]:
+        """Return the conversation with this id, the client's own or ours, or make one under the client's id. The bool
+        says whether it was made. One that was there stays as it is. `metadata` is a JSON object as text."""
+        with unavailable_as_client_error():
+            row, is_new = await get_or_create_conversation(
+                self._database,
+                user_id,
+                conversation_id=uuid7(),
+                client_id=client_id,
+                wanted_id=as_uuid(client_id),
+                title=title,
+                system_prompt=system_prompt,
+                metadata=metadata or "{}",
+                created_at=datetime.now(UTC),
+            )
+        return _found(row), is_new
 
     async def read(self, user_id: str, conversation_id: UUID) -> Conversation:
         """Return one conversation. Raises NotFound."""

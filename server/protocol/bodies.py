@@ -71,11 +71,13 @@ class EventsQuery(Body, frozen=True):
 
 
 class NewConversation(Body, frozen=True):
-    """A new conversation without messages. Without a title, it gets one from its first question."""
+    """A new conversation without messages. Without a title, it gets one from its first question. `client_id` is the
+    client's own id of it: with one it is made once, and later requests find it as it is."""
 
     title: Title | None = None
     system_prompt: str | None = None
     metadata: Metadata = {}
+    client_id: ClientId | None = None
 
 
 class ConversationChanges(Body, frozen=True):
@@ -192,7 +194,7 @@ class Regenerate(Body, frozen=True):
 
 
 class Conversation(Struct, frozen=True):
-    """A conversation. `client_id` is the id that the AI SDK's client gave it, or null. All later events come after the
+    """A conversation. `client_id` is the client's own id of it, or null. All later events come after the
     cursor `seq`. `updated_at` is the last activity."""
 
     id: UUID

@@ -20,7 +20,7 @@ PROBLEMS_MAX: Final = 20  # reported for one request; more would not help its se
 ITEMS_MAX: Final = 1000  # items of a list in which faults are looked for
 SAID_CHARACTERS_MAX: Final = 200
 WHOLE_NUMBER: Final = re.compile(r"-?[0-9]{1,20}")
-_IDS: Final = ("id", "message_id", "tool_call_id")
+_IDS: Final = ("id", "client_id", "message_id", "tool_call_id")
 
 
 def decode_body(data: bytes, kinds: Sequence[type[Body]]) -> Any:

@@ -197,7 +197,7 @@ BODIES: Final[Mapping[type, dict[str, Any]]] = {
     },
     responses.Models: {"data": [_MODEL], "object": "list"},
     responses.Model: _MODEL,
-    bodies.NewConversation: {"title": "The sky", "system_prompt": "Answer in one sentence."},
+    bodies.NewConversation: {"title": "The sky", "system_prompt": "Answer in one sentence.", "client_id": "chat-1"},
     bodies.ConversationChanges: {"title": "Blue"},
     bodies.UserMessage: {"role": "user", "content": "Why is the sky blue?"},
     bodies.NewMessages: {

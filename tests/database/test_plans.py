@@ -162,6 +162,19 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
         {"conversations": 1},
     ),
+    "get_or_create_conversation": (
+        {
+            "user_id": "user0",
+            "client_id": f"chat{MINE}",
+            "wanted_id": MINE,
+            "new_id": NEW[0],
+            "title": "title",
+            "system_prompt": None,
+            "metadata": "{}",
+            "created_at": NOW,
+        },
+        {"conversations": 2},
+    ),
     "read_conversation": (mine(), {"conversations": 1}),
     "list_conversations": (
         {"user_id": "user0", "conversations_max": 20, "skip": 20, "search": None},

@@ -140,6 +140,7 @@ def test_a_body_has_fields_of_its_own_kinds_only(kind: type[Body]) -> None:
         (MessagesQuery, "format", ["openai"], ["OpenAI", ""]),
         (EventsQuery, "after", [0, SEQ_MAX], [-1, SEQ_MAX + 1]),
         (NewConversation, "title", ["x", "x" * 200, None], ["", "x" * 201]),
+        (NewConversation, "client_id", [None, "x" * 128], ["", "x" * 129, 1]),
         (ConversationChanges, "title", ["x", "x" * 200, None], ["", "x" * 201]),
         (NewCalledFunction, "name", ["x", "x" * 256], ["", "x" * 257]),
         (NewCall, "id", ["x", "x" * 128], ["", "x" * 129]),
