@@ -71,7 +71,7 @@ class _ReadingClient(AsyncpgDBClient):
     async def execute_insert(self, query: str, values: list[Any]) -> NoReturn:
         _refuse()
 
-    async def execute_many(self, query: str, values: list[list[Any]]) -> NoReturn:  # type: ignore[override]
+    async def execute_many(self, query: str, values: list[list[Any]]) -> NoReturn:
         _refuse()
 
     async def execute_script(self, query: str) -> NoReturn:

@@ -55,16 +55,16 @@ class Rows:
 
     async def newest(self, user_id: str, conversation_id: UUID, limit: int) -> list[Message]:
         """Return the newest messages, oldest first, without superseded answers."""
-        standing = Message.filter(conversation_id=conversation_id, user_id=user_id).exclude(status=SUPERSEDED)
         with self.reading():
+            standing = Message.filter(conversation_id=conversation_id, user_id=user_id).exclude(status=SUPERSEDED)
             return (await standing.order_by("-position").limit(limit))[::-1]
 
     async def page(self, user_id: str, conversation_id: UUID, after: int) -> list[Message]:
         """Return the messages after a position, as many as may be held at once; none after the last one."""
         size = RawSQL("octet_length(content) + coalesce(octet_length(tool_calls::text), 0)")
-        later = Message.filter(conversation_id=conversation_id, user_id=user_id, position__gt=after)
-        later = later.order_by("position")
         with self.reading():
+            later = Message.filter(conversation_id=conversation_id, user_id=user_id, position__gt=after)
+            later = later.order_by("position")
             sizes = await later.limit(PAGE_MESSAGES).annotate(size=size).values_list("position", "size")
             last, total = after, 0
             for position, bytes in sizes:
@@ -76,6 +76,7 @@ class Rows:
 
     async def leading_system_message(self, user_id: str, conversation_id: UUID) -> Message | None:
         """Return the first message if it is a system's."""
-        first = Message.filter(conversation_id=conversation_id, user_id=user_id, position=1, role="system")
         with self.reading():
-            return await first.first()
+            return await Message.filter(
+                conversation_id=conversation_id, user_id=user_id, position=1, role="system"
+            ).first()

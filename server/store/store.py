@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from anynode.models.tables import Conversation, Message
     from anynode.server.store.rows import Rows
 
+_DEFAULTS: Final = Settings()
+
 SKIPPED_MAX: Final = 1_000_000
 LISTED_MAX: Final = 1000  # conversations of one list
 HISTORY_MAX: Final = 100_000  # messages of one history
@@ -62,9 +64,9 @@ class Store:
         url: str,
         *,
         pool_max: int = 5,
-        history_messages_max: int = Settings.history_messages_max,
+        history_messages_max: int = _DEFAULTS.history_messages_max,
         system_prompt: str | None = None,
-        lease_seconds: float = Settings.lease_seconds,
+        lease_seconds: float = _DEFAULTS.lease_seconds,
     ) -> None:
         """Make a store that is not open yet.
 
@@ -238,10 +240,8 @@ class Store:
         RoleOrder where a message of this role may not come next, ConversationBusy while a turn runs, and NotFound.
         """
         given = {"role": role, "content": content, "tool_name": tool_name, "tool_call_id": tool_call_id}
-        message = {name: value for name, value in given.items() if value is not None}
-        if tool_calls is not None:
-            message["tool_calls"] = list(tool_calls)
-        (added,) = await self.save_conversation_messages(conversation_id, user_id, [message])
+        calls = None if tool_calls is None else list(tool_calls)
+        (added,) = await self.save_conversation_messages(conversation_id, user_id, [{**given, "tool_calls": calls}])
         return added
 
     async def save_conversation_messages(

@@ -99,7 +99,12 @@ async def test_without_any_id_to_look_for_a_conversation_is_made_every_time(data
 
 async def test_what_is_there_is_found_and_stays_as_it_is(database: Database, database_url: str) -> None:
     (made, _), before = await get_or_create(database, "chat 1"), await conversations(database_url)
-    other: dict[str, Any] = {"title": "other", "system_prompt": "other", "metadata": "{}", "created_at": NOW + timedelta(1)}
+    other: dict[str, Any] = {
+        "title": "other",
+        "system_prompt": "other",
+        "metadata": "{}",
+        "created_at": NOW + timedelta(1),
+    }
     for text in ("chat 1", str(made["id"]), str(made["id"]).upper()):
         row, is_new = await get_or_create(database, text, **other)
         assert not is_new
