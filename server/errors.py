@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 class InvalidFrame(ClientError):
-    """This server does not understand the frame."""
+    """The server does not understand the frame."""
 
     code = "invalid_frame"
     http_status = 422

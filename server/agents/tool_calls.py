@@ -96,7 +96,13 @@ class ToolRunner:
         if tool is None:
             return _error(call, f"there is no tool {name!r}; there is: {', '.join(self.tools) or 'none'}")
         context = ToolContext(
-            call.tool_call_id, name, turn.turn_id, turn.conversation_id, turn.user_id, attempt=turn.attempt
+            call.tool_call_id,
+            name,
+            turn.turn_id,
+            turn.conversation_id,
+            turn.user_id,
+            attempt=turn.attempt,
+            store=turn.store,
         )
         try:
             made = tool.bind(call.arguments, context)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, get_args, get_type_hints
 from uuid import UUID
 
 import msgspec
 
 from anynode.server.agents.import_by_name import import_named
 from anynode.server.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from anynode.server.store.store import Store
 
 TOOLS_MAX: Final = 128  # what the chat completions API takes
 _NAME: Final = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -25,7 +28,7 @@ class ToolContext:
 
     A call that was under way when its node died is made again on another node, with the same `tool_call_id`. No other
     call of the turn has this id, so with `turn_id` it makes an idempotency key. `attempt` is 1, or more after a
-    takeover.
+    takeover. `store` is the turn's: `Turn` describes it.
     """
 
     tool_call_id: str
@@ -34,6 +37,7 @@ class ToolContext:
     conversation_id: UUID
     user_id: str
     attempt: int
+    store: Store = field(default=None, repr=False, compare=False)  # type: ignore[assignment]  # see `Turn`
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +97,7 @@ def make_tool(function: Any) -> Tool:
     contexts = []
     for parameter in inspect.signature(function).parameters.values():
         hint = _hint(name, parameter, hints)
-        if hint is ToolContext or ToolContext in get_args(hint):
+        if _is_context(hint):
             contexts.append(parameter.name)
         else:
             fields.append((parameter.name, hint, _field(parameter)))
@@ -115,7 +119,7 @@ def _hint(name: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> 
     if parameter.name not in hints:
         raise TypeError(f"the parameter {parameter.name!r} of {name} has no annotation")
     hint = hints[parameter.name]
-    if hint is not ToolContext:
+    if not _is_context(hint):
         try:
             msgspec.json.schema(hint)
             msgspec.json.Decoder(hint)
@@ -124,6 +128,10 @@ def _hint(name: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> 
                 f"the parameter {parameter.name!r} of {name} is of no type that JSON has: {error}"
             ) from error
     return hint
+
+
+def _is_context(hint: Any) -> bool:
+    return hint is ToolContext or ToolContext in get_args(hint)
 
 
 def _field(parameter: inspect.Parameter) -> Any:
