@@ -55,8 +55,8 @@ class Ways:
         self._messages = messages
         self.all: Mapping[str, Read] = {
             "the statement `history`, as the product reads it": self._statement,
-            "the same rows by asyncpg, a row for each message": self._rows,
-            "Tortoise, .values() of the columns that a history needs": self._values,
+            "asyncpg, a row for each message": self._rows,
+            "Tortoise, .values() of the columns that are needed": self._values,
             "Tortoise, models with these columns only": self._partial_models,
             "Tortoise, models": self._models,
         }
