@@ -121,7 +121,7 @@ class Bench:
         self.conversations = {length: [uuid7() for _ in range(count)] for length, count in conversations.items()}
         for side in sides:
             await self._execute(f"CREATE DATABASE {side}_template")
-            url = _with_database(self._url, f"{side}_template")
+            url = self.template_url(side)
             connection = await asyncpg.connect(url)
             try:
                 if side == "product":
@@ -135,6 +135,10 @@ class Bench:
                 await connection.execute(f"VACUUM ANALYZE {ANALYSED[side]}")
             finally:
                 await connection.close()
+
+    def template_url(self, side: Side) -> str:
+        """Return the URL of the seeded database of a side, to read; servers get copies of it."""
+        return _with_database(self._url, f"{side}_template")
 
     @asynccontextmanager
     async def serve(self, side: Side, **environment: object) -> AsyncIterator[Server]:

@@ -1,5 +1,7 @@
 """Makes docs/demonstration.webp: a node of `anynode dev` is killed in mid-answer from the page, and the answer goes on.
 
+The echo agent answers, which continues in mid-sentence: the README says so under the animation.
+
 Run it as `uv run python -m scripts.demonstration`, with a Chromium on this machine.
 """
 
@@ -36,7 +38,8 @@ READY_SECONDS: Final = 60.0
 def running_dev() -> Iterator[str]:
     """Run `anynode dev --nodes 3`, and give the URL of the page that it prints."""
     with tempfile.TemporaryDirectory(prefix="anynode-demonstration-") as directory:
-        environment = {**os.environ, "PORT": str(free_port()), "ECHO_TOKENS_PER_SECOND": "30", "LEASE_SECONDS": "2"}
+        settings = {"AGENT": "echo", "ECHO_TOKENS_PER_SECOND": "30", "LEASE_SECONDS": "2"}
+        environment = {**os.environ, "PORT": str(free_port()), **settings}
         command = [sys.executable, "-m", "anynode.server.cli", "dev", "--nodes", "3", "--data-dir", directory]
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603 (a list, no shell)
         try:

@@ -1,10 +1,17 @@
-"""The README says what is so: the settings, and the commands that CI runs."""
+"""The README says what is so: the settings, the commands that CI runs, and what becomes of a dead node's answer."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import AsyncIterator
 from dataclasses import fields
 
+import pydantic_ai
+
+from anynode import AgentEvent, TextDelta, Turn, continues, from_pydantic_ai, from_run_agent, resumes_calls
+from anynode.server.agents.agent import Agent, can_continue, can_resume_calls
+from anynode.server.agents.echo import make_echo
+from anynode.server.agents.openai import open_openai
 from anynode.server.settings import Settings
 from tests.kit.repository import TOP
 
@@ -66,3 +73,36 @@ def test_make_check_is_what_ci_runs() -> None:
     checked = [command for target in targets.split() for command in recipes[target]]
     ran = re.findall(r"uv run (?!anynode)[^|\n]+[^|\n ]|^scripts/.+", (TOP / ".ci" / "run").read_text(), re.MULTILINE)
     assert checked == ran
+
+
+async def test_the_table_of_what_a_death_cuts_is_right_for_every_agent() -> None:
+    def own() -> Agent:
+        async def answer(turn: Turn) -> AsyncIterator[AgentEvent]:
+            yield TextDelta("")
+
+        return answer
+
+    async def run_agent(messages: object) -> tuple[str, None]:
+        return "", None
+
+    async with open_openai(Settings()) as openai, open_openai(Settings(continue_partial=True)) as openai_continuing:
+        agents = {
+            "`echo`": make_echo(Settings()),
+            "`openai`": openai,
+            "`openai` with `CONTINUE_PARTIAL=true`": openai_continuing,
+            "`from_pydantic_ai`": from_pydantic_ai(pydantic_ai.Agent()),
+            "`from_run_agent`": from_run_agent(run_agent),
+            "your own": own(),
+            "your own with `continues`": continues(own()),
+            "your own with `resumes_calls`": resumes_calls(own()),
+        }
+    section = README.split("\n### After a node's death\n")[1].split("\n## ")[0]
+    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in re.findall(r"^\|.+", section, re.M)]
+    assert rows[2:] == [
+        (
+            name,
+            "goes on in mid-sentence" if can_continue(agent) else "begins again",
+            "run again under their ids" if can_resume_calls(agent) else "are void",
+        )
+        for name, agent in agents.items()
+    ]
