@@ -12,7 +12,14 @@ import pytest
 from anynode.models.conversations import Admission, StoredMessage
 from anynode.models.rules import Tail
 from anynode.server.agents.agent import HistoryMessage
-from anynode.server.engine.admission import admitted_by, agent_history, appended_of, new_message_id, question_of
+from anynode.server.engine.admission import (
+    admitted_by,
+    agent_history,
+    appended_of,
+    new_message_id,
+    newest_of,
+    question_of,
+)
 from anynode.server.errors import (
     ClientError,
     ConversationBusy,
@@ -261,3 +268,21 @@ def test_an_answer_that_was_superseded_and_a_turn_that_said_nothing_are_not_seen
     ]
     shown = [message.content for message in agent_history(stored, None)]
     assert shown == ["a", "new", "b"]
+
+
+@pytest.mark.parametrize(
+    ("roles", "messages_max", "newest", "is_cut"),
+    [
+        ("uau", 3, "uau", False),
+        ("uauau", 3, "uau", True),
+        ("suau", 3, "uau", False),  # the system prompt is given all the same
+        ("suauau", 3, "uau", True),
+        ("", 3, "", False),
+    ],
+)
+def test_a_history_is_cut_where_other_messages_than_the_system_prompt_are_left_out(
+    roles: str, messages_max: int, newest: str, is_cut: bool
+) -> None:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    stored = [StoredMessage(names[role], "") for role in roles]
+    assert newest_of(stored, messages_max) == ([StoredMessage(names[role], "") for role in newest], is_cut)

@@ -378,6 +378,77 @@ async def test_a_turn_of_which_too_many_nodes_have_died_fails(make: Make) -> Non
     assert payload["error"]["retryable"]
 
 
+async def test_a_turn_whose_agent_is_gone_fails_with_what_it_has_said_and_no_other_agent_is_asked(make: Make) -> None:
+    agent = Asked()
+    world = make(agent)
+    world.run(world.leases.take_over_lapsed())
+    world.leases.take_over_soon()
+    await world.taken(taken([("turn.delta", {"text": "par"})], "par", agent_is_gone=True))
+    ((type, payload),) = world.said()
+    assert (type, payload["message"]["content"]) == ("turn.failed", "par")
+    assert payload["error"] == {"code": "agent_failed", "message": module.OWNER_GONE, "retryable": True}
+    assert not agent.is_asked.is_set()
+
+
+async def test_the_turn_of_a_conversation_is_taken_over_for_an_agent_that_is_given(make: Make) -> None:
+    other = Asked()
+    world = make(other)
+    taking = asyncio.create_task(world.leases.take_over_turn(CONVERSATION, continues(quick)))
+    arguments, answer = await world.takeovers.get()
+    arguments["on_sent"]()
+    assert arguments["conversation_id"] == CONVERSATION
+    assert "turn.delta" in arguments["stands_up_to"]  # as the given agent can continue
+    answer.set_result([taken([("turn.delta", {"text": "par"})], "par")])
+    assert await taking
+    await world.turns.wait_ended(5.0)
+    assert world.said()[0] == ("turn.delta", {"text": "3 ['be kind', 'question'] 'par' [] []"})
+    assert not other.is_asked.is_set()
+
+
+async def test_the_turn_of_a_conversation_ends_as_failed_without_an_agent(make: Make) -> None:
+    world = make(quick)
+    taking = asyncio.create_task(world.leases.take_over_turn(CONVERSATION, None))
+    arguments, answer = await world.takeovers.get()
+    arguments["on_sent"]()
+    assert arguments["max_attempts"] == 0  # so all that was said is kept
+    answer.set_result([taken([("turn.delta", {"text": "par"})], "par", is_exhausted=True)])
+    assert await taking
+    await world.turns.wait_ended(5.0)
+    ((type, payload),) = world.said()
+    assert (type, payload["message"]["content"], payload["error"]["message"]) == (
+        "turn.failed",
+        "par",
+        module.OWNER_GONE,
+    )
+
+
+async def test_a_conversation_whose_turn_has_not_lapsed_has_nothing_to_take_over(make: Make) -> None:
+    world = make(quick)
+    taking = asyncio.create_task(world.leases.take_over_turn(CONVERSATION, quick))
+    _, answer = await world.takeovers.get()
+    answer.set_result([])
+    assert not await taking
+
+
+@pytest.mark.parametrize(("stored", "is_cut"), [(10, False), (11, True)])
+async def test_a_turn_that_is_taken_over_is_told_whether_its_history_is_cut(
+    make: Make, stored: int, is_cut: bool
+) -> None:
+    seen: list[Turn] = []
+
+    async def agent(turn: Turn) -> AsyncIterator[AgentEvent]:
+        seen.append(turn)
+        yield TextDelta("x")
+
+    world = make(agent, history_messages_max=10)
+    world.history = (None, [StoredMessage("user", str(number)) for number in range(stored)])
+    world.run(world.leases.take_over_lapsed())
+    world.leases.take_over_soon()
+    await world.taken(taken())
+    assert seen[0].history_is_cut == is_cut
+    assert [message.content for message in seen[0].history] == ["be kind", *map(str, range(stored - 10, stored))]
+
+
 async def test_a_turn_whose_journal_cannot_be_read_fails_with_the_text_that_is_shown(make: Make) -> None:
     world = make(quick)
     world.run(world.leases.take_over_lapsed())

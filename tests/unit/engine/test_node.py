@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,7 +17,7 @@ from anynode.models.conversations import Admission, Question, StoredMessage
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.messages import AppendOutcome
-from anynode.server.agents.agent import Agent, HistoryMessage, Turn
+from anynode.server.agents.agent import Agent, AgentEvent, HistoryMessage, TextDelta, Turn
 from anynode.server.agents.echo import make_echo
 from anynode.server.engine import node as module
 from anynode.server.engine.node import Node, repeat_while_busy
@@ -101,6 +101,7 @@ class Running:
     def __init__(self) -> None:
         self.turns: dict[UUID, Told] = {}
         self.started: list[tuple[Turn, list[Event]]] = []
+        self.agents: list[Agent] = []
         self.to_start: set[UUID] = set()
         self.waited: list[float] = []
         self.journal: Any = None
@@ -122,6 +123,7 @@ class Running:
 
     def start(self, turn: Turn, agent: Agent, events: list[Event], *lease: object) -> None:
         self.started.append((turn, events))
+        self.agents.append(agent)
 
     async def wait_ended(self, within_seconds: float) -> None:
         self.waited.append(within_seconds)
@@ -283,6 +285,27 @@ async def test_a_conversation_has_its_own_system_prompt_or_the_nodes(
     await node_of(running, system_prompt=nodes).send(USER, SEND)
     history = running.started[0][0].history
     assert [message.content for message in history if message.role == "system"] == expected
+
+
+@pytest.mark.parametrize(("stored", "is_cut"), [(200, False), (201, True)])
+async def test_a_turn_is_told_whether_its_history_is_cut(postgres: Postgres, stored: int, is_cut: bool) -> None:
+    running = Running()
+    history = [StoredMessage("user", str(number)) for number in range(stored)]
+    postgres.admissions = [Admission("admitted", CONVERSATION, TURN, FIRST_SEQ, history=history)]
+    await node_of(running).send(USER, SEND)
+    turn = running.started[0][0]
+    assert turn.history_is_cut == is_cut
+    assert [message.content for message in turn.history] == [str(number) for number in range(stored - 200, stored)]
+
+
+async def test_a_message_may_bring_the_agent_that_answers_it(postgres: Postgres) -> None:
+    async def agent(turn: Turn) -> AsyncIterator[AgentEvent]:
+        yield TextDelta("")
+
+    running = Running()
+    postgres.admissions = [ADMITTED]
+    await node_of(running).send(USER, SEND, agent=agent)
+    assert running.agents == [agent]
 
 
 @pytest.mark.parametrize("admission", [REPEATED, Admission("admitted", CONVERSATION, TURN, None)])
@@ -595,6 +618,26 @@ async def test_a_node_runs_all_its_parts_until_it_is_cancelled(monkeypatch: pyte
     with pytest.raises(asyncio.CancelledError):
         await running
     assert not node.is_running
+
+
+async def test_the_node_of_a_store_takes_nothing_over_by_itself_and_deletes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loops = Loops()
+    node = running_node(monkeypatch, loops)
+    node._agent = None
+    running = asyncio.create_task(node.run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert loops.begun.keys() == {"run", "beat", "drop_lapsed", "read_remote", "hear_cluster"}
+    running.cancel()
+    await asyncio.wait((running,))
+
+
+async def test_the_node_of_a_store_is_known_by_its_id() -> None:
+    settings = Settings(node_name="a")
+    assert Node(settings, cast(Database, None), None).node_id.startswith("store:a-")
+    assert Node(settings, cast(Database, None), make_echo(settings)).node_id.startswith("a-")
 
 
 @pytest.mark.parametrize("name", PARTS)
