@@ -7,7 +7,8 @@
 --     an agent). `attempts` counts the nodes that died; a turn that was handed over (lease '-infinity') is not counted
 --     again.
 --     With `p_conversation_id` it takes only a turn of this conversation that a `Store` has run. `agent_is_gone` says
---     that a node has taken such a turn: its agent was a function in the process that ran it, so no node has it.
+--     that a node has taken such a turn: its agent was a function in the process that ran it, so no node has it. The
+--     turn keeps its mark `store:`, in case that node dies before it has ended the turn.
 -- Locks: the turns it takes (FOR NO KEY UPDATE, in the order of their ids). It skips turns that are locked, so it waits
 --     for nothing. The journal is read after the turn is locked, when the old owner can append no more.
 -- Repeating: harmless but not without effect: where the first answer was lost, the second call does not return those
@@ -47,7 +48,7 @@ BEGIN
         is_exhausted := v_turn.attempts > p_attempts_max;
         agent_is_gone := v_turn.node LIKE 'store:%' AND p_node NOT LIKE 'store:%';
         UPDATE turns t
-        SET node = p_node, epoch = v_turn.epoch, attempts = v_turn.attempts,
+        SET node = CASE WHEN agent_is_gone THEN 'store:' ELSE '' END || p_node, epoch = v_turn.epoch, attempts = v_turn.attempts,
             lease_expires_at = clock_timestamp() + make_interval(secs => p_lease_seconds)
         WHERE t.id = v_turn.id;
         SELECT c.user_id INTO anynode_take_over.user_id FROM conversations c WHERE c.id = v_turn.conversation_id;
