@@ -42,9 +42,13 @@ format:
 	uv run ruff check --fix
 	uv run ruff format
 
-# Writes the resolved versions to requirements.txt and into pyproject.toml; what is locked already stays as it is.
+# Writes the resolved versions: all of them to requirements-dev.txt and into pyproject.toml, and those that production
+# installs to requirements.txt. What is locked already stays as it is.
+EXPORT := uv export --quiet --no-emit-project --no-header --no-annotate
+
 lock:
-	uv export --quiet --all-extras --group dev --no-emit-project --no-header --no-annotate --output-file requirements.txt
+	$(EXPORT) --all-extras --all-groups --output-file requirements-dev.txt
+	$(EXPORT) --no-default-groups --no-hashes --output-file requirements.txt
 	python3 scripts/lock.py
 
 # The same, with the newest versions.
