@@ -304,7 +304,7 @@ def main(arguments: list[str]) -> int:
     web = Path(__file__).parent / "web"
     node = find_node()
     if node is None:
-        sys.exit("Node.js is missing: run this with uv run")
+        sys.exit("Node.js is missing: run this with uv run --dev")
     try:
         with _locked(web):
             install(web, node, lambda line: print(line, file=sys.stderr))

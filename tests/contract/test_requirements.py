@@ -1,4 +1,4 @@
-"""The files of requirements: what production installs, what developers install, and that both have the same versions."""
+"""What production and developers install: the two files of requirements, which name the same versions."""
 
 from __future__ import annotations
 
