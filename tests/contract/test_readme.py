@@ -78,9 +78,7 @@ def test_make_check_is_what_ci_runs() -> None:
         target: re.findall(r"^\t(.+)$", recipe, re.MULTILINE)
         for target, recipe in re.findall(r"^([\w-]+):[^\n]*\n((?:\t[^\n]+\n)*)", makefile, re.MULTILINE)
     }
-    checked = [
-        command.replace("$(RUN)", "uv run --dev") for target in targets.split() for command in recipes[target]
-    ]
+    checked = [command.replace("$(RUN)", "uv run --dev") for target in targets.split() for command in recipes[target]]
     ran = re.findall(r"uv run (?!anynode)[^|\n]+[^|\n ]|^scripts/.+", (TOP / ".ci" / "run").read_text(), re.MULTILINE)
     assert checked == ran
 
