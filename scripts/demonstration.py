@@ -2,7 +2,7 @@
 
 The echo agent answers, which continues in mid-sentence: the README says so under the animation.
 
-Run it as `uv run python -m scripts.demonstration`, with a Chromium on this machine.
+Run it as `uv run --dev python -m scripts.demonstration`, with a Chromium on this machine.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from tests.kit.examples import QUICK
+from tests.kit.repository import copied_to
 from tests.mutations import MUTATIONS
 from tests.mutations.mutation import Mutation, broken
 
@@ -38,17 +39,6 @@ QUICK_OPTIONS: Final = ("-m", "not slow", f"--hypothesis-profile={QUICK}", "--ig
 QUICK_SHARE_MIN: Final = 0.6
 CLEANING_UP_SECONDS: Final = 30.0
 RED: Final = re.compile(r"^(?:FAILED|ERROR) (?:tests/)?(.+?)(?: - .*)?$", re.MULTILINE)
-
-
-def copy_to(directory: Path) -> Path:
-    """The files of the repository as they are, those not yet committed included, without what git ignores."""
-    listing = ["git", "-c", f"safe.directory={TOP}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    listed = subprocess.run(listing, cwd=TOP, check=True, capture_output=True, text=True)  # noqa: S603
-    for name in filter(None, listed.stdout.split("\0")):
-        if (TOP / name).is_file() or (TOP / name).is_symlink():  # the two links of anynode/
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(TOP / name, directory / name, follow_symlinks=False)
-    return directory
 
 
 class Run(NamedTuple):
@@ -151,7 +141,7 @@ def main() -> int:
 
 def try_all(mutations: Sequence[Mutation], scratch: Path, *options: str, share_min: float = 1.0) -> int:
     """Try the mutations one after another. Return the exit status: 0 when at least this share has been noticed."""
-    original = copy_to(scratch / "original")  # others may be working on the files meanwhile
+    original = copied_to(scratch / "original")  # others may be working on the files meanwhile
     no_longer = []
     for mutation in mutations:
         try:

@@ -15,7 +15,7 @@ from anynode.server.errors import NotFound
 from anynode.server.transport.http import refusal
 
 DIRECTORY: Final = Path(str(files("anynode.server").joinpath("page")))
-_MISSING: Final = "The chat page has not been built. Build it with: uv sync --reinstall-package anynode"
+_MISSING: Final = "The chat page has not been built. Build it with: uv sync --inexact --reinstall-package anynode"
 _SAFE: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 _PAGE: Final = {
     **_SAFE,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -112,7 +113,8 @@ async def _run(
                     raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
             await stack.enter_async_context(nodes.running())
             await nodes.wait_ready()
-            _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret)
+            command = anynode_command(environment, Path.cwd())
+            _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret, command)
             await nodes.supervise()
             raise ConfigurationError("all nodes have ended")
 
@@ -173,8 +175,23 @@ def _url(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
+def anynode_command(environment: Mapping[str, str], directory: Path) -> str:
+    """Return what to type in `directory` to run `anynode` as this process was run.
+
+    `uv run` tells its processes the path of uv in the variable UV. That uv need not be in PATH: the README's command
+    puts it into the checkout.
+    """
+    uv = environment.get("UV")
+    if uv is None:
+        return "anynode"
+    if shutil.which("uv", path=environment.get("PATH")) is not None:
+        return "uv run anynode"
+    path = Path(uv)
+    return f"{path.relative_to(directory) if path.is_relative_to(directory) else path} run anynode"
+
+
 def _say_where_to_go(
-    settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str
+    settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str, command: str
 ) -> None:
     urls = [_url(host, node.port) for node in nodes]
     (entry,) = [_url(host, port) for port in balancer_ports] or urls
@@ -192,16 +209,16 @@ def _say_where_to_go(
     if balancer_ports:
         names = ", ".join(node.name for node in nodes)
         click.secho(f"                     a plain load balancer in front of nodes {names}", dim=True)
-    click.echo("\n  Or chat here       " + click.style(f"uv run anynode chat {chat_urls}", fg="cyan"))
+    click.echo("\n  Or chat here       " + click.style(f"{command} chat {chat_urls}", fg="cyan"))
     click.echo(f"\n  WebSocket          {', '.join(_socket(url) + '/ws' for url in urls)}")
     click.echo(f"  useChat            {_socket(entry)}{AI_SDK_PATH}")
     click.echo(f"  HTTP               {entry}/docs")
     click.echo(f"  Token (7 days)     {token}" if token else "  Tokens             are signed elsewhere (JWT_JWKS_URL)")
     if settings.agent == "echo":
         click.echo("\n  This is the echo agent. A real model, of any OpenAI-compatible server:")
-        click.secho("    AGENT=openai OPENAI_API_KEY=… MODEL=gpt-4o-mini uv run anynode dev", dim=True)
+        click.secho(f"    AGENT=openai OPENAI_API_KEY=… MODEL=gpt-4o-mini {command} dev", dim=True)
         click.secho(
-            "    AGENT=openai OPENAI_BASE_URL=http://127.0.0.1:11434/v1 MODEL=llama3.2 uv run anynode dev", dim=True
+            f"    AGENT=openai OPENAI_BASE_URL=http://127.0.0.1:11434/v1 MODEL=llama3.2 {command} dev", dim=True
         )
     if len(urls) > 1:
         click.echo("\n  Kill a node in mid-answer, from the page's menu or here, and see it go on elsewhere:")

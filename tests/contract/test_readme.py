@@ -16,13 +16,13 @@ from anynode.server.settings import Settings
 from tests.kit.repository import TOP
 
 README = (TOP / "README.md").read_text()
-RUN_COMMAND = "pip install uv && uv run anynode dev"
+RUN_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run anynode dev"
 # The others are for developers: what they name in capitals may also be a constant.
 FOR_USERS = [
     *("README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md", "examples/README.md"),
     *("docs/design.md", "docs/load-balancing.md", "docs/clients.md"),
 ]
-TEST_COMMAND = "pip install uv && uv run pytest"
+TEST_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run --dev pytest"
 
 
 def shown(default: object) -> str:
@@ -63,6 +63,14 @@ def test_ci_runs_the_tests_by_the_readmes_command_and_stops_where_they_fail() ->
     assert f"{TEST_COMMAND} || exit" in lines
 
 
+def test_ci_does_not_let_pip_write_to_what_the_system_manages() -> None:
+    assert "BREAK_SYSTEM_PACKAGES" not in (TOP / ".ci" / "run").read_text()
+
+
+def test_what_the_commands_put_into_the_checkout_is_ignored_by_git() -> None:
+    assert {".uv/", ".venv/"} <= set((TOP / ".gitignore").read_text().splitlines())
+
+
 def test_make_check_is_what_ci_runs() -> None:
     makefile = (TOP / "Makefile").read_text()
     (targets,) = re.findall(r"^check: (.+)$", makefile, re.MULTILINE)
@@ -70,7 +78,7 @@ def test_make_check_is_what_ci_runs() -> None:
         target: re.findall(r"^\t(.+)$", recipe, re.MULTILINE)
         for target, recipe in re.findall(r"^([\w-]+):[^\n]*\n((?:\t[^\n]+\n)*)", makefile, re.MULTILINE)
     }
-    checked = [command for target in targets.split() for command in recipes[target]]
+    checked = [command.replace("$(RUN)", "uv run --dev") for target in targets.split() for command in recipes[target]]
     ran = re.findall(r"uv run (?!anynode)[^|\n]+[^|\n ]|^scripts/.+", (TOP / ".ci" / "run").read_text(), re.MULTILINE)
     assert checked == ran
 

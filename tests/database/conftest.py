@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
-from tests.kit.harness import sql, with_database
+from tests.kit.databases import empty_database
 
 MakeEmptyDatabase = Callable[[], str]
-
-
-@contextmanager
-def empty_database(postgres_url: str) -> Iterator[str]:
-    """A database without any table, dropped at the end."""
-    name = f"empty_{uuid.uuid4().hex}"
-    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name}"))
-    yield with_database(postgres_url, name)
-    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
 
 
 @pytest.fixture

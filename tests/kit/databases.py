@@ -27,3 +27,12 @@ def fresh_database(postgres_url: str) -> Iterator[str]:
     asyncio.run(sql(postgres_url, f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}"))
     yield with_database(postgres_url, name)
     asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@contextmanager
+def empty_database(postgres_url: str) -> Iterator[str]:
+    """A database without any table, dropped at the end."""
+    name = f"empty_{uuid.uuid4().hex}"
+    asyncio.run(sql(postgres_url, f"CREATE DATABASE {name}"))
+    yield with_database(postgres_url, name)
+    asyncio.run(sql(postgres_url, f"DROP DATABASE {name} WITH (FORCE)"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,12 @@ from typing import Final
 from tests.kit.programs import give_up_without, program
 
 TOP: Final = Path(__file__).parents[2]
-# What uv says where it does not come through to its index.
-UNREACHABLE: Final = re.compile("error sending request|dns error|tcp connect|failed to fetch|timed out", re.IGNORECASE)
+# What uv and pip say where they do not come through to their index.
+UNREACHABLE: Final = re.compile(
+    "error sending request|dns error|tcp connect|failed to fetch|timed out|failed to establish a new connection",
+    re.IGNORECASE,
+)
+INSTALL_SECONDS_MAX: Final = 180.0
 
 
 def package_around(root: Path) -> Path:
@@ -31,19 +36,24 @@ def package_around(root: Path) -> Path:
 
 def uv(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> None:
     """Run uv. Where the index of packages cannot be reached the test is skipped, except in CI."""
-    path = os.environ.get("UV") or program("uv", install="pip install uv")  # `uv run` says where it is itself
+    path = os.environ.get("UV") or program("uv", install="uv run --dev pytest")  # `uv run` says where it is itself
+    _run(path, *arguments, environment={**os.environ, **(environment or {})})
+
+
+def _run(*command: str | Path, environment: Mapping[str, str], directory: Path | None = None) -> None:
     done = subprocess.run(
-        [path, *arguments],
-        env={**os.environ, **(environment or {})},
+        command,
+        cwd=directory,
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=INSTALL_SECONDS_MAX,
         check=False,
     )
     if done.returncode != 0 and UNREACHABLE.search(done.stdout):
-        give_up_without("the packages of an index", f"uv {arguments[0]}", done.stdout[-300:])
+        give_up_without("the packages of an index", shlex.join(map(str, command)), done.stdout[-300:])
     assert done.returncode == 0, done.stdout
 
 
@@ -60,5 +70,20 @@ def installed(wheel: Path, directory: Path) -> Path:
     """Make an environment with a wheel and the locked versions of its dependencies; returns its folder of programs."""
     programs = directory / "bin"
     uv("venv", "--quiet", "--python", sys.executable, directory)
-    uv("pip", "install", "--python", programs / "python", "--constraint", TOP / "requirements.txt", wheel)
+    uv("pip", "install", "--python", programs / "python", "--constraint", TOP / "requirements-dev.txt", wheel)
+    return programs
+
+
+def deployed(checkout: Path, directory: Path) -> Path:
+    """Make an environment as a platform does, from a checkout's requirements.txt alone; returns its folder of programs.
+
+    The chat page is not built: the package takes the one that is in the checkout, or has none. Modules are compiled
+    only when they are imported. uv makes the environment and puts pip into it: `python -m venv` cannot do that where
+    the system's Python comes without ensurepip.
+    """
+    programs = directory / "bin"
+    uv("venv", "--quiet", "--seed", "--python", sys.executable, directory)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    command = (programs / "python", "-m", "pip", "install", "--no-compile", "-r", "requirements.txt")
+    _run(*command, environment={**environment, "ANYNODE_NO_PAGE": "1"}, directory=checkout)
     return programs

@@ -22,7 +22,7 @@ from tests.kit.harness import free_port
 from tests.kit.wheels import package_around, uv_build
 
 PAGE_PATH = "anynode/server/page/"
-AGAIN = "uv sync --reinstall-package anynode"
+AGAIN = "uv sync --inexact --reinstall-package anynode"
 BUILD = """
 import { appendFileSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 
@@ -74,12 +74,16 @@ def write_source(root: Path, source: str) -> None:
     (root / "web" / "source").write_text(source)
 
 
-def require(root: Path, packages: Mapping[str, str]) -> None:
-    """Let web/ depend on these packages and versions."""
+def require(root: Path, packages: Mapping[str, str], *, tools: Mapping[str, str] | None = None) -> None:
+    """Let web/ depend on these packages and versions, and its developers on these tools."""
     file = root / "web" / "package.json"
-    package = {**json.loads(file.read_text()), "dependencies": packages}
+    tools = tools or {}
+    package = {**json.loads(file.read_text()), "dependencies": packages, "devDependencies": tools}
     file.write_text(json.dumps(package))
-    installed = {f"node_modules/{name}": {"version": version} for name, version in packages.items()}
+    installed = {
+        **{f"node_modules/{name}": {"version": version} for name, version in packages.items()},
+        **{f"node_modules/{name}": {"version": version, "dev": True} for name, version in tools.items()},
+    }
     lock = {"name": "page", "version": "1.0.0", "lockfileVersion": 3, "requires": True}
     (root / "web" / "package-lock.json").write_text(json.dumps({**lock, "packages": {"": package, **installed}}))
 
@@ -137,6 +141,23 @@ def test_packages_are_installed_again_only_where_the_lock_file_has_changed(root:
     lock.write_text(lock.read_text() + "\n")
     build_page(root, node=node, tell=told.append)
     assert [line.split()[0] for line in told[3:]] == ["Installing", "Building"]
+
+
+@pytest.mark.usefixtures("no_registry")
+def test_a_page_is_built_without_the_tools_of_its_developers(root: Path, node: Node) -> None:
+    require(root, {}, tools={"left-pad": "1.3.0"})
+    assert build_page(root, node=node) is None
+    assert files_of(page_of(root)) == PAGE
+    with pytest.raises(hatch_build.RegistryUnreachable):
+        hatch_build.install(root / "web", node, has_tools=True)
+
+
+def test_a_page_is_built_with_the_tools_where_they_are_installed(root: Path, node: Node) -> None:
+    told: list[str] = []
+    hatch_build.install(root / "web", node, has_tools=True, tell=told.append)
+    build_page(root, node=node, tell=told.append)
+    hatch_build.install(root / "web", node, has_tools=True, tell=told.append)
+    assert [line.split()[0] for line in told] == ["Installing", "Building"]
 
 
 def test_a_page_that_is_cut_short_in_being_replaced_is_whole(root: Path, node: Node) -> None:

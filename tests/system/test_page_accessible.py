@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import pytest
 
+from hatch_build import RegistryUnreachable, find_node, install_tools
 from tests.agents.scripted import Strings, script_of
 from tests.kit.browser import Browser, Chat, Locator, Page, Tab, expect, open_context, until
 from tests.kit.harness import NodeProcess, token_for
@@ -19,7 +20,7 @@ from tests.kit.programs import give_up_without
 from tests.kit.rest import rest_to
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-AXE: Final = Path("web/node_modules/axe-core/axe.min.js")
+WEB: Final = Path(__file__).parents[2] / "web"
 RULES: Final = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 WIDE: Final = {"viewport": {"width": 1280, "height": 800}}
 PHONE: Final[Mapping[str, Any]] = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
@@ -123,10 +124,14 @@ async def sign_in(chat: Chat, user: str) -> None:
 
 @pytest.fixture(scope="module")
 def axe() -> str:
-    """axe-core, as a script."""
-    if not AXE.exists():
-        give_up_without("the packages of web/", "uv sync --reinstall-package anynode")
-    return AXE.read_text()
+    """axe-core, as a script: one of the tools of web/, which a build of the page does without."""
+    node = find_node()
+    assert node is not None, "the nodejs wheel is among the development dependencies"
+    try:
+        install_tools(WEB, node)
+    except RegistryUnreachable as error:
+        give_up_without("npm's registry", "scripts/web run check", error.output)
+    return (WEB / "node_modules" / "axe-core" / "axe.min.js").read_text()
 
 
 async def violations(page: Page, axe: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 What is tried is the same in every run. To try something else, and more of it (each example takes some 5 seconds):
 
-    STATE_MACHINE_EXAMPLES=200 uv run pytest -n 0 tests/system/test_state_machine.py
+    STATE_MACHINE_EXAMPLES=200 uv run --dev pytest -n 0 tests/system/test_state_machine.py
 """
 
 from __future__ import annotations
