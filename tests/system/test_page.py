@@ -618,6 +618,20 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_in_place_while_old
     await expect(chat.answers).to_have_count(501)
 
 
+async def test_a_request_that_is_held_when_its_tab_closes_breaks_no_other_tab(
+    browser: Browser, shared_node: NodeProcess, user: str
+) -> None:
+    async with open_tab(browser) as tab:
+        held = await holding(Chat(tab), "**/conversations?*")
+        await Chat(tab).open(shared_node.http, token_for(user))
+        async with asyncio.timeout(PATIENCE_MS / 1000):
+            await held.asked.wait()
+        held.released.set()  # and the page closes before it has the answer
+    for _ in range(2):
+        async with open_tab(browser) as tab:
+            await Chat(tab).open(shared_node.http, token_for(user))
+
+
 async def settled(chat: Chat) -> int:
     """The number of answers when it has not changed for some frames."""
     same, count, height = 0, -1, -1
