@@ -107,6 +107,10 @@ async def open_context(browser: Browser, **options: Any) -> AsyncIterator[Browse
     try:
         yield context
     finally:
+        # A route handler that still has a request fails when its page is gone. Playwright raises that in its next call,
+        # which may be another test's.
+        for page in context.pages:
+            await page.unroute_all(behavior="ignoreErrors")
         await context.close()
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -12,13 +14,33 @@ import pytest
 import pytest_asyncio
 
 from tests.agents.scripted import Strings, script_of
-from tests.kit.browser import PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, until
+from tests.kit.browser import NO_CONNECTION, PATIENCE_MS, Browser, Chat, Locator, Route, expect, open_tab, until
 from tests.kit.harness import NodeProcess, sql, token_for
 from tests.kit.rest import Rest, rest_to
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REFUSED = r"Failed to load resource: the server responded with a status of 401 \(Unauthorized\)"
 BOTTOM = "(e) => e.scrollHeight - e.scrollTop - e.clientHeight"
+# When messages are added, the page is busy for ten frames with what comes before the calls of its observers. In the
+# middle of them it scrolls to its top: one call tells an observer that its element was out of sight, and is in sight.
+BUSY_AT_THE_TOP = """() => {
+    let frames = 0;
+    const work = () => {
+        const end = performance.now() + 4;
+        while (performance.now() < end);
+        if (frames < 10) scheduler.postTask(work, {priority: 'user-blocking'});
+    };
+    const frame = () => {
+        frames += 1;
+        if (frames === 5) document.querySelector('.scroller').scrollTop = 0;
+        if (frames < 10) requestAnimationFrame(frame);
+    };
+    new MutationObserver((_, me) => {
+        me.disconnect();
+        work();
+        requestAnimationFrame(frame);
+    }).observe(document.querySelector('[role=log]'), {childList: true});
+}"""
 PARAGRAPHS = "\n\n".join(f"line {number}" for number in range(30)) + "\n\n"
 
 
@@ -58,18 +80,60 @@ class Held:
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-async def holding(chat: Chat, pattern: str) -> Held:
-    """Hold up what the page asks for at such addresses."""
+async def holding(chat: Chat, pattern: str, *, after: int = 0) -> Held:
+    """Hold up what the page asks for at such addresses, after a number of requests that pass."""
     held = Held()
+    requests = itertools.count(1)
 
     async def hold(route: Route) -> None:
         response = await route.fetch()
-        held.asked.set()
-        await held.released.wait()
+        if next(requests) > after:
+            held.asked.set()
+            await held.released.wait()
         await route.fulfill(response=response)
 
     await chat.page.route(pattern, hold)
     return held
+
+
+async def append_long(rest: Rest, pairs: int) -> tuple[str, list[str]]:
+    """The id of a new conversation that has this number of questions and of answers, and how each of them begins."""
+    messages = [
+        {"role": role, "content": f"{role} {number}" + "\n\nand more" * (number % 3)}
+        for number in range(pairs)
+        for role in ("user", "assistant")
+    ]
+    conversation_id = await rest.create(title="long")
+    (await rest.append(conversation_id, *messages)).expect(201)
+    return conversation_id, [message["content"].split("\n")[0] for message in messages]
+
+
+async def shown_beginnings(chat: Chat) -> list[str]:
+    """How each question and answer begins that the page shows."""
+    return [text.split("and")[0].strip() for _, text in await chat.shown()]
+
+
+async def scroll_up_until(chat: Chat, asked: asyncio.Event, pixels: int = 2000) -> None:
+    """Turn the wheel as a reader does until the page asks for what is older."""
+    await chat.scroller.hover()
+
+    async def is_asked() -> bool:
+        await chat.page.mouse.wheel(0, -pixels)
+        return asked.is_set()
+
+    await until(is_asked)
+
+
+async def scroll_to_the_beginning(chat: Chat, answers: int) -> None:
+    """Go to the top again and again until this number of answers is there; each page of them has time of its own."""
+
+    async def has_more() -> bool:
+        await chat.scroller.evaluate("(e) => e.scrollTop = 0")
+        return await chat.answers.count() > before
+
+    while (before := await chat.answers.count()) < answers:
+        await until(has_more)
+    await expect(chat.page.get_by_text("Reading older messages…")).to_have_count(0)
 
 
 # Signing in.
@@ -556,14 +620,8 @@ async def test_an_answer_that_failed_says_so_and_is_given_again(
 async def test_a_long_conversation_opens_at_its_end_and_stays_in_place_while_older_messages_come(
     chat: Chat, shared_node: NodeProcess, user: str
 ) -> None:
-    pairs = [
-        {"role": role, "content": f"{role} {number}" + "\n\nand more" * (number % 3)}
-        for number in range(500)
-        for role in ("user", "assistant")
-    ]
     async with rest_to(shared_node, user) as rest:
-        conversation_id = await rest.create(title="long")
-        (await rest.append(conversation_id, *pairs)).expect(201)
+        conversation_id, beginnings = await append_long(rest, 500)
     await chat.open(shared_node.http, token_for(user), conversation_id)
     last = chat.answer.get_by_text("assistant 499")
     await expect(last).to_be_in_viewport()
@@ -571,13 +629,7 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_in_place_while_old
     assert await chat.answers.count() < 200
     before = await settled(chat)
     held = await holding(chat, "**/messages?*before=*")
-    await chat.scroller.hover()
-
-    async def is_near_the_top() -> bool:
-        await chat.page.mouse.wheel(0, -100)
-        return held.asked.is_set()
-
-    await until(is_near_the_top)
+    await scroll_up_until(chat, held.asked, 100)
     await settled(chat)
     read, top = await chat.scroller.evaluate(
         """(e) => {
@@ -600,22 +652,99 @@ async def test_a_long_conversation_opens_at_its_end_and_stays_in_place_while_old
     assert abs(moved) <= 2, moved
     await expect(chat.jump).to_be_visible()
 
-    async def is_whole() -> bool:
-        await chat.scroller.evaluate("(e) => e.scrollTop = 0")
-        return await chat.answers.count() == 500
-
-    await until(is_whole)
-    await expect(chat.page.get_by_text("Reading older messages…")).to_have_count(0)
+    await scroll_to_the_beginning(chat, 500)
     await chat.scroller.evaluate("(e) => e.scrollTop = 0")
     await expect(chat.questions.first.get_by_text("user 0")).to_be_in_viewport()
-    shown = await chat.shown()
-    assert [text.split("and")[0].split() for _, text in shown] == [m["content"].split()[:2] for m in pairs]
+    assert await shown_beginnings(chat) == beginnings
     await chat.jump.click()
     await expect(last).to_be_in_viewport()
     await chat.ask("and now?")
     await expect(chat.said).to_contain_text("and now?")
     await expect(chat.said).to_be_in_viewport()
     await expect(chat.answers).to_have_count(501)
+
+
+async def test_older_messages_come_to_a_reader_at_the_top_of_a_page_that_is_busy(
+    chat: Chat, shared_node: NodeProcess, user: str
+) -> None:
+    async with rest_to(shared_node, user) as rest:
+        conversation_id, beginnings = await append_long(rest, 150)
+    await chat.open(shared_node.http, token_for(user), conversation_id)
+    await expect(chat.answer.get_by_text("assistant 149")).to_be_in_viewport()
+    held = await holding(chat, "**/messages?*before=*")
+    await scroll_up_until(chat, held.asked)
+    await settled(chat)
+    await chat.page.evaluate(BUSY_AT_THE_TOP)
+    held.released.set()  # and the reader does nothing more
+    await expect(chat.page.get_by_text("Reading older messages…")).to_have_count(0)
+    await expect(chat.answers).to_have_count(150)
+    assert await shown_beginnings(chat) == beginnings
+
+
+async def test_older_messages_are_asked_for_once_when_the_newest_ones_are_read_late(
+    chat: Chat, shared_node: NodeProcess, user: str
+) -> None:
+    async with rest_to(shared_node, user) as rest:
+        conversation_id, beginnings = await append_long(rest, 150)
+    newest = await holding(chat, "**/messages?limit=60", after=1)  # they are read twice
+    await chat.page.goto(f"{shared_node.http}/#token={token_for(user)}&c={conversation_id}")
+    await expect(chat.answer.get_by_text("assistant 149")).to_be_in_viewport()
+    before = await settled(chat)
+    async with asyncio.timeout(PATIENCE_MS / 1000):
+        await newest.asked.wait()
+    older = await holding(chat, "**/messages?*before=*")
+    await scroll_up_until(chat, older.asked)
+    async with chat.page.expect_response("**/messages?limit=60"):
+        newest.released.set()
+    assert await settled(chat) == before
+    assert len([url for url in chat.tab.requests if "before=" in url]) == 1
+    older.released.set()
+    await scroll_to_the_beginning(chat, 150)
+    assert await shown_beginnings(chat) == beginnings
+
+
+async def test_older_messages_that_cannot_be_read_are_asked_for_less_and_less_often(
+    chat: Chat, shared_node: NodeProcess, user: str
+) -> None:
+    chat.tab.expected.append(NO_CONNECTION)
+    asked = asyncio.Event()
+    times: list[float] = []
+
+    async def fail(route: Route) -> None:
+        times.append(time.monotonic())
+        asked.set()
+        await route.abort("connectionfailed")
+
+    async with rest_to(shared_node, user) as rest:
+        conversation_id, beginnings = await append_long(rest, 150)
+    await chat.open(shared_node.http, token_for(user), conversation_id)
+    await expect(chat.answer.get_by_text("assistant 149")).to_be_in_viewport()
+    await settled(chat)
+    await chat.page.route("**/messages?*before=*", fail)
+    await scroll_up_until(chat, asked)
+
+    async def has_failed_often() -> bool:
+        return len(times) > 4
+
+    await until(has_failed_often)
+    assert times[4] - times[0] > 1.1  # half of 150, 300, 600 and 1200 ms, at the least
+    await chat.page.unroute("**/messages?*before=*", fail)
+    await scroll_to_the_beginning(chat, 150)
+    assert await shown_beginnings(chat) == beginnings
+
+
+async def test_a_request_that_is_held_when_its_tab_closes_breaks_no_other_tab(
+    browser: Browser, shared_node: NodeProcess, user: str
+) -> None:
+    async with open_tab(browser) as tab:
+        held = await holding(Chat(tab), "**/conversations?*")
+        await Chat(tab).open(shared_node.http, token_for(user))
+        async with asyncio.timeout(PATIENCE_MS / 1000):
+            await held.asked.wait()
+        held.released.set()  # and the page closes before it has the answer
+    for _ in range(2):
+        async with open_tab(browser) as tab:
+            await Chat(tab).open(shared_node.http, token_for(user))
 
 
 async def settled(chat: Chat) -> int:

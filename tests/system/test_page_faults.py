@@ -185,6 +185,39 @@ async def test_a_node_is_drained(chat: Chat, cluster: Cluster, user: str) -> Non
     await assert_whole(chat, cluster, user)
 
 
+async def test_an_answer_that_begins_again_is_shown_as_it_was_until_it_has_caught_up(
+    chat: Chat, cluster: Cluster, user: str
+) -> None:
+    first, second = cluster.strings.name(), cluster.strings.name()
+    question = script_of(
+        ("text", "Hear "), ("gate", first), ("text", "this "), ("gate", second), ("text", "to the end.")
+    )
+    await chat.page.clock.install()
+    cluster.strings.open(first)
+    await chat.ask(question)
+    await expect(chat.said).to_have_text("Hear this")
+    (cluster.strings.directory / first).unlink()
+    (await cluster.answering()).kill()
+    await expect(chat.status).to_have_text(re.compile("^Reconnected: continued on node "))
+    await cluster.answering()  # which says no more than the beginning
+    await chat.page.clock.fast_forward(1900)  # less than a silence after which the page leaves a node
+    await expect(chat.said).to_have_text("Hear this")
+    cluster.strings.open(first)
+    cluster.strings.open(second)
+    await assert_whole(chat, cluster, user, question, "Hear this to the end.")
+
+
+async def test_text_that_a_takeover_has_changed_is_not_shown_for_long(chat: Chat, cluster: Cluster, user: str) -> None:
+    gate = cluster.strings.name()
+    await chat.ask(script_of(("text", "{attempt} is the attempt"), ("hold", gate, 1), ("gate", gate), ("text", ".")))
+    await expect(chat.said).to_have_text("1 is the attempt")
+    (await cluster.answering()).kill()
+    await expect(chat.said).to_have_text("2 is the attempt")
+    cluster.strings.open(gate)
+    await chat.ended()
+    await expect(chat.said).to_have_text("2 is the attempt.")
+
+
 async def test_a_frozen_node_is_left(chat: Chat, cluster: Cluster, user: str) -> None:
     await chat.ask(PACED)
     await expect(chat.said).to_contain_text("w10 ")

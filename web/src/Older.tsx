@@ -19,10 +19,11 @@ export function Older({ conversation, first }: { conversation: Conversation; fir
   useEffect(() => {
     const scroller = scrollerOf(mark.current);
     if (!mark.current || !scroller || before === null || isLoading) return;
-    const near = new IntersectionObserver(([entry]) => entry?.isIntersecting && void conversation.loadOlder(), {
-      root: scroller,
-      rootMargin: '600px 0px 0px 0px',
-    });
+    // A busy page is told of several frames at once, and only the last is how it is now.
+    const look = (entries: IntersectionObserverEntry[]) => {
+      if (entries.at(-1)?.isIntersecting) void conversation.loadOlder();
+    };
+    const near = new IntersectionObserver(look, { root: scroller, rootMargin: '600px 0px 0px 0px' });
     near.observe(mark.current);
     return () => near.disconnect();
   }, [conversation, before, isLoading]);

@@ -23,6 +23,7 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
   const chat = new Chat<Message>({ id, messages: [], transport, generateId: newId });
   let round = 0; // what began an earlier one leaves the chat alone
   let waiting: AbortController | undefined;
+  let olderTries = 0;
 
   const isLost = () => chat.error instanceof TypeError; // the SDK has this where the connection is lost, and only there
   const isQuestion = () => chat.lastMessage?.role === 'user';
@@ -78,7 +79,10 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
     const { messages, next_before } = await api.messages(id, SHOWN_FIRST);
     if (isOver()) return;
     const merged = withNewest(chat.messages, messages, next_before === null);
-    if (merged.length === messages.length) older.set({ before: next_before, isLoading: false });
+    // Where what is shown begins as before, what is older is the same, and may be on its way.
+    if (next_before === null || merged[0]?.id !== chat.messages[0]?.id) {
+      older.set({ before: next_before, isLoading: false });
+    }
     chat.messages = merged;
   }
 
@@ -113,13 +117,18 @@ export function openConversation(session: Session, id: string, isNew: boolean, o
     async loadOlder(): Promise<void> {
       const { before, isLoading } = older.get();
       if (before === null || isLoading) return;
-      older.set({ before, isLoading: true });
+      const asked = { before, isLoading: true };
+      older.set(asked);
+      const isOver = () => older.get() !== asked; // what is shown begins elsewhere since
       try {
         const { messages, next_before } = await api.messages(id, SHOWN_MORE, before);
+        if (isOver()) return;
         chat.messages = [...messages, ...chat.messages];
         older.set({ before: next_before, isLoading: false });
+        olderTries = 0;
       } catch {
-        older.set({ before, isLoading: false }); // it is tried again when the reader comes by
+        await pause(nextWait(olderTries++), closed.signal);
+        if (!isOver()) older.set({ before, isLoading: false }); // it is tried again while the reader is near
       }
     },
 

@@ -34,3 +34,16 @@ export function withNewest(known: readonly Message[], newest: readonly Message[]
 export function steady(before: Message | undefined, now: Message): Message {
   return before?.id === now.id && sizeOf(now) < sizeOf(before) ? before : now;
 }
+
+/** Whether all that a message has is how another one begins. */
+export function isBeginning(message: Message, whole: Message): boolean {
+  return message.parts.every((part, at) => {
+    const other = whole.parts[at];
+    if (part.type === 'text') {
+      const isLast = at === message.parts.length - 1;
+      return other?.type === 'text' && (isLast ? other.text.startsWith(part.text) : other.text === part.text);
+    }
+    if (part.type === 'dynamic-tool') return other?.type === 'dynamic-tool' && other.toolName === part.toolName;
+    return other?.type === part.type;
+  });
+}

@@ -1,7 +1,7 @@
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { groups } from '../src/groups.ts';
-import { type Message, sizeOf, steady, textOf, withNewest } from '../src/message.ts';
+import { isBeginning, type Message, sizeOf, steady, textOf, withNewest } from '../src/message.ts';
 
 const says = (id: string, text: string, role: 'user' | 'assistant' = 'assistant'): Message => ({
   id,
@@ -25,6 +25,35 @@ test('an answer that is streamed again is shown when it has caught up', () => {
   assert.equal(steady(short, long), long);
   assert.equal(steady(long, says('y', '')).id, 'y');
   assert.equal(steady(undefined, short), short);
+});
+
+test('an answer that says the same again has not changed, however little it says yet', () => {
+  const call = (toolName: string) => ({
+    type: 'dynamic-tool' as const,
+    toolName,
+    toolCallId: toolName,
+    state: 'input-available' as const,
+    input: {},
+  });
+  const whole = says('x', 'Let me see.');
+  whole.parts.push(call('search'), { type: 'text', text: 'There.' });
+  const cut = (parts: number, text?: string): Message => {
+    const message = structuredClone({ ...whole, parts: whole.parts.slice(0, parts) });
+    const last = message.parts.at(-1);
+    if (last?.type === 'text' && text !== undefined) last.text = text;
+    return message;
+  };
+  for (const same of [cut(0), cut(1), cut(2, ''), cut(2, 'Let'), cut(2), cut(3), cut(4, 'The'), whole]) {
+    assert.ok(isBeginning(same, whole));
+  }
+  const shorter = cut(4, 'There.');
+  shorter.parts[1] = { type: 'text', text: 'Let' };
+  const other = cut(3);
+  other.parts[2] = call('read');
+  const early = cut(2);
+  early.parts[1] = call('search');
+  for (const changed of [cut(2, 'Now'), shorter, other, early]) assert.ok(!isBeginning(changed, whole));
+  assert.ok(!isBeginning(whole, cut(3)));
 });
 
 test('what a message says is its text, and its size grows with what it shows', () => {
