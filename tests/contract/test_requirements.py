@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kit.repository import TOP
+from tests.kit.repository import TOP, listed
 
 PROJECT: dict[str, Any] = tomllib.loads((TOP / "pyproject.toml").read_text())
 PRODUCTION = (TOP / "requirements.txt").read_text()
@@ -74,6 +75,13 @@ def test_a_run_by_uv_brings_only_what_the_demonstration_needs() -> None:
 @pytest.mark.parametrize("requirements", [PRODUCTION, DEVELOPMENT], ids=["production", "development"])
 def test_no_file_of_requirements_names_a_registry(requirements: str) -> None:
     assert re.findall(r"://|^-\S+", requirements, re.MULTILINE) == []
+
+
+def test_uv_builds_again_what_sources_of_the_page_have_changed_and_no_package_of_npm() -> None:
+    keys = {key["file"] for key in PROJECT["tool"]["uv"]["cache-keys"]}
+    top = {path.name for path in listed() if path.parent == Path("web")}
+    built_from = {f"web/{name}" for name in top} - {"web/README.md", "web/biome.json"}
+    assert keys == {"pyproject.toml", "hatch_build.py", "web/src/**", *built_from}
 
 
 def test_the_python_of_a_checkout_is_left_to_the_machine() -> None:
