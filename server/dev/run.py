@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import shutil
 import signal
+import sys
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
@@ -113,7 +113,7 @@ async def _run(
                     raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
             await stack.enter_async_context(nodes.running())
             await nodes.wait_ready()
-            command = anynode_command(environment, Path.cwd())
+            command = anynode_command(Path(sys.argv[0]).absolute(), Path.cwd())
             _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret, command)
             await nodes.supervise()
             raise ConfigurationError("all nodes have ended")
@@ -175,19 +175,13 @@ def _url(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
-def anynode_command(environment: Mapping[str, str], directory: Path) -> str:
-    """Return what to type in `directory` to run `anynode` as this process was run.
+def anynode_command(program: Path, directory: Path) -> str:
+    """Return what to type in `directory` to run `anynode` as this process was run: `program`, by its path from there.
 
-    `uv run` tells its processes the path of uv in the variable UV. That uv need not be in PATH: the README's command
-    puts it into the checkout.
+    A program that is not below `directory` is one that was installed, and found by its name. `uv run anynode` would do
+    too, but might choose another Python, and then build the environment again under the nodes that run in it.
     """
-    uv = environment.get("UV")
-    if uv is None:
-        return "anynode"
-    if shutil.which("uv", path=environment.get("PATH")) is not None:
-        return "uv run anynode"
-    path = Path(uv)
-    return f"{path.relative_to(directory) if path.is_relative_to(directory) else path} run anynode"
+    return str(program.relative_to(directory)) if program.is_relative_to(directory) else "anynode"
 
 
 def _say_where_to_go(

@@ -16,13 +16,13 @@ from anynode.server.settings import Settings
 from tests.kit.repository import TOP
 
 README = (TOP / "README.md").read_text()
-RUN_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run anynode dev"
+RUN_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run -p python3 anynode dev"
 # The others are for developers: what they name in capitals may also be a constant.
 FOR_USERS = [
     *("README.md", "PROTOCOL.md", "ARCHITECTURE.md", "CHANGELOG.md", "examples/README.md"),
     *("docs/design.md", "docs/load-balancing.md", "docs/clients.md"),
 ]
-TEST_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run --dev pytest"
+TEST_COMMAND = "python3 -m pip install --target .uv uv && .uv/bin/uv run -p python3 --dev pytest"
 
 
 def shown(default: object) -> str:
