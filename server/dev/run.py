@@ -6,8 +6,8 @@ import asyncio
 import os
 import secrets
 import signal
-import sys
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from pathlib import Path
@@ -113,8 +113,7 @@ async def _run(
                     raise ConfigurationError(f"port {port} is taken: set PORT to another one") from error
             await stack.enter_async_context(nodes.running())
             await nodes.wait_ready()
-            command = anynode_command(Path(sys.argv[0]).absolute(), Path.cwd())
-            _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret, command)
+            _say_where_to_go(settings, host, nodes.nodes, balancer_ports, secret)
             await nodes.supervise()
             raise ConfigurationError("all nodes have ended")
 
@@ -185,8 +184,9 @@ def anynode_command(program: Path, directory: Path) -> str:
 
 
 def _say_where_to_go(
-    settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str, command: str
+    settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str
 ) -> None:
+    command = anynode_command(Path(sys.argv[0]).absolute(), Path.cwd())
     urls = [_url(host, node.port) for node in nodes]
     (entry,) = [_url(host, port) for port in balancer_ports] or urls
     token = None

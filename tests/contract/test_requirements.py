@@ -84,6 +84,7 @@ def test_uv_builds_again_what_sources_of_the_page_have_changed_and_no_package_of
     assert keys == {"pyproject.toml", "hatch_build.py", "web/src/**", *built_from}
 
 
-def test_the_python_of_a_checkout_is_left_to_the_machine() -> None:
-    # With such a file uv and pyenv refuse every other version, also newer ones.
-    assert not (TOP / ".python-version").exists()
+def test_the_python_of_a_checkout_is_the_oldest_that_is_supported() -> None:
+    version = (TOP / ".python-version").read_text().strip()
+    assert re.fullmatch(r"\d+\.\d+", version)  # Heroku's buildpacks take no range
+    assert f'requires-python = ">={version}"' in (TOP / "pyproject.toml").read_text()
