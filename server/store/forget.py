@@ -27,7 +27,8 @@ from anynode.server.settings import Settings
 from anynode.server.startup import open_database
 from anynode.server.store.rows import Rows
 
-ROUNDS_MAX: Final = 5  # how often the user may have written by the end of a round
+ROUNDS_MAX: Final = 5  # the first deletes what is there; the others what was written meanwhile, …
+ROUND_CONVERSATIONS_MAX: Final = 200  # … and each of those at most this much: a user may write faster than we delete
 
 
 @dataclass(slots=True)
@@ -87,7 +88,8 @@ class Forgetting:
             return None
         amount = Amount()
         place: tuple[datetime, UUID] | None = None
-        while page := await self._rows.oldest(self._user_id, place):
+        there_now = await self._rows.conversation_count(self._user_id)
+        while amount.conversations < there_now and (page := await self._rows.oldest(self._user_id, place)):
             counts = await self._rows.message_counts(self._user_id, [each.id for each in page])
             amount.conversations += len(page)
             amount.messages += sum(counts.values())
@@ -97,8 +99,10 @@ class Forgetting:
     async def run(self, on_deleted: Callable[[], object] = lambda: None) -> bool:
         """Delete everything; `on_deleted` is called after each conversation. Return False where the user has written
         something more by the end of each of ROUNDS_MAX rounds."""
+        at_most = await self._rows.conversation_count(self._user_id)
         for _ in range(ROUNDS_MAX):
-            await self._delete_conversations(on_deleted)
+            await self._delete_oldest(at_most, on_deleted)
+            at_most = ROUND_CONVERSATIONS_MAX
             with unavailable_as_client_error():
                 is_gone, tickets = await delete_user(self._database, self._user_id)
             self.tickets_deleted += tickets
@@ -111,11 +115,9 @@ class Forgetting:
         tickets = f" and {_number(self.tickets_deleted, 'ticket')}" if self.tickets_deleted else ""
         return f"deleted {self.deleted}{tickets}"
 
-    async def _delete_conversations(self, on_deleted: Callable[[], object]) -> None:
-        """Delete as many conversations as there are now, the oldest first."""
-        left = await self._rows.conversation_count(self._user_id)
-        while left > 0 and (page := await self._rows.oldest(self._user_id)):
-            left -= len(page)
+    async def _delete_oldest(self, at_most: int, on_deleted: Callable[[], object]) -> None:
+        while at_most > 0 and (page := await self._rows.oldest(self._user_id)):
+            at_most -= len(page)
             counts = await self._rows.message_counts(self._user_id, [each.id for each in page])
             for conversation in page:
                 try:

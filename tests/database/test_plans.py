@@ -458,5 +458,5 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
     )
     assert row["ended"] == 100
     await fetch(connection, case("write_emails"))
-    (row,) = await connection.fetch("SELECT count(*) AS written FROM users WHERE email ~ '^[0-9]{1,3}@' AND id !~ 'idle'")
+    (row,) = await connection.fetch("SELECT count(*) AS written FROM users WHERE email IS NOT NULL AND id !~ 'idle'")
     assert row["written"] == 200

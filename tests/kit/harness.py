@@ -31,9 +31,7 @@ Frame = dict[str, Any]
 
 def token_for(user: str, *, ttl_seconds: float = 3600, secret: str = SECRET, email: str | None = None) -> str:
     """A token that the nodes of these tests trust."""
-    return make_token(
-        secret, user_id=user, audience="anynode", issuer="anynode", ttl_seconds=ttl_seconds, email=email
-    )
+    return make_token(secret, user_id=user, audience="anynode", issuer="anynode", ttl_seconds=ttl_seconds, email=email)
 
 
 def with_database(url: str, name: str) -> str:
