@@ -455,3 +455,24 @@ DELETE FROM tickets WHERE expires_at < now();
 -- name: read_usage
 -- Read what turns have used, where they say so.
 SELECT id, usage FROM turns WHERE id = ANY (:turn_ids::uuid[]) AND usage IS NOT NULL;
+
+-- name: write_emails
+-- Store users' e-mail addresses, and the users who are new. Rows that say the same already are not locked. The others
+-- are locked in the order of their ids, so that two nodes that write the same users never wait for each other. Each
+-- user is looked up by id for the reason that `append_events` gives.
+INSERT INTO users (id, email)
+SELECT n.id, n.email FROM unnest(:user_ids::text[], :emails::text[]) AS n (id, email)
+WHERE (SELECT email FROM users WHERE id = n.id) IS DISTINCT FROM n.email
+ORDER BY n.id
+ON CONFLICT (id) DO UPDATE SET email = excluded.email WHERE users.email IS DISTINCT FROM excluded.email;
+
+-- name: delete_user
+-- Delete a user who has no conversation, and the user's tickets. It fails where a conversation is made meanwhile: the
+-- conversation's foreign key refuses what `has_conversations` could not see yet.
+WITH unused AS (
+    DELETE FROM tickets WHERE user_id = :user_id RETURNING hash
+), gone AS (
+    DELETE FROM users WHERE id = :user_id AND NOT EXISTS (SELECT FROM conversations WHERE user_id = :user_id)
+)
+SELECT (SELECT count(*) FROM unused) AS tickets,
+       EXISTS (SELECT FROM conversations WHERE user_id = :user_id) AS has_conversations;

@@ -11,7 +11,7 @@ Tortoise cannot say these things, which the database has:
 - CHECK constraints, and storage parameters.
 
 A relation without a foreign key in the database has `db_constraint=False`. `Ticket.user_id` is no relation, because a
-user is only stored with a first conversation.
+user is only stored with a first conversation or an e-mail address.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from anynode.server.api.rest import Rest
 from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Authenticator
 from anynode.server.engine.node import Node
+from anynode.server.engine.users import Emails
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors, require_url
@@ -117,7 +118,8 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
     with explain_database_errors():
         url = require_url(settings.database_url)
         database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
-    authenticator = Authenticator(settings)
+    emails = Emails(database)
+    authenticator = Authenticator(settings, on_verified=emails.note)
     try:
         try:
             with explain_database_errors():
@@ -126,7 +128,7 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
         async with open_agent(settings) as agent:
             store = Store.in_node(settings, database, agent)
-            node = Node(settings, database, agent, store=store)
+            node = Node(settings, database, agent, store=store, emails=emails)
             running = asyncio.create_task(_run(node, database))
             try:
                 yield Anynode(settings, database, authenticator, node, running, extra_routes)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import jwt
 from jwt.algorithms import HMACAlgorithm
 
+from anynode.models.text import is_storable
 from anynode.server.errors import ConfigurationError, Unauthorized
 from anynode.server.settings import Settings
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 TOKEN_CHARACTERS_MAX = 16_384  # twice the header that common proxies let through; longer tokens take longer to decode
 USER_ID_CHARACTERS_MAX = 255  # OpenID Connect Core, 2
+EMAIL_CHARACTERS_MIN, EMAIL_CHARACTERS_MAX = (
+    3,
+    254,
+)  # a@b; the longest that fits into a path of SMTP (RFC 5321, 4.5.3.1)
 TIME_MAX = 253_402_300_799  # the end of the year 9999; a larger time is in milliseconds by mistake, and breaks datetime
 JWKS_SECONDS_MAX = 3.0  # for a whole fetch, because a client is waiting to connect
 JWKS_BYTES_MAX = 1_048_576  # real sets have a few KiB
@@ -55,17 +60,32 @@ logger = logging.getLogger("anynode.auth")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The user that a token names, and when the token expires (Unix seconds)."""
+    """The user that a token names, when the token expires (Unix seconds), and the e-mail address in it, if any."""
 
     user_id: str
     expires_at: float
+    email: str | None = None
+
+
+def _nothing(identity: Identity) -> None:
+    pass
 
 
 class Authenticator:
-    """Verifies tokens. Raises ConfigurationError where the settings hold no usable secret and no JWKS address."""
+    """Verifies tokens. Raises ConfigurationError where the settings hold no usable secret and no JWKS address.
 
-    def __init__(self, settings: Settings, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+    `on_verified` is called with the identity of each token that is good, whatever it was sent over.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        on_verified: Callable[[Identity], object] = _nothing,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
+        self._on_verified = on_verified
         self._secret = _secret_key(settings.jwt_secret) if settings.jwt_secret else None
         self._jwks = None if settings.jwt_jwks_url is None else _Jwks(settings.jwt_jwks_url, monotonic)
         if self._secret is None and self._jwks is None:
@@ -92,7 +112,9 @@ class Authenticator:
             raise Unauthorized(_EXPLANATIONS.get(type(error), "the token is malformed")) from error
         if "crit" in decoded["header"]:
             raise Unauthorized("the token needs an extension that this server does not know (crit)")
-        return _identity(decoded["payload"])
+        identity = _identity(decoded["payload"])
+        self._on_verified(identity)
+        return identity
 
     async def _key_of(self, token: str) -> jwt.PyJWK:
         # With both configured (development only) the header chooses the key, never the key's algorithm.
@@ -107,10 +129,14 @@ class Authenticator:
             await self._jwks.close()
 
 
-def make_token(secret: str, *, user_id: str, audience: str, issuer: str, ttl_seconds: float) -> str:
+def make_token(
+    secret: str, *, user_id: str, audience: str, issuer: str, ttl_seconds: float, email: str | None = None
+) -> str:
     """Return an HS256 token for the user, valid from now on."""
     now = time.time()
     claims = {"sub": user_id, "aud": audience, "iss": issuer, "iat": int(now), "exp": round(now + ttl_seconds, 3)}
+    if email is not None:
+        claims["email"] = email
     return jwt.encode(claims, secret, algorithm="HS256")
 
 
@@ -138,7 +164,18 @@ def _identity(claims: dict[str, Any]) -> Identity:
     user_id = claims["sub"]  # this also refuses NUL and lone surrogates, which Postgres cannot store
     if not (isinstance(user_id, str) and 0 < len(user_id) <= USER_ID_CHARACTERS_MAX and user_id.isprintable()):
         raise Unauthorized(f"the token's sub claim must be 1 to {USER_ID_CHARACTERS_MAX} printable characters")
-    return Identity(user_id, float(claims["exp"]))
+    email = claims.get("email")
+    return Identity(user_id, float(claims["exp"]), email if is_email(email) else None)
+
+
+def is_email(value: object) -> bool:
+    """Return whether a token's `email` is one that is stored. What only looks like an address is not found out."""
+    return (
+        isinstance(value, str)
+        and EMAIL_CHARACTERS_MIN <= len(value) <= EMAIL_CHARACTERS_MAX
+        and value.count("@") == 1
+        and is_storable(value)
+    )
 
 
 def _secret_key(secret: str) -> jwt.PyJWK:

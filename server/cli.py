@@ -6,19 +6,23 @@ import asyncio
 import os
 import runpy
 import sys
+from collections.abc import Coroutine
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn, TypeVar
 
 import click
 import platformdirs
 
-from anynode.server.auth import make_token
-from anynode.server.errors import ConfigurationError
+from anynode.models.text import is_storable
+from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, make_token
+from anynode.server.errors import ClientError, ConfigurationError
 from anynode.server.settings import Settings, read_settings
 from anynode.server.startup import on_database, one_line_errors
 
 _DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+Result = TypeVar("Result")
 
 
 class Duration(click.ParamType[float]):
@@ -86,13 +90,52 @@ def migrate_command() -> None:
 @click.option(
     "--ttl", type=Duration(), default="1h", show_default=True, help="How long it is good for: 90s, 15m, 8h, 7d."
 )
+@click.option("--email", help="The user's e-mail address: the token's `email`.  [default: none]")
 @data_directory
-def token(user: str, ttl: float, data_dir: Path) -> None:
+def token(user: str, ttl: float, email: str | None, data_dir: Path) -> None:
     """Print a token signed with JWT_SECRET, or with the secret of `anynode dev` where that is not set."""
     settings = read_settings(os.environ)
-    if not user or len(user) > 255 or not user.isprintable():
-        raise ConfigurationError("--user takes from 1 to 255 printable characters")
-    click.echo(_token(settings, data_dir, user, ttl))
+    if not user or len(user) > USER_ID_CHARACTERS_MAX or not user.isprintable():
+        raise ConfigurationError(f"--user takes from 1 to {USER_ID_CHARACTERS_MAX} printable characters")
+    if email is not None and not is_email(email):
+        raise ConfigurationError(f"--email takes an address with one @, of at most {EMAIL_CHARACTERS_MAX} characters")
+    click.echo(_token(settings, data_dir, user, ttl, email))
+
+
+@cli.command(name="export")
+@click.option("--user", required=True, help="The user's id: the token's `sub`.")
+@click.option(
+    "--output", type=click.Path(path_type=Path, dir_okay=False), help="File to write.  [default: standard output]"
+)
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+def export_command(user: str, output: Path | None, force: bool) -> None:
+    """Write all that is stored of a user as JSON Lines: the user, then each conversation with its turns and messages.
+
+    The status is 1 where nothing is stored of the user.
+    """
+    from anynode.server.store.export import run_export
+
+    settings = read_settings(os.environ)
+    _check_stored_user(user)
+    if not _run(run_export(settings, user, output, is_forced=force)):
+        _fail(f"nothing is stored of the user {user}")
+
+
+@cli.command(name="forget")
+@click.option("--user", required=True, help="The user's id: the token's `sub`.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget_command(user: str, yes: bool) -> None:
+    """Delete all that is stored of a user, whose running turns are stopped.
+
+    It may be interrupted and run again. A token of the user that is still good stores the user again when it is used:
+    take the user's tokens away first.
+    """
+    from anynode.server.store.forget import run_forget
+
+    settings = read_settings(os.environ)
+    _check_stored_user(user)
+    if not _run(run_forget(settings, user, may_ask=not yes)):
+        _fail("the user goes on writing, so there is always more: take the user's tokens away, and run it again")
 
 
 @cli.command(name="chat")
@@ -130,7 +173,25 @@ def main() -> None:
         cli()
 
 
-def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: float) -> str:
+def _check_stored_user(user: str) -> None:
+    if not 0 < len(user) <= USER_ID_CHARACTERS_MAX or not is_storable(user):
+        raise ConfigurationError(f"--user takes from 1 to {USER_ID_CHARACTERS_MAX} characters of UTF-8")
+
+
+def _run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Run a command on the database to its end. What makes it fail on the way is told in one line, with status 1."""
+    try:
+        return asyncio.run(work)
+    except ClientError as error:
+        _fail(error.message)
+
+
+def _fail(message: str) -> NoReturn:
+    click.secho(f"anynode: {message}", fg="red", err=True)
+    sys.exit(1)
+
+
+def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: float, email: str | None = None) -> str:
     if settings.jwt_jwks_url is not None:
         raise ConfigurationError("tokens are signed elsewhere (JWT_JWKS_URL): ask there for one")
     from anynode.server.dev.run import dev_secret
@@ -142,6 +203,7 @@ def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: flo
         audience=settings.jwt_audience,
         issuer=settings.jwt_issuer,
         ttl_seconds=ttl_seconds,
+        email=email,
     )
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import asyncpg
 import click
 
-from anynode.models.database import BadDatabaseUrl, normalise_url
-from anynode.models.schema_version import SchemaBehind
+from anynode.models.database import BadDatabaseUrl, Database, Unavailable, normalise_url
+from anynode.models.schema_version import SchemaBehind, check_schema
 from anynode.server.errors import ConfigurationError
 
 Result = TypeVar("Result")
@@ -32,6 +32,24 @@ def on_database(url: str | None, work: Callable[[str], Coroutine[Any, Any, Resul
     """Return what `work(url)` returns, run to its end. Raises ConfigurationError."""
     with explain_database_errors():
         return asyncio.run(work(normalise_url(require_url(url))))
+
+
+@asynccontextmanager
+async def open_database(url: str | None) -> AsyncIterator[Database]:
+    """Open the database for a command that makes one request after the other. Raises ConfigurationError."""
+    with explain_database_errors():
+        database = await Database.connect(require_url(url), pool_max=1, check=check_schema)
+    try:
+        with explain_database_errors():
+            try:
+                await database.contact("requests")
+            except SchemaBehind:
+                raise
+            except Unavailable as error:
+                raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+        yield database
+    finally:
+        await database.close()
 
 
 def require_url(url: str | None) -> str:

@@ -34,6 +34,7 @@ from anynode.server.engine.leases import LeaseClock, Leases
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.turn_reader import TurnReader
+from anynode.server.engine.users import Emails
 from anynode.server.engine.watch import hear_cluster
 from anynode.server.errors import ConversationBusy, Draining, NotFound, RateLimited
 from anynode.server.protocol.bodies import AnyPostedMessage
@@ -66,9 +67,19 @@ class Node:
     `agent` answers the turns, which are given the `store`. Without an agent, this is the node in a `Store`, which
     serves no clients: `send` brings the agent of each turn, and a turn is taken over only where `take_over_turn` asks
     for it. Its id begins with `store:`, by which other nodes know that they do not have the agents of its turns.
+
+    `emails` are written while the node runs, if there are any to write.
     """
 
-    def __init__(self, settings: Settings, database: Database, agent: Agent | None, *, store: Any = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        database: Database,
+        agent: Agent | None,
+        *,
+        store: Any = None,
+        emails: Emails | None = None,
+    ) -> None:
         name = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
         self.node_id = name if agent is not None else f"store:{name}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
@@ -81,6 +92,7 @@ class Node:
         self._database = database
         self._agent = agent
         self._store = store
+        self._emails = emails
         self._running = RunningTurns(settings, database, self.follows)
         self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent, store=store)
 
@@ -94,6 +106,8 @@ class Node:
                 group.create_task(self._leases.drop_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
                 group.create_task(hear_cluster(self._database, self.node_id, self._running, self.follows))
+                if self._emails is not None:
+                    group.create_task(self._emails.run())
                 if self._agent is not None:
                     group.create_task(self._leases.take_over_lapsed())
                     group.create_task(delete_expired(self._database, retention_seconds=retention_seconds))

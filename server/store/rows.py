@@ -1,4 +1,5 @@
-"""The rows that a `Store` reads, through the models of `anynode.models.tables`. Every query filters by the user.
+"""The rows that a `Store`, `anynode export` and `anynode forget` read, through the models of `anynode.models.tables`.
+Every query filters by the user.
 
 Importing this loads Tortoise, which takes longer than all else that a node loads. So a store imports it when it first
 reads.
@@ -6,21 +7,25 @@ reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Final
 from uuid import UUID
 
 from tortoise.expressions import Q, RawSQL
+from tortoise.functions import Count
 
 from anynode.models.database import Database
 from anynode.models.orm import Orm
 from anynode.models.rules import SUPERSEDED
-from anynode.models.tables import Conversation, Message
+from anynode.models.tables import Conversation, Message, Turn, User
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 
 PAGE_MESSAGES: Final = 500  # messages that are held at once, at most …
 PAGE_BYTES: Final = 2_097_152  # … and their bytes, unless one message alone has more
+PAGE_CONVERSATIONS: Final = 100  # each has a system prompt and metadata
+PAGE_TURNS: Final = 500
 
 
 class Rows:
@@ -80,3 +85,40 @@ class Rows:
             return await Message.filter(
                 conversation_id=conversation_id, user_id=user_id, position=1, role="system"
             ).first()
+
+    # All of a user.
+
+    async def user(self, user_id: str) -> User | None:
+        """Return a user, or None where nothing but tickets can be stored of them."""
+        with self.reading():
+            return await User.filter(id=user_id).first()
+
+    async def conversation_count(self, user_id: str) -> int:
+        """Return how many conversations a user has."""
+        with self.reading():
+            return await Conversation.filter(user_id=user_id).count()
+
+    async def oldest(self, user_id: str, after: tuple[datetime, UUID] | None = None) -> list[Conversation]:
+        """Return a user's oldest conversations after one of them (its `created_at` and `id`), at most
+        PAGE_CONVERSATIONS."""
+        with self.reading():
+            later = Conversation.filter(user_id=user_id)
+            if after is not None:
+                created_at, id = after
+                later = later.filter(Q(created_at__gt=created_at) | Q(created_at=created_at, id__gt=id))
+            return await later.order_by("created_at", "id").limit(PAGE_CONVERSATIONS)
+
+    async def turns(self, user_id: str, conversation_id: UUID, after: UUID | None = None) -> list[Turn]:
+        """Return the turns of a conversation after one of them, oldest first, at most PAGE_TURNS."""
+        with self.reading():
+            later = Turn.filter(conversation_id=conversation_id, conversation__user_id=user_id)
+            if after is not None:
+                later = later.filter(id__gt=after)
+            return await later.order_by("id").limit(PAGE_TURNS)
+
+    async def message_counts(self, user_id: str, conversation_ids: Sequence[UUID]) -> Mapping[UUID, int]:
+        """Return how many messages conversations have; those without any are left out."""
+        with self.reading():
+            counted = Message.filter(conversation_id__in=list(conversation_ids), user_id=user_id)
+            counted = counted.annotate(messages=Count("id")).order_by().group_by("conversation_id")
+            return dict(await counted.values_list("conversation_id", "messages"))

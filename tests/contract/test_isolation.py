@@ -11,6 +11,7 @@ OF_THE_NODE = {
     *("flush", "flush_one", "flush_with_endings", "turn_states", "renew", "release", "take_over", "watch", "history"),
     *("read_running", "delete_expired_events", "delete_expired_messages", "forget_deletions"),
     *("delete_expired_tickets", "read_usage"),  # of turns that were read with their user
+    "write_emails",  # of users whose tokens were verified
 }
 FUNCTIONS = {"admit", "admit_to_chat", "regenerate", "append", "delete_conversation", "find_chat", "find_chat_end"}
 TICKETS = {"add_ticket", "redeem_ticket"}  # who has one need not say who he is

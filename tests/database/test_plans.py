@@ -16,13 +16,14 @@ import pytest
 from anynode.models.queries import Bound, bind, statements
 from tests.kit.databases import fresh_database
 
-TABLES = ("conversations", "messages", "turns", "events", "tickets")
+TABLES = ("users", "conversations", "messages", "turns", "events", "tickets")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
 # twentieth another turn runs. Around them 60,000 empty ones: of a small table, reading all of it is right.
 # `md5` makes ids that are the same in every run, in no order.
 FILL = """
 INSERT INTO users (id) SELECT 'user' || n FROM generate_series(0, 9) n;
 INSERT INTO users (id) SELECT 'other' || n FROM generate_series(0, 999) n;
+INSERT INTO users (id, email) SELECT 'idle' || n, n || '@example.org' FROM generate_series(0, 19999) n;
 INSERT INTO conversations (id, client_id, user_id, title, last_seq, updated_at)
     SELECT md5('c' || c)::uuid, 'chat' || md5('c' || c)::uuid, 'user' || c % 10, 'title', 100,
            now() - make_interval(secs => c)
@@ -160,7 +161,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "metadata": "{}",
             "created_at": NOW,
         },
-        {"conversations": 1},
+        {"conversations": 1, "users": 2},
     ),
     "get_or_create_conversation": (
         {
@@ -281,6 +282,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     ),
     "redeem_ticket": ({"hash": "ticket7"}, {"tickets": 2}),
     "delete_expired_tickets": ({}, {"tickets": 2}),
+    "write_emails": (
+        {
+            "user_ids": [f"other{number}" for number in range(100)] + [f"new{number}" for number in range(100)],
+            "emails": [f"{number}@example.org" for number in range(200)],
+        },
+        {"users": 400},
+    ),
+    "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25}),
 }
 FUNCTIONS = {
     *("admit", "admit_to_chat", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
@@ -409,6 +418,8 @@ async def test_the_statements_of_a_refused_admission_find_their_rows_by_an_index
 
 async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connection) -> None:
     """A statement that finds nothing would have an easy plan."""
+    assert dict((await fetch(connection, case("delete_user")))[0]) == {"tickets": 0, "has_conversations": False}
+    assert (await fetch(connection, case("delete_user", user_id="other7")))[0]["has_conversations"]
     for name, outcome in (("append", "appended"), ("delete_conversation", "deleted")):
         transaction = connection.transaction()
         await transaction.start()
@@ -446,3 +457,6 @@ async def test_the_cases_do_what_they_are_meant_to(connection: asyncpg.Connectio
         "SELECT count(*) AS ended FROM turns WHERE id = ANY ($1) AND status = 'completed'", HUNDRED
     )
     assert row["ended"] == 100
+    await fetch(connection, case("write_emails"))
+    (row,) = await connection.fetch("SELECT count(*) AS written FROM users WHERE email IS NOT NULL AND id !~ 'idle'")
+    assert row["written"] == 200

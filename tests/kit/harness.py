@@ -29,9 +29,9 @@ TERMINAL = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 Frame = dict[str, Any]
 
 
-def token_for(user: str, *, ttl_seconds: float = 3600, secret: str = SECRET) -> str:
+def token_for(user: str, *, ttl_seconds: float = 3600, secret: str = SECRET, email: str | None = None) -> str:
     """A token that the nodes of these tests trust."""
-    return make_token(secret, user_id=user, audience="anynode", issuer="anynode", ttl_seconds=ttl_seconds)
+    return make_token(secret, user_id=user, audience="anynode", issuer="anynode", ttl_seconds=ttl_seconds, email=email)
 
 
 def with_database(url: str, name: str) -> str:

@@ -78,4 +78,24 @@ MUTATIONS: Final = (
         [Change("server/api/openai/fold.py", '_plain(json.loads(text)), order="sorted"', "json.loads(text)")],
         ["unit/api/openai/test_fold.py"],
     ),
+    Mutation(
+        "an export replaces a file that came meanwhile",
+        [
+            Change(
+                "server/store/export.py",
+                "            if is_forced:\n                beside",
+                "            if True:\n                beside",
+            )
+        ],
+        ["system/test_export.py"],
+    ),
+    Mutation(
+        "an export reads the oldest conversations of anybody",
+        [
+            Change(
+                "server/store/rows.py", "later = Conversation.filter(user_id=user_id)", "later = Conversation.filter()"
+            )
+        ],
+        ["system/test_export.py", "system/test_forget.py"],
+    ),
 )

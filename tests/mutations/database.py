@@ -24,6 +24,7 @@ CUT_POINTS: Final = "system/test_cut_points.py"
 ANY_NODE: Final = "system/test_any_node.py"
 PARTITION: Final = "system/test_partition.py"
 SOCKET: Final = "system/test_socket.py"
+USERS: Final = "database/test_users.py"
 STRANGERS: Final = f"{SOCKET}::test_somebody_elses_conversation_answers_like_one_that_does_not_exist"
 
 EPOCH_OF_MANY: Final = " AND epoch = c.epoch AND"
@@ -358,5 +359,27 @@ MUTATIONS: Final = (
             )
         ],
         ["system/test_responses.py"],
+    ),
+    # Users.
+    Mutation(
+        "addresses are written in any order, so that two nodes may wait for each other",
+        [Change(QUERIES, "\nORDER BY n.id\n", "\n")],
+        [USERS],
+    ),
+    Mutation(
+        "a user who has a conversation by now makes the command fail",
+        [Change("models/users.py", "except asyncpg.ForeignKeyViolationError:", "except asyncpg.UniqueViolationError:")],
+        [USERS],
+    ),
+    Mutation(
+        "a forgotten user's tickets are everybody's",
+        [
+            Change(
+                QUERIES,
+                "DELETE FROM tickets WHERE user_id = :user_id RETURNING hash",
+                "DELETE FROM tickets RETURNING hash",
+            )
+        ],
+        [USERS, "system/test_forget.py"],
     ),
 )

@@ -146,6 +146,19 @@ def test_a_printed_token_says_who_for_whom_and_for_how_long() -> None:
     assert int(claims["exp"] - claims["iat"]) == 15 * 60
 
 
+def test_a_printed_token_tells_an_address_if_one_is_given() -> None:
+    for arguments, told in (((), None), (("--email", "grace@example.org"), "grace@example.org")):
+        printed = anynode("token", "--user", "grace", *arguments, JWT_SECRET=SECRET).stdout.strip()
+        claims = jwt.decode(printed, SECRET, algorithms=["HS256"], audience="anynode", issuer="anynode")
+        assert claims.get("email") == told
+
+
+@pytest.mark.parametrize("email", ["", "grace", "a@b@c", "x" * 253 + "@b"])
+def test_token_refuses_an_address_that_would_not_be_stored(email: str) -> None:
+    result = anynode("token", "--user", "grace", "--email", email, JWT_SECRET=SECRET)
+    assert_refused_in_one_line(result, "--email")
+
+
 @pytest.mark.parametrize("arguments", [("--user", ""), ("--user", "a\nb"), ("--user", "x" * 256)])
 def test_token_refuses_a_user_that_is_none(arguments: tuple[str, ...]) -> None:
     assert_refused_in_one_line(anynode("token", *arguments, JWT_SECRET=SECRET), "--user")

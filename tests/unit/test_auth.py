@@ -368,3 +368,52 @@ def test_only_keys_that_verify_rs256_or_es256_are_used() -> None:
 def test_a_body_without_a_usable_key_is_a_value_error(body: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011  # of json, or ours
         signing_keys(body)
+
+
+# E-mail addresses.
+
+
+async def identity_with(email: object) -> Identity:
+    return await authenticator().authenticate(jwt.encode(claims(email=email), SECRET, algorithm="HS256"))
+
+
+@pytest.mark.parametrize("email", ["a@b", "ada@example.org", "Ada Lovelace <ada@example.org>", "ä@ö", "a" * 252 + "@b"])
+async def test_an_address_in_the_token_is_in_the_identity(email: str) -> None:
+    assert (await identity_with(email)).email == email
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        *(MISSING, None, True, 7, ["ada@example.org"], {"address": "ada@example.org"}),
+        *("", "a@", "ada", "ada@home@example.org", "a" * 253 + "@b", "ada\0@example.org"),
+    ],
+)
+async def test_what_cannot_be_stored_as_an_address_is_ignored_and_the_token_is_good(email: object) -> None:
+    identity = await identity_with(email)
+    assert (identity.user_id, identity.email) == ("ada", None)
+
+
+async def test_half_a_character_in_an_address_is_ignored() -> None:
+    identity = await authenticator().authenticate(signed(payload_with("email", r'"\ud800@example.org"')))
+    assert (identity.user_id, identity.email) == ("ada", None)
+
+
+async def test_a_token_is_made_with_an_address_or_without() -> None:
+    def made(email: str | None) -> str:
+        return make_token(SECRET, user_id="ada", audience="anynode", issuer="anynode", ttl_seconds=60, email=email)
+
+    assert (await authenticator().authenticate(made("ada@example.org"))).email == "ada@example.org"
+    assert "email" not in jwt.decode(made(None), options={"verify_signature": False})
+
+
+async def test_each_good_token_is_told_and_no_other() -> None:
+    told: list[Identity] = []
+    verifier = Authenticator(Settings(jwt_secret=SECRET), on_verified=told.append)
+    good = jwt.encode(claims(email="ada@example.org"), SECRET, algorithm="HS256")
+    for token in (good, jwt.encode(claims(exp=1), SECRET, algorithm="HS256"), good[:-4] + "AAAA", good):
+        try:
+            await verifier.authenticate(token)
+        except Unauthorized:
+            pass
+    assert [(identity.user_id, identity.email) for identity in told] == [("ada", "ada@example.org")] * 2

@@ -640,6 +640,18 @@ async def test_the_node_of_a_store_is_known_by_its_id() -> None:
     assert Node(settings, cast(Database, None), make_echo(settings)).node_id.startswith("a-")
 
 
+async def test_a_node_that_is_given_addresses_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops, emails = Loops(), Loops()
+    node = running_node(monkeypatch, loops)
+    node._emails = cast(Any, emails)
+    running = asyncio.create_task(node.run())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert list(emails.begun) == ["run"]
+    running.cancel()
+    await asyncio.wait((running,))
+
+
 @pytest.mark.parametrize("name", PARTS)
 async def test_a_node_one_part_of_which_has_failed_says_that_it_does_not_run(
     monkeypatch: pytest.MonkeyPatch, name: str, caplog: pytest.LogCaptureFixture
