@@ -243,6 +243,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "attempts_max": 3,
             "stands_up_to": ["turn.tool_call", "turn.tool_result"],
             "two_beats_seconds": 2.0,
+            "conversation_id": None,
         },
         {"turns": 300, "events": 5, "conversations": 5},
     ),
