@@ -12,7 +12,16 @@ OF_THE_NODE = {
     *("read_running", "delete_expired_events", "delete_expired_messages", "forget_deletions"),
     *("delete_expired_tickets", "read_usage"),  # of turns that were read with their user
 }
-FUNCTIONS = {"admit", "admit_to_chat", "regenerate", "append", "delete_conversation", "find_chat", "find_chat_end"}
+FUNCTIONS = {
+    "admit",
+    "admit_to_chat",
+    "answer",
+    "regenerate",
+    "append",
+    "delete_conversation",
+    "find_chat",
+    "find_chat_end",
+}
 TICKETS = {"add_ticket", "redeem_ticket"}  # who has one need not say who he is
 
 
