@@ -29,7 +29,7 @@ from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors
 from anynode.server.store.chats import ChatAnswer, Chats
-from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, posted
+from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, is_user_id, posted
 from anynode.server.store.messages import message_for_model
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class Store:
     async def get_conversation(self, conversation_id: ConversationId, user_id: str) -> Conversation | None:
         """Return a conversation, or None where the user has none with this id."""
         text, id = ids_of(conversation_id)
-        if not is_storable(text) or not is_storable(user_id):
+        if not is_user_id(user_id) or not is_storable(text):
             return None
         return await self._rows.conversation(user_id, text, id)
 
@@ -189,7 +189,7 @@ class Store:
         """Return at most `limit` (1 to 1,000) conversations after the first `skip`, newest activity first."""
         check_number("skip", skip, 0, SKIPPED_MAX)
         check_number("limit", limit, 1, LISTED_MAX)
-        return await self._rows.conversations(user_id, skip=skip, limit=limit) if is_storable(user_id) else []
+        return await self._rows.conversations(user_id, skip=skip, limit=limit) if is_user_id(user_id) else []
 
     async def update_conversation(
         self,

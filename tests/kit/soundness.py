@@ -27,7 +27,7 @@ async def assert_sound(database_url: str, conversation_id: str | uuid.UUID) -> S
     messages = await messages_of(database_url, str(id))
     await assert_seqs_are_gapless(database_url, str(id))
     client_ids = Counter(row["client_id"] for row in await sql(database_url, CLIENT_IDS, id))
-    assert {count for count in client_ids.values()} <= {1}, client_ids
+    assert set(client_ids.values()) <= {1}, client_ids
     events = await sql(database_url, EVENTS, id)
     texts = _texts_of(events)
     for turn in await sql(database_url, TURNS, id):
