@@ -57,7 +57,9 @@ class Rows:
     async def newest(self, user_id: str, conversation_id: UUID, limit: int) -> list[Message]:
         """Return the newest messages, oldest first, without superseded answers."""
         with self.reading():
-            standing = self._messages.filter(conversation_id=conversation_id, user_id=user_id).exclude(status=SUPERSEDED)
+            standing = self._messages.filter(conversation_id=conversation_id, user_id=user_id).exclude(
+                status=SUPERSEDED
+            )
             return (await standing.order_by("-position").limit(limit))[::-1]
 
     async def page(self, user_id: str, conversation_id: UUID, after: int) -> list[Message]:
