@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from anynode import AgentFailed, ChatAnswer, Store
+from anynode import AgentFailed, ChatAnswer, ConversationBusy, Store
 from tests.agents.scripted import Strings, eventually
 from tests.agents.stepping import improvise, question
 from tests.kit.harness import running_node, sql
@@ -350,6 +350,24 @@ async def test_who_waits_for_the_turn_of_a_dead_process_goes_on_with_it_also_whe
         case.go_on()
         async with asyncio.timeout(10):
             await assert_one_answer(module_database_url, case, await again)
+
+
+async def test_a_nodes_turn_whose_lease_has_run_out_is_left_to_nodes(
+    module_database_url: str, user: str
+) -> None:
+    async with Store(module_database_url) as store:
+        made = await store.create_conversation(user)
+        await store.add_message(made.id, user, "user", "hello")
+        await sql(
+            module_database_url,
+            "INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, created_at, first_seq) "
+            "VALUES (gen_random_uuid(), $1, 'running', 'node-1', 1, now() - interval '1 minute', now(), 2)",
+            made.id,
+        )
+        with pytest.raises(ConversationBusy):
+            await store.chat(user, "another", made.id, improvise)
+        (turn,) = await sql(module_database_url, "SELECT node, epoch FROM turns WHERE conversation_id = $1", made.id)
+        assert tuple(turn) == ("node-1", 1)
 
 
 async def has_lapsed(database_url: str, conversation_id: str) -> bool:
