@@ -315,6 +315,10 @@ class Node:
             if turn_id in (None, running.turn.turn_id):
                 running.cancel()
 
+    def runs(self, turn_id: UUID) -> bool:
+        """Return whether a turn runs on this node."""
+        return self._running.get(turn_id) is not None
+
     async def wait_ended(self, within_seconds: float) -> None:
         """Wait until no turn runs here any more; at most `within_seconds`."""
         await self._running.wait_ended(within_seconds)

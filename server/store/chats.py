@@ -6,6 +6,7 @@ but a caller who brings the same agent can go on with it, and this is what happe
 
     who comes                                     while the lease holds     once it has run out
     a node, at its beat                           leaves the turn alone     ends it: failed, with what it has said
+    the process itself, after a pause             -                         takes it over, and goes on with its agent
     `chat` with the same message_id               waits for the turn        takes it over, and goes on with its agent
     `chat` with another message                   ConversationBusy          ends it: failed; then asks its own question
     `chat`, and the turn has ended by then        -                         returns the stored answer, or asks
@@ -17,17 +18,21 @@ process that was only paused finds its writes refused.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any, Final, TypedDict
 from uuid import UUID
 
 import msgspec
 
+from anynode.models.turns import TurnRef
 from anynode.server.agents.agent import Agent
 from anynode.server.engine.admission import Admitted
 from anynode.server.engine.node import Node
-from anynode.server.errors import ConversationBusy, InternalError
+from anynode.server.errors import ConversationBusy, DatabaseUnavailable, InternalError
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.transport.turn_end import answer_of
+
+logger = logging.getLogger("anynode.store")
 
 END_SECONDS: Final = 5.0  # how long `close` waits for the ends of the turns that it stops
 BUSY_SECONDS: Final = 5.0  # how long a question waits for the end of a turn whose process has died
@@ -63,17 +68,15 @@ class Chats:
         self._run_node()
         admitted = await self._admit(user_id, question, agent)
         turn = admitted.turn
-        going_on = None
-        if not admitted.is_new:  # its process may have died; then its lease runs out while the end is waited for
-            going_on = asyncio.create_task(self._go_on(turn.conversation_id, agent))
+        # Its process may have died, or this one may lose it; then its lease runs out while the end is waited for.
+        going_on = asyncio.create_task(self._go_on(turn, agent))
         try:
             ended = await answer_of(self._node, turn)
         except asyncio.CancelledError:
             self._node.cancel_here(turn.turn_id)
             raise
         finally:
-            if going_on is not None:
-                going_on.cancel()
+            going_on.cancel()
         return {
             "conversation_id": ended.conversation_id,
             "response": ended.response,
@@ -111,8 +114,12 @@ class Chats:
         if not asking.cancelled() and asking.exception() is None:
             self._node.cancel_here(asking.result().turn.turn_id)
 
-    async def _go_on(self, conversation_id: UUID, agent: Agent) -> None:
-        """Go on with the turn of a process that has died, as soon as its lease has run out."""
+    async def _go_on(self, turn: TurnRef, agent: Agent) -> None:
+        """Go on with a turn that no process runs any more, as soon as its lease has run out."""
         while True:
-            await self._node.take_over_turn(conversation_id, agent)
+            if not self._node.runs(turn.turn_id):
+                try:
+                    await self._node.take_over_turn(turn.conversation_id, agent)
+                except DatabaseUnavailable as error:
+                    logger.warning("turn %s waits for Postgres: %s", turn.turn_id, error.__cause__)
             await asyncio.sleep(LAPSED_POLL_SECONDS)

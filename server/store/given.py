@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -30,9 +31,16 @@ def ids_of(conversation_id: ConversationId) -> tuple[str, UUID | None]:
     return conversation_id, as_uuid(conversation_id)
 
 
+def is_user_id(user_id: str) -> bool:
+    """Return whether a user can have this id. Raises InvalidFrame for anything but a text."""
+    if not isinstance(user_id, str):
+        raise InvalidFrame(f"user_id must be a text, not {type(user_id).__name__}")
+    return 1 <= len(user_id) <= USER_ID_MAX and is_storable(user_id)
+
+
 def check_user_id(user_id: str) -> None:
     """Raise InvalidFrame unless a user can have this id."""
-    if not isinstance(user_id, str) or not 1 <= len(user_id) <= USER_ID_MAX or not is_storable(user_id):
+    if not is_user_id(user_id):
         raise InvalidFrame(f"user_id must be a text of 1 to {USER_ID_MAX} characters, without NUL")
 
 
@@ -45,8 +53,9 @@ def check_number(name: str, number: int, low: int, high: int) -> None:
 def decoded(given: Mapping[str, Any], kind: type[Any]) -> Any:
     """Return arguments as the body of a request that has them. Raises InvalidFrame, which names each wrong one."""
     try:
-        text = msgspec.json.encode(given)
-    except (TypeError, ValueError, RecursionError) as error:  # a UnicodeEncodeError is a ValueError
+        # msgspec's own JSON would store NaN and Infinity as null.
+        text = json.dumps(msgspec.to_builtins(given, str_keys=True), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidFrame(f"what is given cannot be stored as JSON: {error}") from error
     return decode_body(text, [kind])
 

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from tortoise.expressions import Q, RawSQL
 from tortoise.functions import Count
+from tortoise.queryset import QuerySet
 
 from anynode.models.database import Database
 from anynode.models.orm import Orm
@@ -44,31 +45,33 @@ class Rows:
         """Return the user's conversation with the application's own id, or else with ours. None: there is none."""
         is_meant = Q(client_id=client_id) if id is None else Q(client_id=client_id) | Q(id=id)
         with self.reading():
-            found = await Conversation.filter(is_meant, user_id=user_id)
+            found = await self._conversations.filter(is_meant, user_id=user_id)
         return min(found, key=lambda each: each.client_id != client_id, default=None)
 
     async def conversations(self, user_id: str, *, skip: int, limit: int) -> list[Conversation]:
         """Return a user's conversations, newest activity first."""
         with self.reading():
-            newest = Conversation.filter(user_id=user_id).order_by("-updated_at", "-id")
+            newest = self._conversations.filter(user_id=user_id).order_by("-updated_at", "-id")
             return await newest.offset(skip).limit(limit)
 
     async def messages(self, user_id: str, ids: list[UUID]) -> list[Message]:
         """Return messages by their ids, in order."""
         with self.reading():
-            return await Message.filter(id__in=ids, user_id=user_id).order_by("position")
+            return await self._messages.filter(id__in=ids, user_id=user_id).order_by("position")
 
     async def newest(self, user_id: str, conversation_id: UUID, limit: int) -> list[Message]:
         """Return the newest messages, oldest first, without superseded answers."""
         with self.reading():
-            standing = Message.filter(conversation_id=conversation_id, user_id=user_id).exclude(status=SUPERSEDED)
+            standing = self._messages.filter(conversation_id=conversation_id, user_id=user_id).exclude(
+                status=SUPERSEDED
+            )
             return (await standing.order_by("-position").limit(limit))[::-1]
 
     async def page(self, user_id: str, conversation_id: UUID, after: int) -> list[Message]:
         """Return the messages after a position, as many as may be held at once; none after the last one."""
         size = RawSQL("octet_length(content) + coalesce(octet_length(tool_calls::text), 0)")
         with self.reading():
-            later = Message.filter(conversation_id=conversation_id, user_id=user_id, position__gt=after)
+            later = self._messages.filter(conversation_id=conversation_id, user_id=user_id, position__gt=after)
             later = later.order_by("position")
             sizes = await later.limit(PAGE_MESSAGES).annotate(size=size).values_list("position", "size")
             last, total = after, 0
@@ -82,7 +85,7 @@ class Rows:
     async def leading_system_message(self, user_id: str, conversation_id: UUID) -> Message | None:
         """Return the first message if it is a system's."""
         with self.reading():
-            return await Message.filter(
+            return await self._messages.filter(
                 conversation_id=conversation_id, user_id=user_id, position=1, role="system"
             ).first()
 
@@ -91,18 +94,18 @@ class Rows:
     async def user(self, user_id: str) -> User | None:
         """Return a user, or None where nothing but tickets can be stored of them."""
         with self.reading():
-            return await User.filter(id=user_id).first()
+            return await self._users.filter(id=user_id).first()
 
     async def conversation_count(self, user_id: str) -> int:
         """Return how many conversations a user has."""
         with self.reading():
-            return await Conversation.filter(user_id=user_id).count()
+            return await self._conversations.filter(user_id=user_id).count()
 
     async def oldest(self, user_id: str, after: tuple[datetime, UUID] | None = None) -> list[Conversation]:
         """Return a user's oldest conversations after one of them (its `created_at` and `id`), at most
         PAGE_CONVERSATIONS."""
         with self.reading():
-            later = Conversation.filter(user_id=user_id)
+            later = self._conversations.filter(user_id=user_id)
             if after is not None:
                 created_at, id = after
                 later = later.filter(Q(created_at__gt=created_at) | Q(created_at=created_at, id__gt=id))
@@ -111,7 +114,7 @@ class Rows:
     async def turns(self, user_id: str, conversation_id: UUID, after: UUID | None = None) -> list[Turn]:
         """Return the turns of a conversation after one of them, oldest first, at most PAGE_TURNS."""
         with self.reading():
-            later = Turn.filter(conversation_id=conversation_id, conversation__user_id=user_id)
+            later = self._turns.filter(conversation_id=conversation_id, conversation__user_id=user_id)
             if after is not None:
                 later = later.filter(id__gt=after)
             return await later.order_by("id").limit(PAGE_TURNS)
@@ -119,6 +122,24 @@ class Rows:
     async def message_counts(self, user_id: str, conversation_ids: Sequence[UUID]) -> Mapping[UUID, int]:
         """Return how many messages conversations have; those without any are left out."""
         with self.reading():
-            counted = Message.filter(conversation_id__in=list(conversation_ids), user_id=user_id)
+            counted = self._messages.filter(conversation_id__in=list(conversation_ids), user_id=user_id)
             counted = counted.annotate(messages=Count("id")).order_by().group_by("conversation_id")
             return dict(await counted.values_list("conversation_id", "messages"))
+
+    # The connection is named, as an application's routers may choose one for any model.
+
+    @property
+    def _conversations(self) -> QuerySet[Conversation]:
+        return Conversation.all().using_db(self._orm.client)
+
+    @property
+    def _messages(self) -> QuerySet[Message]:
+        return Message.all().using_db(self._orm.client)
+
+    @property
+    def _turns(self) -> QuerySet[Turn]:
+        return Turn.all().using_db(self._orm.client)
+
+    @property
+    def _users(self) -> QuerySet[User]:
+        return User.all().using_db(self._orm.client)

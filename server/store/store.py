@@ -22,14 +22,14 @@ from anynode.server.agents.run_agent import RunAgent, from_run_agent
 from anynode.server.engine.admission import new_message_id
 from anynode.server.engine.node import Node
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
-from anynode.server.errors import NotFound
+from anynode.server.errors import InvalidFrame, NotFound
 from anynode.server.protocol.bodies import Continue, ConversationChanges, NewConversation, NewMessages
 from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors
 from anynode.server.store.chats import ChatAnswer, Chats
-from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, posted
+from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, is_user_id, posted
 from anynode.server.store.messages import message_for_model
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ _DEFAULTS: Final = Settings()
 SKIPPED_MAX: Final = 1_000_000
 LISTED_MAX: Final = 1000  # conversations of one list
 HISTORY_MAX: Final = 100_000  # messages of one history
+POOL_MAX: Final = 1000
+LEASE_SECONDS_MIN: Final = 1  # a shorter one runs out while its process is merely busy
 
 
 class Store:
@@ -72,8 +74,13 @@ class Store:
 
         `pool_max` bounds the connections for requests; `chat` takes three more. `history_messages_max` is the number of
         the newest messages that the agents of `chat` get, and `system_prompt` is that of conversations without one.
-        After `lease_seconds` others may end or go on with a turn whose process has died.
+        After `lease_seconds` (at least 1) others may end or go on with a turn whose process has died. Raises
+        InvalidFrame for a number out of its bounds.
         """
+        check_number("pool_max", pool_max, 1, POOL_MAX)
+        check_number("history_messages_max", history_messages_max, 1, HISTORY_MAX)
+        if not lease_seconds >= LEASE_SECONDS_MIN:
+            raise InvalidFrame(f"lease_seconds must be at least {LEASE_SECONDS_MIN}, not {lease_seconds!r}")
         self._url = url
         self._settings = Settings(
             database_pool_max=pool_max,
@@ -95,7 +102,7 @@ class Store:
     async def __aenter__(self) -> Self:
         """Connect. Raises ConfigurationError where the URL, the login or the schema is wrong, and DatabaseUnavailable
         where Postgres does not answer."""
-        with explain_database_errors("the Store's URL"), unavailable_as_client_error():
+        with unavailable_as_client_error(), explain_database_errors("the Store's URL"):
             database = await Database.connect(self._url, pool_max=self._settings.database_pool_max, check=check_schema)
             try:
                 await database.contact("requests")
@@ -116,6 +123,7 @@ class Store:
 
     def _open(self, database: Database) -> None:
         self._database = database
+        self.__dict__.pop("_rows", None)  # those of an earlier opening
         self._node = Node(self._settings, database, None, store=self)
         self._chats = Chats(self._node)
 
@@ -146,7 +154,7 @@ class Store:
     async def get_conversation(self, conversation_id: ConversationId, user_id: str) -> Conversation | None:
         """Return a conversation, or None where the user has none with this id."""
         text, id = ids_of(conversation_id)
-        if not is_storable(text) or not is_storable(user_id):
+        if not is_user_id(user_id) or not is_storable(text):
             return None
         return await self._rows.conversation(user_id, text, id)
 
@@ -189,7 +197,7 @@ class Store:
         """Return at most `limit` (1 to 1,000) conversations after the first `skip`, newest activity first."""
         check_number("skip", skip, 0, SKIPPED_MAX)
         check_number("limit", limit, 1, LISTED_MAX)
-        return await self._rows.conversations(user_id, skip=skip, limit=limit) if is_storable(user_id) else []
+        return await self._rows.conversations(user_id, skip=skip, limit=limit) if is_user_id(user_id) else []
 
     async def update_conversation(
         self,
