@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -21,7 +20,7 @@ from anynode.server.engine.admission import Admitted, new_message_id
 from anynode.server.engine.conversations import Snapshot
 from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnRef
-from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame, MessageTooLarge, Problem
+from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame, Problem
 from anynode.server.protocol.bodies import (
     Appended,
     Body,
@@ -43,6 +42,7 @@ from anynode.server.protocol.bodies import (
     Regenerate,
     StartedTurn,
 )
+from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.encoding import encode, error_frame, message_of, numbered_frames, snapshot_frame
 from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
@@ -50,8 +50,6 @@ from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_c
 from anynode.server.transport.sse import EventStream, sse_data
 from anynode.server.transport.turn_end import answer_of
 
-METADATA_BYTES_MAX: Final = 16_384
-METADATA_DEPTH_MAX: Final = 100
 MESSAGES_LISTED: Final = 50  # unless a `limit` is given …
 MESSAGES_EXPORTED: Final = 1000  # … which for an export is as much as there may be
 RETRY_MILLISECONDS: Final = (200, 1000)  # from, to: clients of a node that goes away come back one by one
@@ -73,7 +71,7 @@ class Rest:
 
     async def create(self, request: ApiRequest[NoQuery, NewConversation]) -> ASGIApp:
         """`POST /conversations`."""
-        fields = self._storable(request.body)
+        fields = self._fields(request.body)
         client_id = fields.pop("client_id")
         if client_id is None:
             conversation, is_new = await self._node.conversations.create(request.user_id, **fields), True
@@ -101,7 +99,7 @@ class Rest:
 
     async def update(self, request: ApiRequest[NoQuery, ConversationChanges]) -> ASGIApp:
         """`PATCH /conversations/{conversation_id}`."""
-        changes = self._storable(request.body)
+        changes = self._fields(request.body)
         return reply(await self._node.conversations.update(request.user_id, request.conversation_id, changes))
 
     async def delete(self, request: AnyApiRequest) -> ASGIApp:
@@ -234,46 +232,9 @@ class Rest:
             return refusal(error, conversation_id=admitted.turn.conversation_id, message_id=message_id)
         return reply(ChatAnswer(answer.conversation_id, answer.response, answer.tool_calls) if is_short else answer)
 
-    def _storable(self, body: Body) -> dict[str, str | None]:
+    def _fields(self, body: Body) -> dict[str, str | None]:
         """Return the fields that a body has, as the database takes them. Raises InvalidFrame or MessageTooLarge."""
-        fields: dict[str, str | None] = {}
-        for name, value in msgspec.structs.asdict(body).items():
-            if name == "metadata" and value is not UNSET:
-                if _is_deep(value):
-                    raise InvalidFrame(problems=[Problem(name, "is nested too deeply")])
-                value = msgspec.json.encode(value).decode()
-            if value is not UNSET:
-                fields[name] = value
-        if len((fields.get("system_prompt") or "").encode()) > self._settings.message_bytes_max:
-            raise MessageTooLarge(f"system_prompt is longer than {self._settings.message_bytes_max} bytes.")
-        if _stored_bytes(fields.get("metadata") or "") > METADATA_BYTES_MAX:
-            raise MessageTooLarge(f"metadata is longer than {METADATA_BYTES_MAX} bytes.")
-        return fields
-
-
-def _is_deep(value: object) -> bool:
-    level = [value]
-    for _ in range(METADATA_DEPTH_MAX):
-        level = [item for each in level for item in _items(each)]
-    return bool(level)
-
-
-def _items(value: object) -> Iterable[object]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _stored_bytes(text: str) -> int:
-    """Return how many bytes JSON has as Postgres stores it: numbers with all their digits, 1e308 with 309."""
-    size = len(text.encode())
-
-    def count(number: str) -> float:
-        nonlocal size
-        size += abs(int(number.lower().partition("e")[2] or 0))
-        return 0.0
-
-    if text:
-        json.loads(text, parse_float=count)
-    return size
+        return stored_fields(body, system_prompt_bytes_max=self._settings.message_bytes_max)
 
 
 def _started(admitted: Admitted) -> ASGIApp:

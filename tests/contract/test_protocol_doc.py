@@ -14,13 +14,13 @@ from msgspec.structs import FieldInfo, fields
 from anynode.models import messages
 from anynode.server import errors
 from anynode.server import serve as listener
-from anynode.server.api import operations, rest, tickets
+from anynode.server.api import operations, tickets
 from anynode.server.api.ai_sdk import wire as ai_sdk
 from anynode.server.api.ai_sdk.stops import STOP_SECONDS
 from anynode.server.api.ai_sdk.wire import AnyFrame
 from anynode.server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
 from anynode.server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
-from anynode.server.protocol import bodies
+from anynode.server.protocol import bodies, conversation_fields
 from anynode.server.protocol.bodies import AnyPostedMessage
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import (
@@ -198,7 +198,7 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
     assert limits["a body"].endswith(f"{operations.APPENDED_BYTES_MAX:,} where messages are appended")
     assert limits["messages that are appended at once"] == f"{bodies.MESSAGES_AT_ONCE_MAX}"
     assert limits["calls of a message"] == f"{bodies.TOOL_CALLS_MAX}"
-    assert limits["`metadata`"].startswith(f"{rest.METADATA_BYTES_MAX} bytes of JSON")
+    assert limits["`metadata`"].startswith(f"{conversation_fields.METADATA_BYTES_MAX} bytes of JSON")
     assert limits["messages that are read at once"].startswith(f"{messages.PAGE_BYTES_MAX:,} bytes of content")
     assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
 
