@@ -23,7 +23,7 @@ from anynode.server.engine.admission import new_message_id
 from anynode.server.engine.node import Node
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import InvalidFrame, NotFound
-from anynode.server.protocol.bodies import Continue, ConversationChanges, NewConversation, NewMessages
+from anynode.server.protocol.bodies import Chat, ConversationChanges, NewConversation, NewMessages
 from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
@@ -341,12 +341,12 @@ class Store:
         if agent is None:
             raise TypeError("chat needs an agent: an `async def run_agent(messages)`, or an agent of Anynode")
         answer: Any = agent if is_agent(agent) else from_run_agent(agent)  # type: ignore[arg-type]
-        fields = {"content": message} if message_id is None else {"content": message, "message_id": message_id}
+        fields = {"message": message} if message_id is None else {"message": message, "message_id": message_id}
         check_user_id(user_id)
-        question = decoded(fields, Continue)
+        question = decoded(fields, Chat)
         found = None if conversation_id is None else await self.get_or_create_conversation(conversation_id, user_id)
         frame = MessageSend(
-            question.message_id or new_message_id(), question.content, None if found is None else found.id
+            question.message_id or new_message_id(), question.message, None if found is None else found.id
         )
         return await self._chats.ask(user_id, frame, answer)
 

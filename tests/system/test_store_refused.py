@@ -197,9 +197,9 @@ REFUSED: Final[list[tuple[str, Callable[[Store, str], Any], type[Exception], str
     ("update title", lambda s, u: s.update_conversation("chat", u, title=""), InvalidFrame, "^title: "),
     ("update metadata", lambda s, u: s.update_conversation("chat", u, metadata=None), InvalidFrame, "^metadata: "),
     ("update prompt", lambda s, u: s.update_conversation("chat", u, system_prompt=NUL), InvalidFrame, "NUL"),
-    ("question blank", lambda s, u: s.chat(u, " ", "chat", answering), InvalidFrame, "^content: is empty"),
+    ("question blank", lambda s, u: s.chat(u, " ", "chat", answering), InvalidFrame, "^message: is empty"),
     ("question NUL", lambda s, u: s.chat(u, NUL, "chat", answering), InvalidFrame, "NUL"),
-    ("question type", lambda s, u: s.chat(u, None, "chat", answering), InvalidFrame, "^content: "),
+    ("question type", lambda s, u: s.chat(u, None, "chat", answering), InvalidFrame, "^message: "),
     ("question long", lambda s, u: s.chat(u, "x" * 10_000_000, "chat", answering), MessageTooLarge, "bytes"),
     ("message id", lambda s, u: s.chat(u, "x", "chat", answering, message_id=""), InvalidFrame, "^message_id: "),
     (
