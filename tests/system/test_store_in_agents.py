@@ -118,7 +118,7 @@ async def test_exactly_as_many_messages_as_fit_are_not_cut(
     # An odd number of messages comes before a question where a call and its result are among them.
     made = await store.create_conversation(user)
     call = {"id": "call-1", "type": "function", "function": {"name": "search", "arguments": "{}"}}
-    called = [
+    called: list[dict[str, Any]] = [
         {"role": "user", "content": "find"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "found", "tool_call_id": "call-1"},
@@ -211,7 +211,8 @@ async def test_the_context_of_a_conversation_is_what_its_agent_is_given(
         if status != "superseded":
             await sql(
                 module_database_url,
-                f"UPDATE messages SET status = $2, content = {content} WHERE conversation_id = $1 AND position = {last}",
+                f"UPDATE messages SET status = $2, content = {content} "
+                f"WHERE conversation_id = $1 AND position = {last}",
                 made.id,
                 status,
             )

@@ -110,10 +110,14 @@ class Case:
         rows = await sql(database_url, SAID, self.conversation_id, "turn.delta", f"%{text}%")
         return bool(rows[0]["count"])
 
-    def go_on(self) -> None:
-        """Hold nobody up any more."""
+    def open_gates(self) -> None:
+        """Hold no agent up any more."""
         for gate in self.gates:
             self.strings.open(gate)
+
+    def go_on(self) -> None:
+        """Hold nobody up any more: a statement that is held reaches Postgres, or its answer the process."""
+        self.open_gates()
         if self.hold is not None:
             self.hold.release()
 
@@ -185,7 +189,7 @@ async def test_the_same_question_goes_on_in_another_process_where_the_first_was_
 ) -> None:
     async with held_up(point, module_database_url, proxy, strings, user) as (case, process, _, store):
         process.kill()
-        case.go_on()
+        case.open_gates()
         await let_lease_lapse(module_database_url, case.conversation_id)
         answer = await asked_again(case, store)
         begun = case.begun
@@ -199,7 +203,7 @@ async def test_another_question_ends_the_turn_of_a_killed_process_and_is_answere
 ) -> None:
     async with held_up(point, module_database_url, proxy, strings, user) as (case, process, _, store):
         process.kill()
-        case.go_on()
+        case.open_gates()
         await let_lease_lapse(module_database_url, case.conversation_id)
         other = question([["text", "Another answer."]])
         answer = await store.chat(user, other, case.conversation_id, improvise)
@@ -274,8 +278,9 @@ async def test_a_node_ends_the_turns_of_killed_and_of_paused_processes_and_never
                     process.pause()
                 await let_lease_lapse(database_url, case.conversation_id)
                 await eventually(lambda: has_ended(database_url, case.conversation_id))
-                case.go_on()
+                case.open_gates()
                 if not is_killed:
+                    case.go_on()
                     process.resume()
                     with pytest.raises(AgentFailed, match=r"^The process that answered has ended\.$"):
                         await asked
@@ -352,9 +357,7 @@ async def test_who_waits_for_the_turn_of_a_dead_process_goes_on_with_it_also_whe
             await assert_one_answer(module_database_url, case, await again)
 
 
-async def test_a_nodes_turn_whose_lease_has_run_out_is_left_to_nodes(
-    module_database_url: str, user: str
-) -> None:
+async def test_a_nodes_turn_whose_lease_has_run_out_is_left_to_nodes(module_database_url: str, user: str) -> None:
     async with Store(module_database_url) as store:
         made = await store.create_conversation(user)
         await store.add_message(made.id, user, "user", "hello")

@@ -1,4 +1,4 @@
-"""A `Store` that cannot reach its database, is opened wrongly, is closed, is used by many, or has a pooler before it."""
+"""A `Store` whose database is away, that is opened wrongly or closed, that many use, or that has a pooler before it."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -215,7 +216,7 @@ async def test_a_client_of_a_node_stops_a_turn_of_a_process_and_the_call_returns
     ]
 
 
-async def test_a_turn_that_is_deleted_elsewhere_ends_the_call_with_not_found(
+async def test_a_call_whose_conversation_is_deleted_elsewhere_ends(
     one: StoreProcess, other: StoreProcess, user: str, strings: Strings, module_database_url: str
 ) -> None:
     made = await one.ask("create_conversation", user)
@@ -223,9 +224,9 @@ async def test_a_turn_that_is_deleted_elsewhere_ends_the_call_with_not_found(
     asked = one.ask("chat", user, script_of(("mark", mark), ("hang",)), made["id"])
     await eventually(lambda: is_marked(strings, mark))
     assert await other.ask("delete_conversation", made["id"], user) is True
-    with pytest.raises(NotFound):
-        async with asyncio.timeout(10):
-            await asked
+    async with asyncio.timeout(10):
+        with suppress(NotFound):  # or it has read the end that came before the deletion: nothing was said
+            assert (await asked)["response"] == ""
     assert await sql(module_database_url, "SELECT 1 FROM messages WHERE user_id = $1", user) == []
 
 

@@ -35,7 +35,7 @@ async def answering(messages: list[dict[str, Any]]) -> tuple[str, list[Any]]:
     return f"You said: {messages[-1]['content']}", []
 
 
-Ask = Callable[[Store, Any, str], Awaitable[Any]]
+Ask = Callable[[Any, Any, Any], Awaitable[Any]]
 
 
 async def all_of(store: Store, id: Any, user: str) -> list[Any]:
@@ -87,7 +87,7 @@ async def test_somebody_elses_conversation_is_as_one_that_does_not_exist(
     after = await store.get_conversation(theirs.id, user)
     assert before is not None
     assert after is not None
-    assert dict(after) == dict(before)
+    assert (after.title, after.updated_at, after.last_seq) == (before.title, before.updated_at, before.last_seq)
 
 
 async def test_a_message_id_of_somebody_else_is_free_to_be_used(store: Store, user: str, stranger: str) -> None:
@@ -102,7 +102,7 @@ async def test_a_message_id_of_somebody_else_is_free_to_be_used(store: Store, us
 NUL: Final = "a\0b"
 HALF: Final = "a\ud800"
 NUMBERED: Final = "must be a whole number from {} to {}, not {!r}"
-REFUSED: Final[list[tuple[str, Callable[[Store, str], Any], type[Exception], str]]] = [
+REFUSED: Final[list[tuple[str, Callable[[Any, str], Any], type[Exception], str]]] = [
     ("title NUL", lambda s, u: s.create_conversation(u, NUL), InvalidFrame, "NUL"),
     ("title half", lambda s, u: s.create_conversation(u, HALF), InvalidFrame, "surrogate|UTF-8|utf-8"),
     ("title empty", lambda s, u: s.create_conversation(u, ""), InvalidFrame, "^title: "),
@@ -217,7 +217,7 @@ REFUSED: Final[list[tuple[str, Callable[[Store, str], Any], type[Exception], str
 
 @pytest.mark.parametrize(("ask", "error", "words"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
 async def test_what_cannot_be_stored_is_refused_in_words_that_name_it(
-    store: Store, user: str, ask: Callable[[Store, str], Any], error: type[Exception], words: str
+    store: Store, user: str, ask: Callable[[Any, str], Any], error: type[Exception], words: str
 ) -> None:
     await store.get_or_create_conversation("chat", user)
     with pytest.raises(error) as refused:
@@ -225,7 +225,8 @@ async def test_what_cannot_be_stored_is_refused_in_words_that_name_it(
     assert re.search(words, str(refused.value)), str(refused.value)
     assert "\n" not in str(refused.value)
     (only,) = await store.list_conversations(user)
-    assert (only.client_id, only.title, only.last_seq) == ("chat", None, 0)
+    assert only.client_id == "chat"
+    assert (only.title or "", only.last_seq) == ("", 0)
 
 
 NOBODY: Final[Sequence[str]] = ("", "x" * 256, "x" * 10_000, NUL, HALF)
