@@ -34,6 +34,19 @@ async def find_chat(database: Database, user_id: str, client_chat_id: str) -> Ch
     return Chat(row["conversation_id"], turn)
 
 
+async def find_conversation(
+    database: Database, user_id: str, client_id: str, conversation_id: UUID | None
+) -> UUID | None:
+    """Return our id of the user's conversation with the id `conversation_id`, or else with this client's own id.
+
+    None: there is none. Raises Unavailable.
+    """
+    found = bind("find_conversation", user_id=user_id, client_id=client_id, conversation_id=conversation_id)
+    (row,) = await database.run(found)
+    id: UUID | None = row["id"]
+    return id
+
+
 @dataclass(frozen=True, slots=True)
 class ChatEnd:
     """The end of a chat, at `last_seq` of its journal where no turn runs.

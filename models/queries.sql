@@ -210,7 +210,7 @@ FROM found LEFT JOIN (
     SELECT true AS is_new, * FROM made
     UNION ALL
     SELECT false, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-    WHERE id = (SELECT id FROM found)
+    WHERE user_id = :user_id AND id = (SELECT id FROM found)
 ) c ON true;
 
 -- name: read_conversation
@@ -392,6 +392,11 @@ DELETE FROM deletions WHERE deleted_at < clock_timestamp() - make_interval(secs 
 -- Find a turn of one of the user's conversations by its id alone. A null `first_seq`: its events have been deleted.
 SELECT t.conversation_id, t.id AS turn_id, t.status, t.first_seq
 FROM turns t JOIN conversations c ON c.id = t.conversation_id WHERE t.id = :turn_id AND c.user_id = :user_id;
+
+-- name: find_conversation
+-- Find a conversation by our id of it, or else by the client's own. Null: the user has neither.
+SELECT coalesce((SELECT id FROM conversations WHERE id = :conversation_id AND user_id = :user_id),
+                (SELECT id FROM conversations WHERE user_id = :user_id AND client_id = :client_id)) AS id;
 
 -- name: find_chat
 -- Find the conversation that a client means by an id, with the turn that runs in it or that answered last, if there is

@@ -92,7 +92,12 @@ class Anynode:
                 WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, anynode)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
                 *health_routes(node, database.is_reachable),
-                *routes_of(apis, authenticator, body_bytes_max=settings.frame_bytes_max),
+                *routes_of(
+                    apis,
+                    authenticator,
+                    node.conversations.find,
+                    body_bytes_max=settings.frame_bytes_max,
+                ),
                 *reference_routes(),
                 *page_routes(),
             ],

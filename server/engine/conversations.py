@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 from msgspec import Raw
 
-from anynode.models.client_chats import Chat, ChatEnd, Sent, find_chat, find_chat_end, find_sent
+from anynode.models.client_chats import Chat, ChatEnd, Sent, find_chat, find_chat_end, find_conversation, find_sent
 from anynode.models.conversations import (
     Snapshot,
     create_conversation,
@@ -122,6 +122,11 @@ class Conversations:
                     raise NotFound("There is no such message in this conversation.")
                 raise NotFound
         return page
+
+    async def find(self, user_id: str, client_id: str, conversation_id: UUID | None) -> UUID | None:
+        """Return our id of the conversation with this id, ours or else the client's own; None where there is none."""
+        with unavailable_as_client_error():
+            return await find_conversation(self._database, user_id, client_id, conversation_id)
 
     async def find_chat(self, user_id: str, client_chat_id: str) -> Chat | None:
         """Return the conversation with this id, the client's own or ours, None where there is none."""

@@ -33,6 +33,10 @@ _NAMED: Final[Mapping[str, dict[str, Any]]] = {
     "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},
     "response_id": {**_CLIENTS, "description": "`resp_…`, from the answer to createResponse."},
     "model": {**_CLIENTS, "description": "A model's id from listModels."},
+    "conversation_id": {
+        **_CLIENTS,
+        "description": "The conversation's UUID, or the client's own id of it (`client_id`); percent-encode a slash.",
+    },
     "chat_id": {**_CLIENTS, "description": "The client's own id of the chat, or the conversation's UUID."},
 }
 _TAGS: Final = {

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from starlette.convertors import Convertor, register_url_convertor
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anynode.server.auth import Authenticator, Identity, bearer_of
 from anynode.server.errors import (
     BodyTimeout,
     ClientError,
-    Forbidden,
     InternalError,
     InvalidFrame,
     MessageTooLarge,
@@ -37,8 +34,9 @@ from anynode.server.errors import (
 )
 from anynode.server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
 from anynode.server.protocol.decoding import decode_body, decode_query
-from anynode.server.protocol.frames import ID_CHARACTERS_MAX, is_client_id
+from anynode.server.protocol.frames import is_client_id
 from anynode.server.transport.cut_short import CutShort, run_unless
+from anynode.server.transport.paths import CONVERSATION, as_id, named, route_of
 
 logger = logging.getLogger("anynode.http")
 
@@ -48,27 +46,12 @@ DECODED_AT_ONCE: Final = 2  # of those; others wait
 READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
 RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
 BREAK_OFF: Final = "anynode.break_off"  # in the scope: closes the connection
-TEXTS: Final = ("user_id", "chat_id", "response_id", "model")  # what a path may name, besides our own ids
-
 AnyQuery = TypeVar("AnyQuery", bound=Body)
 AnyBody = TypeVar("AnyBody")
 Result = TypeVar("Result")
-
-
-class _Anything(Convertor[str]):
-    """A part of a path that others have named. It may have slashes in it: a user's id may be an address. `_named`
-    refuses what else may not be in it."""
-
-    regex = "(?s:.+)"
-
-    def convert(self, value: str) -> str:
-        return value
-
-    def to_string(self, value: str) -> str:
-        return value
-
-
-register_url_convertor("anything", _Anything())
+# Given a user, an id of a conversation as it is written in a path, and the same as a UUID, if it is one: returns our id
+# of the conversation. None: the user has none with that id, neither ours nor the client's own.
+FindConversation: TypeAlias = Callable[[str, str, UUID | None], Awaitable[UUID | None]]
 
 
 class ClientGone(Exception):
@@ -98,8 +81,8 @@ class ApiRequest(Generic[AnyQuery, AnyBody]):
 
     @property
     def conversation_id(self) -> UUID:
-        """The conversation in the path."""
-        return self.ids["conversation_id"]
+        """The conversation in the path: our id of it, by whichever id the path names it."""
+        return self.ids[CONVERSATION]
 
     async def wait_disconnected(self) -> None:
         """Wait until the client has gone."""
@@ -167,7 +150,11 @@ def refusal(
 
 
 def routes_of(
-    apis: Sequence[tuple[Sequence[Operation], object]], authenticator: Authenticator, *, body_bytes_max: int
+    apis: Sequence[tuple[Sequence[Operation], object]],
+    authenticator: Authenticator,
+    find_conversation: FindConversation,
+    *,
+    body_bytes_max: int,
 ) -> list[BaseRoute]:
     """Return a route for each path of the operations of these APIs."""
     bodies = _Bodies()
@@ -177,8 +164,8 @@ def routes_of(
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         for path, methods in by_path.items():
-            pattern = re.sub(rf"{{({'|'.join(TEXTS)})}}", r"{\1:anything}", path)
-            routes.append(Route(pattern, _Resource(methods, api, authenticator, bodies, body_bytes_max)))
+            resource = _Resource(methods, api, authenticator, find_conversation, bodies, body_bytes_max)
+            routes.append(route_of(path, resource))
     return routes
 
 
@@ -190,10 +177,12 @@ class _Resource:
         operations: Mapping[str, Operation],
         api: object,
         authenticator: Authenticator,
+        find_conversation: FindConversation,
         bodies: _Bodies,
         body_bytes_max: int,
     ) -> None:
         self._bodies = bodies
+        self._find_conversation = find_conversation
         self._operations = operations
         self._api = api
         self._authenticator = authenticator
@@ -220,7 +209,7 @@ class _Resource:
         if token is None:
             raise Unauthorized("There is no Authorization: Bearer header.")
         identity = await self._authenticator.authenticate(token)
-        ids, texts = _named(scope["path_params"], identity)
+        ids, texts = named(scope["path_params"], identity)
         query = _query(scope, operation.query)
         headers = Headers(scope=scope)
         body = None
@@ -229,26 +218,35 @@ class _Resource:
             data = await self._bodies.read(headers, receive, bytes_max)
             body = await self._bodies.decode(data, operation)
         request = ApiRequest(identity, ids, texts, query, body, headers, receive)
+        if CONVERSATION in scope["path_params"]:
+            return await self._answer_in(scope["path_params"][CONVERSATION], operation, request)
         return await operation.handler(self._api, request)
 
+    async def _answer_in(self, text: str, operation: Operation, request: AnyApiRequest) -> ASGIApp:
+        """Do an operation on the conversation that a path names, by our id of it or else by the client's own.
 
-def _named(parameters: Mapping[str, str], identity: Identity) -> tuple[dict[str, UUID], dict[str, str]]:
-    """Return the ids in a path that this server gave, and the texts that others gave."""
-    ids, texts = {}, {}
-    for name, text in parameters.items():
-        if name == "user_id":
-            if text != identity.user_id:
-                raise Forbidden("The token is another user's.")
-        elif name in TEXTS:
-            if not is_client_id(text):
-                raise InvalidFrame(problems=[Problem(name, f"is not 1 to {ID_CHARACTERS_MAX} printable characters")])
-            texts[name] = text
+        A UUID is taken for ours, without another statement. A client's own id may look like a UUID, so where nothing is
+        found under it, it is looked up. An operation that raises NotFound has done nothing yet. Raises NotFound.
+        """
+        if not is_client_id(text):
+            raise NotFound
+        ours = as_id(text)
+        if ours is None:
+            found = await self._find_conversation(request.user_id, text, None)
         else:
             try:
-                ids[name] = msgspec.convert(text, UUID)
-            except msgspec.ValidationError:
-                raise InvalidFrame(problems=[Problem(name, "is not a UUID")]) from None
-    return ids, texts
+                return await operation.handler(self._api, _in(ours, request))
+            except NotFound:
+                found = await self._find_conversation(request.user_id, text, ours)
+                if found == ours:
+                    raise  # it is something in the conversation that was not found
+        if found is None:
+            raise NotFound
+        return await operation.handler(self._api, _in(found, request))
+
+
+def _in(conversation_id: UUID, request: AnyApiRequest) -> AnyApiRequest:
+    return replace(request, ids={**request.ids, CONVERSATION: conversation_id})
 
 
 def _query(scope: Scope, kind: type[Body]) -> Any:

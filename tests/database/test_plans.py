@@ -256,6 +256,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"user_id": "user1", "client_chat_id": CHAT, "conversation_id": None, **QUESTION},
         {"messages": 30, "conversations": 8, "turns": 5, "events": 5},
     ),
+    "find_conversation": (
+        {"user_id": "user0", "client_id": f"chat{MINE}", "conversation_id": None},
+        {"conversations": 2},
+    ),
     "find_chat": (
         {"user_id": "user0", "client_chat_id": f"chat{MINE}", "conversation_id": None},
         {"conversations": 1, "turns": 2, "messages": 1},

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.types import ASGIApp, Message, Scope
 
@@ -136,11 +137,12 @@ def http_scope(
     query: str = "",
     more: Mapping[str, Any] | None = None,
 ) -> Scope:
-    """Return the scope of an HTTP request, with what a server puts into it besides."""
+    """Return the scope of an HTTP request for a path as it is sent, with what a server puts into it besides."""
     return {
         "type": "http",
         "method": method,
-        "path": path,
+        "path": unquote(path),
+        "raw_path": path.encode(),
         "root_path": "",
         "query_string": query.encode(),
         "headers": _encoded(headers or {}),

@@ -43,6 +43,18 @@ ASKED: dict[str, Sequence[tuple[str, Any]]] = {
     "followConversation": [("", None), ("?after=0", None), ("?after=9999", None)],
     "chat": [("", {"message": "x", "conversation_id": "{conversation}"})],
 }
+IDS_OF_NOTHING = [
+    "nothing",
+    "%00",
+    "a%0Ab",
+    "%ff",
+    "%EF%BF%BD",
+    "a%2Fmessages",
+    "x" * 129,
+    MISSING[:-1] + "g",
+    "null",
+    "%",
+]
 # Those of others' clients have tests of their own.
 ON_A_CONVERSATION = [each for each in REST if each.name not in ("createConversation", "listConversations")]
 OF_OTHERS = {"chat_id": "a-chat", "response_id": "resp_" + "0" * 32, "model": "none"}  # what their paths name
@@ -329,7 +341,8 @@ async def test_somebody_elses_conversation_and_none_are_answered_alike_byte_for_
 ) -> None:
     stranger = user + "-stranger"
     async with rest_to(shared_node, user) as owner, rest_to(shared_node, stranger) as rest:
-        id = await owner.create(title="secret")
+        chat = f"chat-{user}"
+        id = await owner.create(title="secret", client_id=chat)
         client = f"client-{user}"
         answer = (await owner.proceed(id, "x", message_id=client)).expect(200)
         await rest.create()  # a user whom the database knows
@@ -337,16 +350,16 @@ async def test_somebody_elses_conversation_and_none_are_answered_alike_byte_for_
         names = {"turn": answer["turn_id"], "message": answer["message"]["id"], "client": client}
         for query, body in ASKED[operation.name]:
             at = (operation.method, operation.path, query, body)
-            theirs = await asked(rest, stranger, id, *at, **names)
-            missing = await asked(rest, stranger, MISSING, *at, **names)
-            assert theirs.refusal == (404, "not_found"), at
-            assert theirs.body == missing.body
-            same = [{**reply.headers, "Date": ""} for reply in (theirs, missing)]
-            assert same[0] == same[1]
+            ids = [id, MISSING] if operation.name == "chat" else [id, chat, MISSING, *IDS_OF_NOTHING]
+            replies = [await asked(rest, stranger, each, *at, **names) for each in ids]
+            assert replies[0].refusal == (404, "not_found"), at
+            for each, reply in zip(ids, replies, strict=True):
+                assert reply.body == replies[0].body, each
+                assert {**reply.headers, "Date": ""} == {**replies[0].headers, "Date": ""}, each
             if operation.method == "GET":
-                heads = [await asked(rest, stranger, each, "HEAD", *at[1:], **names) for each in (id, MISSING)]
+                heads = [await asked(rest, stranger, each, "HEAD", *at[1:], **names) for each in ids]
                 assert {(head.status, head.body, head.headers["Content-Length"]) for head in heads} == {
-                    (404, b"", str(len(theirs.body)))
+                    (404, b"", str(len(replies[0].body)))
                 }
         assert await everything(module_database_url) == before
         assert not [each for each in await listed(rest) if each == id]
@@ -499,16 +512,13 @@ async def test_an_unknown_route_is_not_found_in_the_same_shape(
 
 
 @pytest.mark.parametrize("text", ["x", "1", "%00", "%ff", "null", MISSING + "0", MISSING[:-1] + "g", "%E2%98%95"])
-async def test_an_id_that_is_no_uuid_is_refused_and_named(shared_node: NodeProcess, user: str, text: str) -> None:
+async def test_a_turns_id_that_is_no_uuid_is_refused_and_named(shared_node: NodeProcess, user: str, text: str) -> None:
     async with rest_to(shared_node, user) as rest:
-        for path, name in (
-            (f"/conversations/{text}", "conversation_id"),
-            (f"/conversations/{text}/messages", "conversation_id"),
-            (f"/conversations/{MISSING}/turns/{text}", "turn_id"),
-        ):
-            reply = await rest.get(path)
+        id = await rest.create()
+        for conversation_id in (id, MISSING, "chat"):
+            reply = await rest.get(f"/conversations/{conversation_id}/turns/{text}")
             assert reply.refusal == (422, "invalid_frame")
-            assert reply.paths == [name]
+            assert reply.paths == ["turn_id"]
 
 
 async def test_head_says_what_get_would_without_a_body(shared_node: NodeProcess, user: str) -> None:

@@ -8,14 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
-from tests.agents.scripted import Strings
-from tests.kit.harness import NodeProcess, running_node
-from tests.kit.rest import rest_to
+from anynode.server.api.operations import REST
+from tests.agents.scripted import Strings, script_of
+from tests.kit.harness import TERMINAL, NodeProcess, running_node, sql
+from tests.kit.rest import frames_of, rest_to
 
 Nodes = Sequence[NodeProcess]
+QUICK = script_of(("text", "quick"))
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,100 @@ async def test_somebody_elses_ids_are_free_to_be_used(nodes: Nodes, user: str) -
             assert made["id"] != theirs["id"]
             assert (await stranger.post("/conversations", {"client_id": client_id})).expect(200) == made
         assert (await owner.post("/conversations", {"client_id": "chat"})).expect(200) == theirs
+
+
+# Found by either id.
+
+
+@pytest.mark.parametrize(
+    "client_id",
+    [
+        *("chat", "100%", "%2F", "a/b", "a/messages", "../..", "chat?limit=1#x", "ö \U0001f600", "x" * 128, "+ &;=@:"),
+        *("null", "0199AA10-5F3E-7C51-9B1D-2F5B6F0A7C11", "0199aa105f3e7c519b1d2f5b6f0a7c12"),
+    ],
+)
+async def test_every_operation_on_a_conversation_takes_the_clients_own_id_on_any_node(
+    nodes: Nodes, user: str, client_id: str
+) -> None:
+    at = "/conversations/" + quote(client_id, safe="")
+    done = set()
+    async with rest_to(nodes[0], user) as rest, rest_to(nodes[1], user) as elsewhere:
+        made = (await rest.post("/conversations", {"client_id": client_id})).expect(201)
+        id = made["id"]
+
+        async def ask(name: str, method: str, path: str, body: Any = None) -> Any:
+            done.add(name)
+            reply = await elsewhere.ask(method, at + path, body)
+            assert 200 <= reply.status < 300, reply
+            return reply
+
+        assert (await ask("readConversation", "GET", "")).json == made
+        patched = (await ask("updateConversation", "PATCH", "", {"title": "Tea"})).json
+        assert patched == {**made, "title": "Tea"}
+        await ask("appendMessages", "POST", "/messages", {"role": "system", "content": "Be kind."})
+        answer = (await ask("continueConversation", "POST", "/continue", {"content": QUICK})).json
+        assert (answer["conversation_id"], answer["response"]) == (id, "quick")
+        answer = (await ask("regenerateAnswer", "POST", "/regenerate", {})).json
+        assert (answer["conversation_id"], answer["response"]) == (id, "quick")
+        turn = (await ask("readTurn", "GET", f"/turns/{answer['turn_id']}")).json
+        assert (turn["conversation_id"], turn["status"]) == (id, "completed")
+        assert (await ask("cancelTurn", "POST", "/cancel", {})).json == {"conversation_id": id, "turn_id": None}
+
+        page = await ask("readMessages", "GET", "/messages?limit=1")
+        assert page.json["messages"] == [answer["message"]]
+        assert page.headers["Link"].startswith(f"</conversations/{id}/messages?")
+        older = await rest.get(page.headers["Link"].split(">")[0].removeprefix("<"))
+        assert len(older.expect(200)["messages"]) == 1
+
+        done.add("followConversation")
+        async with elsewhere.events(quote(client_id, safe=""), 0) as events:
+            started = (await rest.proceed(quote(client_id, safe=""), QUICK, wait=False)).expect(202)
+            frames: list[Any] = []
+            while not frames or frames[-1].get("turn_id") != started["turn_id"] or frames[-1]["type"] not in TERMINAL:
+                event = await events.next()
+                assert event is not None
+                frames += frames_of([event])
+            assert {frame["conversation_id"] for frame in frames} == {id}
+        assert (await ask("deleteConversation", "DELETE", "")).status == 204
+        assert (await rest.get(f"/conversations/{id}")).refusal == (404, "not_found")
+        assert (await rest.get(at)).refusal == (404, "not_found")
+    assert done == {operation.name for operation in REST if "{conversation_id}" in operation.path}
+
+
+async def test_the_chats_of_the_ai_sdks_clients_are_found_by_their_ids(nodes: Nodes, user: str) -> None:
+    async with rest_to(nodes[0], user) as rest:
+        made = (await rest.post("/conversations", {"client_id": "chat"})).expect(201)
+        message = {"id": "m1", "role": "user", "parts": [{"type": "text", "text": QUICK}]}
+        (await rest.ask("POST", "/api/chat", {"id": "chat", "messages": [message], "trigger": "submit-message"}))
+        assert [each["content"] for each in await rest.messages(made["id"])] == [QUICK, "quick"]
+        (await rest.ask("POST", "/api/chat", {"id": "other", "messages": [{**message, "id": "m2"}]}))
+        other = (await rest.get("/conversations/other")).expect(200)
+        assert other["client_id"] == "other"
+        assert (await rest.post("/conversations", {"client_id": "other"})).expect(200) == other
+
+
+async def test_a_uuid_is_ours_before_it_is_a_clients(nodes: Nodes, module_database_url: str, user: str) -> None:
+    async with rest_to(nodes[0], user) as rest:
+        clients = str(uuid.uuid4())
+        theirs = (await rest.post("/conversations", {"client_id": clients, "title": "client's"})).expect(201)
+        assert (await rest.get(f"/conversations/{clients}")).expect(200) == theirs
+        await rest.append(clients, {"role": "user", "content": "x"})
+        assert len(await rest.messages(clients)) == len(await rest.messages(theirs["id"])) == 1
+        assert (await rest.get(f"/conversations/{clients}/turns/{uuid.uuid4()}")).message == "There is no such turn."
+        page = await rest.get(f"/conversations/{clients}/messages", before=uuid.uuid4())
+        assert page.message == "There is no such message in this conversation."
+
+        ours = await rest.create(title="ours")
+        statement = "UPDATE conversations SET client_id = $1 WHERE id = $2"
+        await sql(module_database_url, statement, ours, uuid.UUID(theirs["id"]))
+        assert (await rest.get(f"/conversations/{ours}")).expect(200)["title"] == "ours"
+        assert (await rest.get(f"/conversations/{ours}/turns/{uuid.uuid4()}")).refusal == (404, "not_found")
+        assert await rest.messages(ours) == []
+
+
+async def test_two_users_with_the_same_clients_id_have_their_own_conversations(nodes: Nodes, user: str) -> None:
+    async with rest_to(nodes[0], user) as one, rest_to(nodes[0], user + "-2") as two:
+        made = [(await each.post("/conversations", {"client_id": "chat"})).expect(201) for each in (one, two)]
+        assert [(await each.get("/conversations/chat")).expect(200) for each in (one, two)] == made
+        assert (await one.ask("DELETE", "/conversations/chat")).status == 204
+        assert (await two.get("/conversations/chat")).expect(200) == made[1]

@@ -48,6 +48,7 @@ from tests.kit.asgi import Peer, answered, body_of, http_scope
 from tests.kit.turns import USER, request_of
 
 ID = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11")
+OTHER = UUID(int=2)
 TOKEN = {"Authorization": "Bearer good"}
 BODY_BYTES_MAX = 100
 GONE: Message = {"type": "http.disconnect"}
@@ -73,10 +74,13 @@ class Api:
 
     def __init__(self) -> None:
         self.error: Exception | None = None
+        self.missing: set[UUID | None] = set()
 
     async def read(self, request: ApiRequest[Any, Any]) -> ASGIApp:
         if self.error is not None:
             raise self.error
+        if request.ids.get("conversation_id") in self.missing:
+            raise NotFound("There is no such thing.")
         ids = {name: str(id) for name, id in request.ids.items()}
         return reply({"user": request.user_id, "ids": ids, "texts": request.texts, "times": request.query.times})
 
@@ -107,9 +111,18 @@ class Served:
             operation("POST", "/long", bodies=(str,), decode=decode_text, body_bytes_max=100_000),
             operation("GET", "/models/{model}", query=Query),
             operation("GET", "/users/{user_id}/things", query=Query),
+            operation("GET", "/conversations/{conversation_id}", query=Query),
+            operation("GET", "/conversations/{conversation_id}/things/{thing_id}", query=Query),
         )
         apis = [(operations, self.api)]
-        self.app = Router(routes_of(apis, cast(Authenticator, Tokens()), body_bytes_max=BODY_BYTES_MAX))
+        self.found: dict[str, UUID] = {}  # the conversations that are there, by their ids in a path
+        self.looked_up: list[tuple[str, str, UUID | None]] = []
+        tokens = cast(Authenticator, Tokens())
+        self.app = Router(routes_of(apis, tokens, self.find_conversation, body_bytes_max=BODY_BYTES_MAX))
+
+    async def find_conversation(self, user_id: str, text: str, id: UUID | None) -> UUID | None:
+        self.looked_up.append((user_id, text, id))
+        return self.found.get(text)
 
     async def ask(
         self, method: str, path: str, *said: Message, headers: Mapping[str, str] = TOKEN, query: str = ""
@@ -218,6 +231,50 @@ async def test_what_nobody_has_thought_of_is_an_internal_error_and_logged(
 async def test_a_client_that_goes_before_its_answer_is_sent_none(served: Served) -> None:
     served.api.error = ClientGone()
     assert (await served.ask("GET", f"/things/{ID}")).sent == []
+
+
+# Conversations, by our id or the client's own.
+
+
+async def test_a_uuid_is_our_id_of_a_conversation_and_is_not_looked_up(served: Served) -> None:
+    peer = await served.ask("GET", f"/conversations/{ID}/things/{OTHER}")
+    assert peer.json["ids"] == {"conversation_id": str(ID), "thing_id": str(OTHER)}
+    assert served.looked_up == []
+
+
+async def test_any_other_text_is_the_clients_own_id_and_looked_up_first(served: Served) -> None:
+    served.found["a/b"] = OTHER
+    peer = await served.ask("GET", f"/conversations/a%2Fb/things/{ID}")
+    assert peer.json["ids"] == {"conversation_id": str(OTHER), "thing_id": str(ID)}
+    assert served.looked_up == [(USER, "a/b", None)]
+
+
+@pytest.mark.parametrize("raw", ["%00", "a%0Ab", "%ff", "%ED%A0%80", "x" * 129, "%7F", "nobody's", str(OTHER)])
+async def test_what_is_nobodys_id_is_not_found_whatever_it_is(served: Served, raw: str) -> None:
+    served.api.missing = {OTHER}
+    for path in (f"/conversations/{raw}", f"/conversations/{raw}/things/{ID}"):
+        peer = await served.ask("GET", path)
+        assert peer.status == 404
+        assert peer.json == {"error": {"code": "not_found", "message": "There is no such conversation."}}
+    assert {text for _, text, _ in served.looked_up} <= {"nobody's", str(OTHER)}
+
+
+async def test_a_clients_own_id_may_look_like_ours(served: Served) -> None:
+    served.api.missing, served.found = {OTHER}, {str(OTHER): ID}
+    assert (await served.ask("GET", f"/conversations/{OTHER}")).json["ids"] == {"conversation_id": str(ID)}
+    assert served.looked_up == [(USER, str(OTHER), OTHER)]
+
+
+async def test_what_is_missing_in_a_conversation_that_is_there_is_said_to_be_missing(served: Served) -> None:
+    served.api.missing, served.found = {OTHER}, {str(OTHER): OTHER}
+    peer = await served.ask("GET", f"/conversations/{OTHER}")
+    assert peer.json["error"]["message"] == "There is no such thing."
+
+
+async def test_other_errors_do_not_make_it_look_for_another_conversation(served: Served) -> None:
+    served.api.error = Draining()
+    assert (await served.ask("GET", f"/conversations/{OTHER}")).status == 503
+    assert served.looked_up == []
 
 
 # Bodies.
