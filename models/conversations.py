@@ -62,10 +62,10 @@ class Admission:
     """The outcome of a question.
 
     `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order`, `message_id_taken` or, where a
-    question was to be answered again, `not_last`. `turn_id` is the question's turn, or the turn that keeps the
-    conversation busy. `first_seq` is the seq of the turn's first event, None when its events have been deleted. With
-    `role_order`, `last_role` is the role of the last message. `client_message_id` is the id of a question that is
-    answered again.
+    question was to be answered again, `not_last`, or `answered` where the last message was to be answered and is no
+    question. `turn_id` is the question's turn, or the turn that keeps the conversation busy. `first_seq` is the seq of
+    the turn's first event, None when its events have been deleted. With `role_order`, `last_role` is the role of the
+    last message. `client_message_id` is the id of a question that was there before its turn.
     """
 
     outcome: str
@@ -146,6 +146,36 @@ async def regenerate(
         history_messages_max=history_messages_max,
     )
     rows = await database.run(regenerated, on_sent=on_sent)
+    return _admission(rows[0])
+
+
+async def answer(
+    database: Database,
+    user_id: str,
+    conversation_id: UUID,
+    *,
+    turn_id: UUID,
+    created_at: datetime,
+    node: str,
+    lease_seconds: float,
+    history_messages_max: int,
+    on_sent: Callable[[], object],
+) -> Admission:
+    """Begin a turn that answers the last message, a question that has no answer yet.
+
+    The lease runs from after `on_sent` is called. Raises Unavailable.
+    """
+    answered = bind(
+        "answer",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        turn_id=turn_id,
+        created_at=created_at,
+        node=node,
+        lease_seconds=lease_seconds,
+        history_messages_max=history_messages_max,
+    )
+    rows = await database.run(answered, on_sent=on_sent)
     return _admission(rows[0])
 
 

@@ -22,6 +22,11 @@ SELECT * FROM anynode_admit_to_chat(:user_id, :client_chat_id, :conversation_id,
 SELECT * FROM anynode_regenerate(:user_id, :conversation_id, :client_message_id, :turn_id, :created_at, :node,
                                  :lease_seconds, :history_messages_max);
 
+-- name: answer
+-- Begin a turn that answers the last message, a question that has no answer yet. See models/functions/answer.sql.
+SELECT * FROM anynode_answer(:user_id, :conversation_id, NULL, true, :turn_id, :created_at, :node, :lease_seconds,
+                             :history_messages_max);
+
 -- fragment: append_events
 -- Append events of many turns. A turn whose epoch is stale, or that has ended, is not in `owned`: it is refused as a
 -- whole, in the statement that writes. Turn ids are passed as text, and an event names its turn by the turn's number
@@ -187,10 +192,11 @@ ON CONFLICT (id) DO UPDATE SET id = excluded.id
 RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
 
 -- name: get_or_create_conversation
--- Find the conversation that a client means by an id, as anynode_chat does, or make one under `new_id`. There is always
--- one row. Its id is null where `new_id` is another user's conversation (`is_taken`), or where another transaction made
--- the conversation at the same instant: then the same statement again finds it. Users come before their conversations,
--- as in anynode_admit_to_chat, so that two transactions of a new user never wait for each other.
+-- Find the conversation that a client means by an id, or make one under `new_id`. There is always one row. Its id is null
+-- where `new_id` is another user's conversation (`is_taken`), or where another transaction made the conversation at the
+-- same instant: then the same statement again finds it. Users come before their conversations, as in
+-- anynode_admit_to_chat, so that two transactions of a new user never wait for each other. See
+-- models/functions/chat.sql.
 WITH found AS MATERIALIZED (
     SELECT anynode_chat(:user_id, coalesce(:client_id, :wanted_id::uuid::text), :wanted_id) AS id,
            EXISTS (SELECT FROM conversations WHERE id = :new_id AND user_id <> :user_id) AS is_taken

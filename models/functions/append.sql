@@ -3,7 +3,9 @@
 -- Does: checks that the conversation is the user's ('not_found'), that no turn runs ('conversation_busy'), and that the
 --     last message is still the one at `p_position` ('moved'). Then it inserts the messages and their events, and
 --     returns 'appended' with the seq of the last event. Whether the roles are in order was decided for that position
---     by models/rules.py, before the call.
+--     by models/rules.py, before the call. A conversation without a title gets one from the first question among the
+--     messages, by the rule for admitted ones (`question_of` in server/engine/admission.py). Its spaces are listed
+--     because what `\s` stands for depends on the database's locale.
 -- Locks: the conversation's row (FOR NO KEY UPDATE) before it looks at anything else. It never waits for a turn's lock.
 -- Repeating: with the same ids it is harmless: a call that finds the first message returns 'appended' again.
 -- Called by: `append`.
@@ -48,6 +50,12 @@ BEGIN
         anynode_append.last_seq := anynode_append.last_seq + cardinality(p_ids);
         UPDATE conversations c
         SET last_seq = anynode_append.last_seq, updated_at = greatest(updated_at, p_created_at),
+            title = coalesce(title, (
+                SELECT nullif(left(btrim(regexp_replace(n.content,
+                    '[\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+',
+                    ' ', 'g'), ' '), 80), '')
+                FROM unnest(p_roles, p_contents) WITH ORDINALITY AS n (role, content, number)
+                WHERE n.role = 'user' ORDER BY n.number LIMIT 1)),
             changed_xid = pg_current_xact_id()::text::bigint
         WHERE c.id = p_conversation_id;
         outcome := 'appended';

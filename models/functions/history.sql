@@ -6,7 +6,7 @@
 --     left out: they would push others out.
 -- Locks: nothing.
 -- Repeating: harmless; it only reads.
--- Called by: `history`; and by anynode_admit and anynode_regenerate.
+-- Called by: `history`; and by anynode_admit and anynode_answer.
 
 CREATE OR REPLACE FUNCTION anynode_history(
     p_conversation_id uuid, p_messages_max integer,

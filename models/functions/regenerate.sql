@@ -1,11 +1,8 @@
 -- anynode_regenerate: begin a turn that answers the last question of a conversation again.
 --
--- Does: checks that the conversation is the user's ('not_found'), that no turn runs ('conversation_busy'), that it has
---     a question ('role_order'), and that its id is `p_client_id` if that is given ('not_last'). Then it supersedes
---     what comes after the question, inserts the turn with a lease and the event `turn.started`, and returns 'admitted'
---     with the history and the question's id.
--- Locks: the conversation's row (FOR NO KEY UPDATE) before it looks at anything else. It never waits for a turn's lock.
--- Repeating: with the same `p_turn_id` it is harmless: a call that finds that turn returns 'admitted' again.
+-- Does: calls anynode_answer for the last question, whether it has an answer or not.
+-- Locks: as anynode_answer.
+-- Repeating: with the same `p_turn_id` it is harmless, as anynode_answer is.
 -- Called by: `regenerate`.
 
 CREATE OR REPLACE FUNCTION anynode_regenerate(
@@ -16,69 +13,13 @@ CREATE OR REPLACE FUNCTION anynode_regenerate(
     OUT roles text[], OUT contents text[], OUT statuses text[], OUT turn_ids uuid[],
     OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
 ) LANGUAGE plpgsql AS $function$
-#variable_conflict use_column
-DECLARE
-    v_seq bigint;
-    v_position integer;
 BEGIN
-    anynode_regenerate.conversation_id := p_conversation_id;
-    SELECT c.last_seq, c.system_prompt INTO v_seq, anynode_regenerate.system_prompt
-    FROM conversations c WHERE c.id = p_conversation_id AND c.user_id = p_user_id
-    FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        outcome := 'not_found';
-        RETURN;
-    END IF;
-
-    SELECT t.id, t.first_seq INTO anynode_regenerate.turn_id, anynode_regenerate.first_seq
-    FROM turns t WHERE t.id = p_turn_id AND t.conversation_id = p_conversation_id;
-    IF NOT FOUND THEN
-        SELECT t.id INTO anynode_regenerate.turn_id
-        FROM turns t WHERE t.conversation_id = p_conversation_id AND t.status = 'running';
-        IF FOUND THEN
-            outcome := 'conversation_busy';
-            RETURN;
-        END IF;
-        SELECT m.position, coalesce(m.client_id, m.id::text) INTO v_position, anynode_regenerate.client_id
-        FROM messages m WHERE m.conversation_id = p_conversation_id AND m.role = 'user'
-        ORDER BY m.position DESC LIMIT 1;
-        IF NOT FOUND THEN
-            outcome := 'role_order';
-            RETURN;
-        END IF;
-        IF p_client_id <> anynode_regenerate.client_id THEN
-            outcome := 'not_last';
-            RETURN;
-        END IF;
-
-        UPDATE messages m SET status = 'superseded'
-        WHERE m.conversation_id = p_conversation_id AND m.position > v_position AND m.status <> 'superseded';
-        UPDATE messages m SET turn_id = p_turn_id
-        WHERE m.conversation_id = p_conversation_id AND m.position = v_position;
-        INSERT INTO turns (id, conversation_id, status, node, epoch, lease_expires_at, first_seq, created_at, position)
-        VALUES (p_turn_id, p_conversation_id, 'running', p_node, 1,
-                clock_timestamp() + make_interval(secs => p_lease_seconds), v_seq + 1, p_created_at, v_position);
-        INSERT INTO events (conversation_id, seq, turn_id, epoch, type, payload)
-        VALUES (p_conversation_id, v_seq + 1, p_turn_id, 1, 'turn.started',
-                jsonb_build_object('message_id', anynode_regenerate.client_id));
-        UPDATE conversations
-        SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),
-            changed_xid = pg_current_xact_id()::text::bigint
-        WHERE id = p_conversation_id;
-        anynode_regenerate.turn_id := p_turn_id;
-        anynode_regenerate.first_seq := v_seq + 1;
-    ELSE
-        SELECT e.payload ->> 'message_id' INTO anynode_regenerate.client_id
-        FROM events e WHERE e.conversation_id = p_conversation_id AND e.seq = anynode_regenerate.first_seq;
-    END IF;
-
-    outcome := 'admitted';
-    SELECT coalesce(m.content, anynode_regenerate.system_prompt) INTO anynode_regenerate.system_prompt
-    FROM (VALUES (true)) AS always LEFT JOIN messages m
-        ON m.conversation_id = p_conversation_id AND m.position = 1 AND m.role = 'system';
-    SELECT h.* INTO anynode_regenerate.roles, anynode_regenerate.contents, anynode_regenerate.statuses,
-        anynode_regenerate.turn_ids, anynode_regenerate.tool_calls, anynode_regenerate.tool_names,
-        anynode_regenerate.tool_call_ids
-    FROM anynode_history(p_conversation_id, p_history_messages_max) h;
+    SELECT a.* INTO anynode_regenerate.outcome, anynode_regenerate.conversation_id, anynode_regenerate.turn_id,
+        anynode_regenerate.first_seq, anynode_regenerate.last_role, anynode_regenerate.system_prompt,
+        anynode_regenerate.client_id, anynode_regenerate.roles, anynode_regenerate.contents,
+        anynode_regenerate.statuses, anynode_regenerate.turn_ids, anynode_regenerate.tool_calls,
+        anynode_regenerate.tool_names, anynode_regenerate.tool_call_ids
+    FROM anynode_answer(p_user_id, p_conversation_id, p_client_id, false, p_turn_id, p_created_at, p_node,
+                        p_lease_seconds, p_history_messages_max) a;
 END
 $function$;

@@ -23,7 +23,7 @@ DROP FUNCTION IF EXISTS
 class Migration(Migration):  # type: ignore[no-redef]
     """Adds `users.email`, and loads `anynode_take_over`."""
 
-    dependencies = [("models", "0006_functions")]  # noqa: RUF012
+    dependencies = [("models", "0007_appended_questions")]  # noqa: RUF012
     operations = [  # noqa: RUF012
         RunSQL(EMAIL),
         load_functions("take_over"),

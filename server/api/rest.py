@@ -140,10 +140,25 @@ class Rest:
     async def proceed(self, request: ApiRequest[NoQuery, Continue]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/continue`."""
         body = request.body
+        if body.content is None:
+            return await self._answer_appended(request)
         frame = MessageSend(body.message_id or new_message_id(), body.content, request.conversation_id, body.if_busy)
         with self._slots.acquire():
             admitted = await self._node.send(request.user_id, frame)
             return await self._answer(request, admitted, frame.message_id) if body.wait else _started(admitted)
+
+    async def _answer_appended(self, request: ApiRequest[NoQuery, Continue]) -> ASGIApp:
+        """Answer the question that was appended last.
+
+        A turn that runs is not interrupted, whatever `if_busy` says: it answers the last question, so its end would
+        leave nothing to answer.
+        """
+        if request.body.message_id is not None:
+            problem = "is the id of a new question, so it needs content; leave both out to answer an appended one"
+            raise InvalidFrame(problems=[Problem("message_id", problem)])
+        with self._slots.acquire():
+            admitted = await self._node.answer(request.user_id, request.conversation_id)
+            return await self._answer(request, admitted) if request.body.wait else _started(admitted)
 
     async def regenerate(self, request: ApiRequest[NoQuery, Regenerate]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/regenerate`."""

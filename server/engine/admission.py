@@ -138,6 +138,11 @@ def admitted_by(user_id: str, admission: Admission, frame: MessageSend | TurnReg
             raise ConversationBusy(conversation_id=conversation_id)
         case "role_order" if isinstance(frame, TurnRegenerate):
             raise RoleOrder("There is no question to answer again.", conversation_id=conversation_id)
+        case "answered":
+            raise RoleOrder(
+                "The last message is not a question without an answer; send content to ask one.",
+                conversation_id=conversation_id,
+            )
         case "not_last":
             raise RoleOrder("Only the last question can be answered again.", conversation_id=conversation_id)
         case "role_order":

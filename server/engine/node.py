@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
-from anynode.models.conversations import Admission, admit, delete_conversation, regenerate
+from anynode.models.conversations import Admission, admit, answer, delete_conversation, regenerate
 from anynode.models.database import Database
 from anynode.models.events import Event
 from anynode.models.ids import uuid7
@@ -193,6 +193,29 @@ class Node:
             return admission
 
         return await self._admitted(user_id, frame, attempt, interrupts, wait_for)
+
+    async def answer(self, user_id: str, conversation_id: UUID) -> Admitted:
+        """Start a turn that answers the last message, a question that was appended and has no answer yet. Raises
+        ClientError."""
+
+        async def attempt() -> Admission:
+            turn_id = uuid7()
+            with self._running.starting(turn_id), unavailable_as_client_error(conversation_id):
+                lease = self._leases.new()
+                admission = await answer(
+                    self._database,
+                    user_id,
+                    conversation_id,
+                    turn_id=turn_id,
+                    created_at=datetime.now(UTC),
+                    on_sent=lambda: lease.start(time.monotonic()),
+                    **self._terms(),
+                )
+                first = [("turn.started", encode({"message_id": admission.client_message_id}))]
+                self._start(user_id, admission, first, lease)
+            return admission
+
+        return await self._admitted(user_id, TurnRegenerate(conversation_id), attempt, False, None)
 
     async def _admitted(
         self,

@@ -162,10 +162,10 @@ class NewMessages(Body, frozen=True):
 
 
 class Continue(Body, frozen=True):
-    """A question. `message_id` makes the request repeatable. With `wait` false, the answer does not wait for the turn's
-    end."""
+    """A question. `message_id` makes the request repeatable. Without `content`, the question is the last message, which
+    was appended and has no answer yet. With `wait` false, the answer does not wait for the turn's end."""
 
-    content: Content
+    content: Content | None = None
     message_id: ClientId | None = None
     if_busy: Literal["reject", "interrupt"] = "reject"
     wait: bool = True

@@ -160,7 +160,7 @@ def _problems_of_texts(value: Any, path: str) -> Iterator[Problem]:
         contents = _contents(type(value))
         for name in value.__struct_fields__:
             item = getattr(value, name)
-            if name in contents and _is_blank(item):
+            if name in contents and item is not None and _is_blank(item):
                 yield Problem(f"{path}{name}", "is empty")
             elif isinstance(item, Struct | list):
                 yield from _problems_of_texts(item, f"{path}{name}.")

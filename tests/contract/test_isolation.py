@@ -13,7 +13,16 @@ OF_THE_NODE = {
     *("delete_expired_tickets", "read_usage"),  # of turns that were read with their user
     "write_emails",  # of users whose tokens were verified
 }
-FUNCTIONS = {"admit", "admit_to_chat", "regenerate", "append", "delete_conversation", "find_chat", "find_chat_end"}
+FUNCTIONS = {
+    "admit",
+    "admit_to_chat",
+    "answer",
+    "regenerate",
+    "append",
+    "delete_conversation",
+    "find_chat",
+    "find_chat_end",
+}
 TICKETS = {"add_ticket", "redeem_ticket"}  # who has one need not say who he is
 
 

@@ -141,6 +141,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
         {"messages": 40, "conversations": 5, "turns": 5, "events": 5},
     ),
+    "answer": (
+        {
+            "user_id": "other1",
+            "conversation_id": id_of("e1"),
+            "turn_id": NEW[2],
+            "created_at": NOW,
+            "node": "n",
+            "lease_seconds": 5.0,
+            "history_messages_max": 20,
+        },
+        {"messages": 10, "conversations": 5, "turns": 5, "events": 5},
+    ),
     "read_events": (mine(cursor=50, events_max=10), {"conversations": 1, "events": 11, "turns": 1}),
     "read_running": (
         {
@@ -297,7 +309,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25}),
 }
 FUNCTIONS = {
-    *("admit", "admit_to_chat", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
+    *("admit", "admit_to_chat", "answer", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
     "take_over",
 }
 

@@ -9,12 +9,12 @@ from tests.mutations.mutation import Change, Mutation
 EVENTS: Final = "models/events.py"
 QUERIES: Final = "models/queries.sql"
 FIRST: Final = "models/migrations/0001_initial.py"
-# A change of a function's file takes effect because migration 0006 loads it.
+# A change of a function's file takes effect because migration 0006 or a later one loads it.
 ADMIT: Final = "models/functions/admit.sql"
+ANSWER: Final = "models/functions/answer.sql"
 APPEND: Final = "models/functions/append.sql"
 CHAT: Final = "models/functions/chat.sql"
 DELETE: Final = "models/functions/delete.sql"
-REGENERATE: Final = "models/functions/regenerate.sql"
 TAKE_OVER: Final = "models/functions/take_over.sql"
 
 MESSAGES: Final = "system/test_rest_messages.py"
@@ -132,7 +132,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a regeneration leaves the old answer as it was",
-        [Change(REGENERATE, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
+        [Change(ANSWER, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
         ["system/test_regenerate.py"],
     ),
     # Yours only.
@@ -145,10 +145,10 @@ MUTATIONS: Final = (
         "anybody may regenerate",
         [
             Change(
-                REGENERATE,
+                ANSWER,
                 "c.id = p_conversation_id AND c.user_id = p_user_id\n",
                 "c.id = p_conversation_id\n",
-                within="INTO v_seq, anynode_regenerate.system_prompt",
+                within="INTO v_seq, anynode_answer.system_prompt",
             )
         ],
         [STRANGERS, "system/test_regenerate.py"],
@@ -212,7 +212,7 @@ MUTATIONS: Final = (
         "a regeneration is not marked for the watch of others",
         [
             Change(
-                REGENERATE,
+                ANSWER,
                 "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at),\n"
                 "            changed_xid = pg_current_xact_id()::text::bigint\n",
                 "SET last_seq = v_seq + 1, updated_at = greatest(updated_at, p_created_at)\n",

@@ -82,7 +82,7 @@ SMALLEST: dict[type[Body], dict[str, Any]] = {
     AssistantMessage: {"role": "assistant"},
     ToolMessage: {"role": "tool", "tool_call_id": "1", "content": ""},
     NewMessages: {"messages": [{"role": "user", "content": "x"}]},
-    Continue: {"content": "x"},
+    Continue: {},
     Chat: {"message": "x"},
     Cancel: {},
     Regenerate: {},
