@@ -30,10 +30,12 @@ Call = Callable[[Conversations], Awaitable[Any]]
 
 CALLS: dict[str, Call] = {
     "create": lambda known: known.create(USER, title=None, system_prompt=None, metadata=None),
+    "get_or_create": lambda known: known.get_or_create(USER, "chat-1", title=None, system_prompt=None, metadata=None),
     "read": lambda known: known.read(USER, CONVERSATION),
     "list": lambda known: known.list(USER, limit=20),
     "update": lambda known: known.update(USER, CONVERSATION, {"title": "Another"}),
     "messages": lambda known: known.messages(USER, CONVERSATION, limit=50, before=None),
+    "find": lambda known: known.find(USER, "chat-1", None),
     "find_chat": lambda known: known.find_chat(USER, "chat-1"),
     "find_chat_end": lambda known: known.find_chat_end(USER, "chat-1"),
     "find_sent": lambda known: known.find_sent(USER, "m-1"),
@@ -97,6 +99,30 @@ async def test_a_conversation_is_made_with_an_id_of_its_own_and_empty_metadata()
     assert given.pop("conversation_id").version == 7
     assert given.pop("created_at").tzinfo is not None
     assert given == {"user_id": USER, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
+
+
+@pytest.mark.parametrize(("client_id", "wanted_id"), [("chat-1", None), (str(CONVERSATION), CONVERSATION)])
+async def test_a_conversation_is_looked_for_by_both_ids_and_made_with_the_clients(
+    client_id: str, wanted_id: UUID | None
+) -> None:
+    database = Answers({"get_or_create_conversation": [{**ROW, "is_new": False, "is_taken": False}]})
+    found, is_new = await of(database).get_or_create(
+        USER, client_id, title="A title", system_prompt="Be brief.", metadata=None
+    )
+    assert (found.id, is_new) == (CONVERSATION, False)
+    ((_, given),) = database.asked
+    assert given.pop("new_id").version == 7
+    assert given.pop("created_at").tzinfo is not None
+    ids = {"user_id": USER, "client_id": client_id, "wanted_id": wanted_id}
+    assert given == {**ids, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
+
+
+async def test_a_conversation_is_found_by_our_id_or_the_clients() -> None:
+    database = Answers({"find_conversation": [{"id": CONVERSATION}]})
+    assert await of(database).find(USER, "chat-1", BEFORE) == CONVERSATION
+    given = {"user_id": USER, "client_id": "chat-1", "conversation_id": BEFORE}
+    assert database.asked == [("find_conversation", given)]
+    assert await of(Answers({"find_conversation": [{"id": None}]})).find(USER, "chat-1", BEFORE) is None
 
 
 async def test_conversations_are_listed_from_the_top_or_behind_a_place() -> None:
