@@ -212,7 +212,7 @@ class Node:
                     **self._terms(),
                 )
                 first = [("turn.started", encode({"message_id": admission.client_message_id}))]
-                self._start(user_id, admission, first, lease)
+                self._start(user_id, admission, first, lease, self._agent)
             return admission
 
         return await self._admitted(user_id, TurnRegenerate(conversation_id), attempt, False, None)
