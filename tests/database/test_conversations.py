@@ -200,6 +200,7 @@ async def test_a_new_users_conversation_waits_for_the_user_before_it_takes_its_i
         await connection.execute("INSERT INTO users (id) VALUES ('ada')")
         asking = asyncio.create_task(get_or_create(database, "chat"))
         await wait_blocked(connection, database_url)
+        await connection.execute("SET LOCAL lock_timeout = '300ms'")  # less than a deadlock takes to be found
         await connection.execute("INSERT INTO conversations (id, user_id, client_id) VALUES ($1, 'ada', 'chat')", id)
     row, is_new = await asking
     assert (row["id"], is_new) == (id, False)
@@ -215,7 +216,8 @@ async def test_who_made_it_and_lost_the_answer_is_told_so_and_others_are_not(
         try:
             for is_new in (True, False):
                 hold = proxy.hold("after", "get_or_create_conversation")
-                created_at = NOW if is_new else NOW + timedelta(microseconds=1)
+                # Under a new id only its own conversation has that id; a wanted one's is told by its time.
+                created_at = NOW + timedelta(microseconds=int(is_wanted and not is_new))
                 client_id = None if is_wanted else str(wanted)
                 asking = asyncio.create_task(
                     get_or_create(database, client_id, wanted_id=wanted, created_at=created_at)

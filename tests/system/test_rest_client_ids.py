@@ -188,8 +188,8 @@ async def test_a_uuid_is_ours_before_it_is_a_clients(nodes: Nodes, module_databa
         clients = str(uuid.uuid4())
         theirs = (await rest.post("/conversations", {"client_id": clients, "title": "client's"})).expect(201)
         assert (await rest.get(f"/conversations/{clients}")).expect(200) == theirs
-        await rest.append(clients, {"role": "user", "content": "x"})
-        assert len(await rest.messages(clients)) == len(await rest.messages(theirs["id"])) == 1
+        await rest.append(clients, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"})
+        assert len(await rest.messages(clients)) == len(await rest.messages(theirs["id"])) == 2
         assert (await rest.get(f"/conversations/{clients}/turns/{uuid.uuid4()}")).message == "There is no such turn."
         page = await rest.get(f"/conversations/{clients}/messages", before=uuid.uuid4())
         assert page.message == "There is no such message in this conversation."
@@ -198,7 +198,8 @@ async def test_a_uuid_is_ours_before_it_is_a_clients(nodes: Nodes, module_databa
         statement = "UPDATE conversations SET client_id = $1 WHERE id = $2"
         await sql(module_database_url, statement, ours, uuid.UUID(theirs["id"]))
         assert (await rest.get(f"/conversations/{ours}")).expect(200)["title"] == "ours"
-        assert (await rest.get(f"/conversations/{ours}/turns/{uuid.uuid4()}")).refusal == (404, "not_found")
+        turn_id = (await rest.proceed(theirs["id"], QUICK)).expect(200)["turn_id"]
+        assert (await rest.get(f"/conversations/{ours}/turns/{turn_id}")).refusal == (404, "not_found")
         assert await rest.messages(ours) == []
 
 

@@ -75,8 +75,10 @@ class Api:
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.missing: set[UUID | None] = set()
+        self.calls = 0
 
     async def read(self, request: ApiRequest[Any, Any]) -> ASGIApp:
+        self.calls += 1
         if self.error is not None:
             raise self.error
         if request.ids.get("conversation_id") in self.missing:
@@ -269,6 +271,7 @@ async def test_what_is_missing_in_a_conversation_that_is_there_is_said_to_be_mis
     served.api.missing, served.found = {OTHER}, {str(OTHER): OTHER}
     peer = await served.ask("GET", f"/conversations/{OTHER}")
     assert peer.json["error"]["message"] == "There is no such thing."
+    assert served.api.calls == 1
 
 
 async def test_other_errors_do_not_make_it_look_for_another_conversation(served: Served) -> None:
