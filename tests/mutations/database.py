@@ -135,7 +135,27 @@ MUTATIONS: Final = (
         [Change(ANSWER, "UPDATE messages m SET status = 'superseded'", "UPDATE messages m SET status = m.status")],
         ["system/test_regenerate.py"],
     ),
+    Mutation(
+        "a question that was answered is answered again",
+        [Change(ANSWER, "IF p_is_unanswered AND (", "IF false AND (")],
+        ["system/test_rest_appended.py"],
+    ),
+    Mutation(
+        "a title is made of an answer",
+        [Change(APPEND, "WHERE n.role = 'user' ORDER", "ORDER")],
+        ["system/test_rest_appended.py"],
+    ),
+    Mutation(
+        "a conversation is made before its new user",
+        [Change(QUERIES, "FROM (SELECT count(*) FROM known) AS users_first, found", "FROM found")],
+        ["database/test_conversations.py"],
+    ),
     # Yours only.
+    Mutation(
+        "anybody's conversation is found by our id of it",
+        [Change(QUERIES, "AND user_id = :user_id),", "AND :user_id::text <> ''),", within="-- name: find_conversation\n")],
+        ["system/test_rest.py"],
+    ),
     Mutation(
         "anybody may send to a conversation",
         [Change(ADMIT, "c.id = v_conversation_id AND c.user_id = p_user_id\n", "c.id = v_conversation_id\n")],
