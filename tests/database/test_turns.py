@@ -78,7 +78,7 @@ async def lost_turn_id(database: Database, turn_id: uuid.UUID, database_url: str
     return turn_id
 
 
-async def take(database: Database, node: str) -> Sequence[Any]:
+async def take(database: Database, node: str, conversation_id: uuid.UUID | None = None) -> Sequence[Any]:
     return await take_over(
         database,
         node=node,
@@ -90,6 +90,7 @@ async def take(database: Database, node: str) -> Sequence[Any]:
         stands_up_to=["turn.tool_result"],
         within_seconds=5,
         on_sent=lambda: None,
+        conversation_id=conversation_id,
     )
 
 
@@ -178,11 +179,38 @@ async def test_a_turn_that_is_being_taken_over_is_left_to_who_takes_it(
             attempts_max=3,
             stands_up_to=[],
             two_beats_seconds=2.0,
+            conversation_id=None,
         )
         taken = await connection.fetch(lapsed.sql, *lapsed.arguments)
         assert [row["turn_id"] for row in taken] == [turn_id]
         assert await take(database, "other") == []
     assert await take(database, "other") == []
+
+
+async def test_each_node_that_takes_a_stores_turn_is_told_that_its_agent_is_gone(
+    database: Database, connection: asyncpg.Connection
+) -> None:
+    await admit(connection, "1", node="store:application")
+    for epoch, node in enumerate(("one", "two"), 2):  # the first one may have died before it ended the turn
+        await connection.execute("UPDATE turns SET lease_expires_at = clock_timestamp()")
+        (taken,) = await take(database, node)
+        assert (taken.epoch, taken.agent_is_gone) == (epoch, True)
+    await connection.execute("UPDATE turns SET lease_expires_at = clock_timestamp()")
+    (taken,) = await take(database, "store:another")
+    assert not taken.agent_is_gone
+
+
+async def test_for_one_conversation_only_a_stores_turn_in_it_is_taken(
+    database: Database, connection: asyncpg.Connection
+) -> None:
+    of_a_node = await admit(connection, "1")
+    of_a_store, other = [await admit(connection, id, node=f"store:{id}") for id in ("2", "3")]
+    assert await take(database, "store:mine", of_a_store["conversation_id"]) == []  # its lease holds
+    await connection.execute("UPDATE turns SET lease_expires_at = clock_timestamp()")
+    assert await take(database, "store:mine", of_a_node["conversation_id"]) == []
+    taken = await take(database, "store:mine", of_a_store["conversation_id"])
+    assert [each.turn_id for each in taken] == [of_a_store["turn_id"]]
+    assert {each.turn_id for each in await take(database, "node")} == {of_a_node["turn_id"], other["turn_id"]}
 
 
 @pytest.mark.usefixtures("turn_id")  # a known user is not inserted; one transaction would wait
