@@ -42,11 +42,15 @@ class Rows:
             yield
 
     async def conversation(self, user_id: str, client_id: str, id: UUID | None) -> Conversation | None:
-        """Return the user's conversation with the application's own id, or else with ours. None: there is none."""
-        is_meant = Q(client_id=client_id) if id is None else Q(client_id=client_id) | Q(id=id)
+        """Return the user's conversation with the application's own id, or else with ours. None: there is none.
+
+        `id` is the same text as a UUID, None if it is no UUID. It may be spelled in capitals.
+        """
+        ids = [client_id] if id is None else [client_id, str(id)]
+        is_meant = Q(client_id__in=ids) if id is None else Q(client_id__in=ids) | Q(id=id)
         with self.reading():
             found = await self._conversations.filter(is_meant, user_id=user_id)
-        return min(found, key=lambda each: each.client_id != client_id, default=None)
+        return min(found, key=lambda each: (each.client_id != client_id, each.client_id not in ids), default=None)
 
     async def conversations(self, user_id: str, *, skip: int, limit: int) -> list[Conversation]:
         """Return a user's conversations, newest activity first."""

@@ -53,8 +53,9 @@ class Store:
     in one event loop, by any number of tasks.
 
     Every method is given a user, and its statement filters by that user. Somebody else's conversation is as one that
-    does not exist: `get_conversation` returns None, `delete_conversation` returns False, and all others raise NotFound.
-    A conversation's id is ours (a UUID, or its text) or the application's own text of 1 to 128 printable characters.
+    does not exist: `get_conversation` returns None, `delete_conversation` returns False, those that make one where
+    there is none make the user's own, and all others raise NotFound. A conversation's id is ours (a UUID, or its text) or
+    the application's own text of 1 to 128 printable characters.
 
     Conversations and messages are returned as rows of `anynode.models.tables`: read their fields, and change them with
     the methods here. All methods raise DatabaseUnavailable while Postgres does not answer, after having tried for
@@ -175,7 +176,7 @@ class Store:
         fields = self._new_fields(user_id, title=title, client_id=text)
         row = None
         with unavailable_as_client_error():
-            for client_id in [None, text] if wanted_id is not None else [text]:
+            for client_id in [text] if wanted_id is None else [None, str(wanted_id)]:
                 row, _ = await get_or_create_conversation(
                     self._database,
                     user_id,
@@ -359,7 +360,8 @@ class Store:
             with store.reading():
                 newest = await Conversation.filter(user_id="ada").order_by("-updated_at").first()
 
-        They use the store's connections. What would write raises TypeError. Queries raise DatabaseUnavailable.
+        They use the store's connections; other models go on using those of the application. What would write raises
+        TypeError, and so does a raw query that is no SELECT. Queries raise DatabaseUnavailable.
         """
         with self._rows.reading():
             yield

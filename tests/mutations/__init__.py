@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from tests.mutations import api, database, engine
+from tests.mutations import api, database, engine, store
 from tests.mutations.mutation import Mutation
 
-MUTATIONS: Final[Sequence[Mutation]] = (*engine.MUTATIONS, *database.MUTATIONS, *api.MUTATIONS)
+MUTATIONS: Final[Sequence[Mutation]] = (*engine.MUTATIONS, *database.MUTATIONS, *api.MUTATIONS, *store.MUTATIONS)

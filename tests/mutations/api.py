@@ -93,7 +93,9 @@ MUTATIONS: Final = (
         "an export reads the oldest conversations of anybody",
         [
             Change(
-                "server/store/rows.py", "later = self._conversations.filter(user_id=user_id)", "later = Conversation.filter()"
+                "server/store/rows.py",
+                "later = self._conversations.filter(user_id=user_id)",
+                "later = Conversation.filter()",
             )
         ],
         ["system/test_export.py", "system/test_forget.py"],

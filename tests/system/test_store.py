@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from itertools import permutations
 from typing import Any, Final
 
 import pytest
@@ -99,18 +100,21 @@ async def test_get_or_create_makes_a_conversation_once_under_the_given_id(store:
     assert len(await store.list_conversations(user)) == 7
 
 
+@pytest.mark.parametrize("spellings", list(permutations(("uuid", "text", "upper"))), ids=" ".join)
 async def test_get_or_create_under_the_id_of_somebody_elses_conversation_makes_an_own_one_once(
-    store: Store, user: str, stranger: str
+    store: Store, user: str, stranger: str, spellings: tuple[str, ...]
 ) -> None:
     theirs = await store.create_conversation(user, "secret")
-    for spelling in (theirs.id, str(theirs.id), str(theirs.id).upper()):
-        made = await store.get_or_create_conversation(spelling, stranger)
+    ids: dict[str, Any] = {"uuid": theirs.id, "text": str(theirs.id), "upper": str(theirs.id).upper()}
+    for spelling in spellings:
+        made = await store.get_or_create_conversation(ids[spelling], stranger)
         assert fields(made, "client_id", "user_id", "title") == [str(theirs.id), stranger, None]
         assert made.id != theirs.id
+        for id in ids.values():
+            found = await store.get_conversation(id, stranger)
+            assert found is not None
+            assert found.id == made.id
     assert len(await store.list_conversations(stranger)) == 1
-    found = await store.get_conversation(theirs.id, stranger)
-    assert found is not None
-    assert found.id == made.id
     assert (await store.get_conversation(theirs.id, user)).title == "secret"  # type: ignore[union-attr]
 
 

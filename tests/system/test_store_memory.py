@@ -33,7 +33,7 @@ async def store(module_database_url: str) -> AsyncIterator[Store]:
 
 
 async def filled(store: Store, user: str, count: int, *, large_each: int = 0) -> uuid.UUID:
-    """A conversation with so many messages; with `large_each`, each of these has 1 MiB."""
+    """A conversation with `count` messages, of which each `large_each`th has 1 MiB."""
     made = await store.create_conversation(user)
     await sql(store._url, FILL, made.id, user, count, large_each)
     return made.id

@@ -108,7 +108,7 @@ async def test_one_turn_at_a_time_runs_in_a_conversation_and_all_others_are_refu
 
 
 async def are_done(futures: list[asyncio.Future[Any]], count: int) -> bool:
-    """Whether at least so many have an outcome."""
+    """Whether at least `count` of them have an outcome."""
     return sum(future.done() for future in futures) >= count
 
 
