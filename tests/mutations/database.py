@@ -153,7 +153,11 @@ MUTATIONS: Final = (
     # Yours only.
     Mutation(
         "anybody's conversation is found by our id of it",
-        [Change(QUERIES, "AND user_id = :user_id),", "AND :user_id::text <> ''),", within="-- name: find_conversation\n")],
+        [
+            Change(
+                QUERIES, "AND user_id = :user_id),", "AND :user_id::text <> ''),", within="-- name: find_conversation\n"
+            )
+        ],
         ["system/test_rest.py"],
     ),
     Mutation(
