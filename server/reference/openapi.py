@@ -21,7 +21,7 @@ from anynode.server.errors import (
     MessageTooLarge,
     Unauthorized,
 )
-from anynode.server.protocol.bodies import NoQuery, Refusal
+from anynode.server.protocol.bodies import Continue, NoQuery, Refusal
 from anynode.server.protocol.frames import ID_CHARACTERS_MAX
 from anynode.server.reference.examples import BODIES
 from anynode.server.transport.http import RETRY_SECONDS, Operation
@@ -46,6 +46,15 @@ _TAGS: Final = {
     "/api": "chat",
     "/v1": "OpenAI",
 }
+# What fields of a body say only together, which their types cannot.
+_TOGETHER: Final[Mapping[str, dict[str, Any]]] = {
+    Continue.__name__: {
+        "anyOf": [
+            {"required": ["content"], "properties": {"content": {"type": "string"}}},
+            {"properties": {"message_id": {"type": "null"}}},
+        ]
+    },
+}
 _DESCRIPTION: Final = """The conversations of one user, whom the token names. Turns that are started here and turns of \
 the socket `/ws` (see `/asyncapi.json`) are the same: a turn runs to its end even if nobody follows it, on any node. \
 All errors have the shape of `Refusal`."""
@@ -56,6 +65,8 @@ def openapi() -> dict[str, Any]:
     kinds = [kind for operation in OPERATIONS for kind in _kinds_of(operation)]
     structs = list(dict.fromkeys(part for kind in [*kinds, Refusal] for part in _parts(kind)))
     _, schemas = msgspec.json.schema_components(structs, ref_template=_REFERENCE)
+    for name, rule in _TOGETHER.items():
+        schemas[name] |= rule
     paths: dict[str, dict[str, Any]] = {}
     for operation in OPERATIONS:
         paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
