@@ -54,8 +54,8 @@ class Store:
 
     Every method is given a user, and its statement filters by that user. Somebody else's conversation is as one that
     does not exist: `get_conversation` returns None, `delete_conversation` returns False, those that make one where
-    there is none make the user's own, and all others raise NotFound. A conversation's id is ours (a UUID, or its text) or
-    the application's own text of 1 to 128 printable characters.
+    there is none make the user's own, and all others raise NotFound. A conversation's id is ours (a UUID, or its text)
+    or the application's own text of 1 to 128 printable characters.
 
     Conversations and messages are returned as rows of `anynode.models.tables`: read their fields, and change them with
     the methods here. All methods raise DatabaseUnavailable while Postgres does not answer, after having tried for
