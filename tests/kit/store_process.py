@@ -63,7 +63,7 @@ class StoreProcess:
     def _take(self) -> None:
         try:
             call, is_error, value = self._connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             self.forget()
             return
         answer = self._calls[call]
