@@ -174,19 +174,20 @@ def _url(host: str, port: int) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
-def anynode_command(program: Path, directory: Path) -> str:
-    """Return what to type in `directory` to run `anynode` as this process was run: `program`, by its path from there.
+def anynode_command(python: Path, directory: Path) -> str:
+    """Return what to type in `directory` to run `anynode` with the environment that has this `python`: its path where
+    that is below `directory`, else its name, as it was installed then.
 
-    A program that is not below `directory` is one that was installed, and found by its name. `uv run anynode` would do
-    too, but might choose another Python, and then build the environment again under the nodes that run in it.
+    `uv run anynode` might choose another Python, and then build the environment again under the nodes that run in it.
     """
+    program = python.parent / "anynode"
     return str(program.relative_to(directory)) if program.is_relative_to(directory) else "anynode"
 
 
 def _say_where_to_go(
     settings: Settings, host: str, nodes: Sequence[DevNode], balancer_ports: Sequence[int], secret: str
 ) -> None:
-    command = anynode_command(Path(sys.argv[0]).absolute(), Path.cwd())
+    command = anynode_command(Path(sys.executable), Path.cwd())
     urls = [_url(host, node.port) for node in nodes]
     (entry,) = [_url(host, port) for port in balancer_ports] or urls
     token = None

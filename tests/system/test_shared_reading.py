@@ -62,6 +62,11 @@ def counted(
     return found
 
 
+def numbered(frames: Sequence[Frame]) -> list[Frame]:
+    """The frames of events. A busy machine's Postgres may be late, and followers are told so in between."""
+    return [frame for frame in frames if "seq" in frame]
+
+
 async def follow_quietly(socket: Socket, conversation_id: str, after: int) -> None:
     """Follow from the last event on."""
     await socket.follow(conversation_id, after)
@@ -199,10 +204,10 @@ async def test_followers_that_do_not_read_hold_up_nobody_and_read_on_later_witho
         before = [node.executions() for node in counted]
         strings.open(gate)
         for shown, follower in zip(seen, (one, brisk), strict=False):
-            shown += await follower.until(*TERMINAL, within_seconds=60)
+            shown += numbered(await follower.until(*TERMINAL, within_seconds=60))
         # Only now do the others read.
         for shown, follower in zip(seen[2:], lazy, strict=True):
-            shown += await follower.until(*TERMINAL, within_seconds=60)
+            shown += numbered(await follower.until(*TERMINAL, within_seconds=60))
         reads, crowds_reads = [node.executions() - then for node, then in zip(counted, before, strict=True)]
     for shown in seen:
         await assert_all_was_shown(module_database_url, shown)

@@ -168,8 +168,8 @@ async def test_after_a_takeover_a_history_is_cut_as_before(user: str, database_u
         async with socket_to(second, user) as socket:
             await socket.follow(str(made.id), 0)
             frames = await socket.until("turn.completed", "turn.failed")
-    *outcomes, older = json.loads(text_of(frames))
-    assert outcomes == [True, 2, True]
+    before, attempt, after, older = json.loads(text_of(frames))
+    assert (before, attempt > 1, after) == (True, True, True)
     assert len(older) == MAX + 2
     await assert_sound(database_url, made.id)
 

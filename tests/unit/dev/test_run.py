@@ -8,8 +8,8 @@ from anynode.server.dev.run import anynode_command
 
 
 def test_a_program_in_the_checkout_is_called_by_its_path_there() -> None:
-    assert anynode_command(Path("/checkout/.venv/bin/anynode"), Path("/checkout")) == ".venv/bin/anynode"
+    assert anynode_command(Path("/checkout/.venv/bin/python"), Path("/checkout")) == ".venv/bin/anynode"
 
 
 def test_a_program_that_was_installed_elsewhere_is_called_by_its_name() -> None:
-    assert anynode_command(Path("/usr/local/bin/anynode"), Path("/checkout")) == "anynode"
+    assert anynode_command(Path("/usr/local/bin/python3"), Path("/checkout")) == "anynode"
