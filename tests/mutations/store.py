@@ -117,7 +117,7 @@ MUTATIONS: Final = (
             Change(
                 CHATS,
                 "is_ending = is_ending or await self._node.take_over_turn(question.conversation_id, None)\n",
-                "",
+                "pass\n",
             )
         ],
         [KILLED],
