@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import repeat
-from typing import Final
+from typing import Final, TypedDict, Unpack
 from uuid import UUID
 
 import asyncpg
@@ -117,36 +117,33 @@ async def admit(
     return _admission(rows[0])
 
 
+class AnswerTerms(TypedDict):
+    """The turn that is to answer a conversation's last question, and the lease of the node that runs it."""
+
+    turn_id: UUID
+    created_at: datetime
+    node: str
+    lease_seconds: float
+    history_messages_max: int
+
+
 async def regenerate(
     database: Database,
     user_id: str,
     conversation_id: UUID,
     client_message_id: str | None,
     *,
-    turn_id: UUID,
-    created_at: datetime,
-    node: str,
-    lease_seconds: float,
-    history_messages_max: int,
     on_sent: Callable[[], object],
+    **terms: Unpack[AnswerTerms],
 ) -> Admission:
     """Begin a turn that answers the last question again; with `client_message_id`, only if that is its id.
 
     The lease runs from after `on_sent` is called. Raises Unavailable.
     """
-    regenerated = bind(
-        "regenerate",
-        user_id=user_id,
-        conversation_id=conversation_id,
-        client_message_id=client_message_id,
-        turn_id=turn_id,
-        created_at=created_at,
-        node=node,
-        lease_seconds=lease_seconds,
-        history_messages_max=history_messages_max,
+    again = bind(
+        "regenerate", user_id=user_id, conversation_id=conversation_id, client_message_id=client_message_id, **terms
     )
-    rows = await database.run(regenerated, on_sent=on_sent)
-    return _admission(rows[0])
+    return _admission((await database.run(again, on_sent=on_sent))[0])
 
 
 async def answer(
@@ -154,29 +151,15 @@ async def answer(
     user_id: str,
     conversation_id: UUID,
     *,
-    turn_id: UUID,
-    created_at: datetime,
-    node: str,
-    lease_seconds: float,
-    history_messages_max: int,
     on_sent: Callable[[], object],
+    **terms: Unpack[AnswerTerms],
 ) -> Admission:
     """Begin a turn that answers the last message, a question that has no answer yet.
 
     The lease runs from after `on_sent` is called. Raises Unavailable.
     """
-    answered = bind(
-        "answer",
-        user_id=user_id,
-        conversation_id=conversation_id,
-        turn_id=turn_id,
-        created_at=created_at,
-        node=node,
-        lease_seconds=lease_seconds,
-        history_messages_max=history_messages_max,
-    )
-    rows = await database.run(answered, on_sent=on_sent)
-    return _admission(rows[0])
+    first = bind("answer", user_id=user_id, conversation_id=conversation_id, **terms)
+    return _admission((await database.run(first, on_sent=on_sent))[0])
 
 
 def _admission(row: asyncpg.Record) -> Admission:

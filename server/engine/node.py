@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
@@ -173,16 +174,30 @@ class Node:
     ) -> Admitted:
         """Start a turn that answers the last question again; its old answer is superseded. `interrupts`: a turn that
         runs is cancelled first. Raises ClientError."""
+        again = partial(regenerate, self._database, user_id, frame.conversation_id, frame.message_id)
+        return await self._answer_last(user_id, frame, again, interrupts, wait_for)
+
+    async def answer(self, user_id: str, conversation_id: UUID) -> Admitted:
+        """Start a turn that answers the last message, a question that was appended and has no answer yet. Raises
+        ClientError."""
+        first = partial(answer, self._database, user_id, conversation_id)
+        return await self._answer_last(user_id, TurnRegenerate(conversation_id), first, False, None)
+
+    async def _answer_last(
+        self,
+        user_id: str,
+        frame: TurnRegenerate,
+        begin: Callable[..., Awaitable[Admission]],
+        interrupts: bool,
+        wait_for: UUID | None,
+    ) -> Admitted:
+        """Start the turn that `begin` admits, which answers a question that is there already. Raises ClientError."""
 
         async def attempt() -> Admission:
             turn_id = uuid7()
             with self._running.starting(turn_id), unavailable_as_client_error(frame.conversation_id):
                 lease = self._leases.new()
-                admission = await regenerate(
-                    self._database,
-                    user_id,
-                    frame.conversation_id,
-                    frame.message_id,
+                admission = await begin(
                     turn_id=turn_id,
                     created_at=datetime.now(UTC),
                     on_sent=lambda: lease.start(time.monotonic()),
@@ -193,29 +208,6 @@ class Node:
             return admission
 
         return await self._admitted(user_id, frame, attempt, interrupts, wait_for)
-
-    async def answer(self, user_id: str, conversation_id: UUID) -> Admitted:
-        """Start a turn that answers the last message, a question that was appended and has no answer yet. Raises
-        ClientError."""
-
-        async def attempt() -> Admission:
-            turn_id = uuid7()
-            with self._running.starting(turn_id), unavailable_as_client_error(conversation_id):
-                lease = self._leases.new()
-                admission = await answer(
-                    self._database,
-                    user_id,
-                    conversation_id,
-                    turn_id=turn_id,
-                    created_at=datetime.now(UTC),
-                    on_sent=lambda: lease.start(time.monotonic()),
-                    **self._terms(),
-                )
-                first = [("turn.started", encode({"message_id": admission.client_message_id}))]
-                self._start(user_id, admission, first, lease, self._agent)
-            return admission
-
-        return await self._admitted(user_id, TurnRegenerate(conversation_id), attempt, False, None)
 
     async def _admitted(
         self,
