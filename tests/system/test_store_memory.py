@@ -40,7 +40,7 @@ async def filled(store: Store, user: str, count: int, *, large_each: int = 0) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "large_each"), [(100_000, 0), (20_000, 400), (60, 1)])
+@pytest.mark.parametrize(("count", "large_each"), [(100_000, 0), (4_000, 100), (60, 1)])
 async def test_a_long_conversation_is_read_within_a_pages_memory(
     store: Store, user: str, count: int, large_each: int
 ) -> None:

@@ -99,7 +99,7 @@ def run(module_database_url: str) -> Iterator[Callable[[Callable[[Store], Corout
         runner.run(store.close())
 
 
-@examples(60)
+@examples(30)
 @given(batches=batches())
 def test_a_conversation_is_what_the_rules_accept_of_all_that_is_appended(
     run: Callable[[Any], Any], module_database_url: str, batches: Sequence[Sequence[Message]]
