@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from msgspec import UNSET, UnsetType
@@ -28,13 +27,13 @@ from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors
-from anynode.server.store.chats import ChatAnswer, Chats
+from anynode.server.store.chats import ChatAnswer
 from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, is_user_id, posted
 from anynode.server.store.messages import message_for_model
+from anynode.server.store.parts import Parts
 
 if TYPE_CHECKING:
     from anynode.models.tables import Conversation, Message
-    from anynode.server.store.rows import Rows
 
 _DEFAULTS: Final = Settings()
 
@@ -70,25 +69,31 @@ class Store:
         history_messages_max: int = _DEFAULTS.history_messages_max,
         system_prompt: str | None = None,
         lease_seconds: float = _DEFAULTS.lease_seconds,
+        agent_timeout_seconds: float = _DEFAULTS.agent_timeout_seconds,
     ) -> None:
         """Make a store that is not open yet.
 
         `pool_max` bounds the connections for requests; `chat` takes three more. `history_messages_max` is the number of
         the newest messages that the agents of `chat` get, and `system_prompt` is that of conversations without one.
-        After `lease_seconds` (at least 1) others may end or go on with a turn whose process has died. Raises
-        InvalidFrame for a number out of its bounds.
+        After `lease_seconds` (at least 1) others may end or go on with a turn whose process has died. An agent that is
+        silent for `agent_timeout_seconds` fails; `run_agent` is silent until it returns. Raises InvalidFrame for a
+        number out of its bounds.
         """
         check_number("pool_max", pool_max, 1, POOL_MAX)
         check_number("history_messages_max", history_messages_max, 1, HISTORY_MAX)
         if not lease_seconds >= LEASE_SECONDS_MIN:
             raise InvalidFrame(f"lease_seconds must be at least {LEASE_SECONDS_MIN}, not {lease_seconds!r}")
+        if not agent_timeout_seconds > 0:
+            raise InvalidFrame(f"agent_timeout_seconds must be more than 0, not {agent_timeout_seconds!r}")
         self._url = url
         self._settings = Settings(
             database_pool_max=pool_max,
             history_messages_max=history_messages_max,
             system_prompt=system_prompt,
             lease_seconds=lease_seconds,
+            agent_timeout_seconds=agent_timeout_seconds,
         )
+        self._opened: Parts | None = None
         self._agent: Agent | None = None
         self._is_owner = True
 
@@ -118,15 +123,22 @@ class Store:
 
     async def close(self) -> None:
         """Stop the turns that still run here, which keeps what they have said, and close the connections."""
-        await self._chats.close()
+        parts, self._opened = self._opened, None
+        if parts is None:
+            return
+        await parts.chats.close()
         if self._is_owner:
-            await self._database.close()
+            await parts.database.close()
 
     def _open(self, database: Database) -> None:
-        self._database = database
-        self.__dict__.pop("_rows", None)  # those of an earlier opening
-        self._node = Node(self._settings, database, None, store=self)
-        self._chats = Chats(self._node)
+        self._opened = Parts(database, Node(self._settings, database, None, store=self))
+
+    @property
+    def _parts(self) -> Parts:
+        """The parts of an open store. Raises RuntimeError where it is not open."""
+        if self._opened is None:
+            raise RuntimeError("The store is not open: use it inside `async with Store(url) as store`.")
+        return self._opened
 
     # Conversations.
 
@@ -142,7 +154,7 @@ class Store:
         id = uuid7()
         with unavailable_as_client_error():
             await create_conversation(
-                self._database,
+                self._parts.database,
                 user_id,
                 id,
                 title=fields["title"],
@@ -157,7 +169,7 @@ class Store:
         text, id = ids_of(conversation_id)
         if not is_user_id(user_id) or not is_storable(text):
             return None
-        return await self._rows.conversation(user_id, text, id)
+        return await self._parts.rows.conversation(user_id, text, id)
 
     async def get_or_create_conversation(
         self, conversation_id: ConversationId | None, user_id: str, title: str | None = None
@@ -178,7 +190,7 @@ class Store:
         with unavailable_as_client_error():
             for client_id in [text] if wanted_id is None else [None, str(wanted_id)]:
                 row, _ = await get_or_create_conversation(
-                    self._database,
+                    self._parts.database,
                     user_id,
                     conversation_id=uuid7(),
                     client_id=client_id,
@@ -198,7 +210,7 @@ class Store:
         """Return at most `limit` (1 to 1,000) conversations after the first `skip`, newest activity first."""
         check_number("skip", skip, 0, SKIPPED_MAX)
         check_number("limit", limit, 1, LISTED_MAX)
-        return await self._rows.conversations(user_id, skip=skip, limit=limit) if is_user_id(user_id) else []
+        return await self._parts.rows.conversations(user_id, skip=skip, limit=limit) if is_user_id(user_id) else []
 
     async def update_conversation(
         self,
@@ -216,7 +228,7 @@ class Store:
         )
         found = await self._found(conversation_id, user_id)
         with unavailable_as_client_error():
-            await update_conversation(self._database, user_id, found.id, changes)
+            await update_conversation(self._parts.database, user_id, found.id, changes)
         return await self._found(found.id, user_id)
 
     async def delete_conversation(self, conversation_id: ConversationId, user_id: str) -> bool:
@@ -225,7 +237,7 @@ class Store:
         if found is None:
             return False
         try:
-            await self._node.delete(user_id, found.id)
+            await self._parts.node.delete(user_id, found.id)
         except NotFound:  # somebody else was faster
             return False
         return True
@@ -263,8 +275,8 @@ class Store:
         """
         given = decoded({"messages": [posted(message) for message in messages]}, NewMessages)
         found = await self._found(conversation_id, user_id)
-        added, _ = await self._node.append(user_id, found.id, given.messages)
-        return await self._rows.messages(user_id, [each.id for each in added])
+        added, _ = await self._parts.node.append(user_id, found.id, given.messages)
+        return await self._parts.rows.messages(user_id, [each.id for each in added])
 
     async def get_messages(self, conversation_id: ConversationId, user_id: str) -> AsyncIterator[Message]:
         """Yield all messages of a conversation, oldest first: `async for message in store.get_messages(…)`.
@@ -274,7 +286,7 @@ class Store:
         """
         found = await self._found(conversation_id, user_id)
         position = 0
-        while page := await self._rows.page(user_id, found.id, position):
+        while page := await self._parts.rows.page(user_id, found.id, position):
             for message in page:
                 yield message
             position = page[-1].position
@@ -286,7 +298,7 @@ class Store:
         NotFound."""
         check_number("limit", limit, 1, HISTORY_MAX)
         found = await self._found(conversation_id, user_id)
-        return await self._rows.newest(user_id, found.id, limit)
+        return await self._parts.rows.newest(user_id, found.id, limit)
 
     async def get_conversation_context(
         self, conversation_id: ConversationId, user_id: str, limit: int | None = None
@@ -300,9 +312,11 @@ class Store:
         limit = self._settings.history_messages_max if limit is None else limit
         check_number("limit", limit, 1, HISTORY_MAX)
         found = await self._found(conversation_id, user_id)
-        first = await self._rows.leading_system_message(user_id, found.id)
+        first = await self._parts.rows.leading_system_message(user_id, found.id)
         prompt = (found.system_prompt or self._settings.system_prompt) if first is None else first.content
-        context = [message_for_model(message) for message in visible(await self._rows.newest(user_id, found.id, limit))]
+        context = [
+            message_for_model(message) for message in visible(await self._parts.rows.newest(user_id, found.id, limit))
+        ]
         return [{"role": "system", "content": prompt}, *context] if prompt else context
 
     # Turns.
@@ -312,7 +326,9 @@ class Store:
     ) -> tuple[Conversation, list[Message]]:
         """Return a conversation, which is made where there is none, with its newest `history_messages_max` messages."""
         conversation = await self.get_or_create_conversation(conversation_id, user_id)
-        return conversation, await self._rows.newest(user_id, conversation.id, self._settings.history_messages_max)
+        return conversation, await self._parts.rows.newest(
+            user_id, conversation.id, self._settings.history_messages_max
+        )
 
     async def chat(
         self,
@@ -349,7 +365,7 @@ class Store:
         frame = MessageSend(
             question.message_id or new_message_id(), question.message, None if found is None else found.id
         )
-        return await self._chats.ask(user_id, frame, answer)
+        return await self._parts.chats.ask(user_id, frame, answer)
 
     # Reports.
 
@@ -361,16 +377,11 @@ class Store:
                 newest = await Conversation.filter(user_id="ada").order_by("-updated_at").first()
 
         They use the store's connections; other models go on using those of the application. What would write raises
-        TypeError, and so does a raw query that is no SELECT. Queries raise DatabaseUnavailable.
+        TypeError, and so does a raw query that is no SELECT. A SELECT that calls a function which writes is not found
+        out. Queries raise DatabaseUnavailable.
         """
-        with self._rows.reading():
+        with self._parts.rows.reading():
             yield
-
-    @cached_property
-    def _rows(self) -> Rows:
-        from anynode.server.store.rows import Rows  # loads Tortoise, without which a node starts in half the time
-
-        return Rows(self._database)
 
     async def _found(self, conversation_id: ConversationId, user_id: str) -> Conversation:
         found = await self.get_conversation(conversation_id, user_id)

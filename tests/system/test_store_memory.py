@@ -67,7 +67,7 @@ async def test_a_page_is_bounded_by_messages_and_by_bytes(store: Store, user: st
 
     async def pages(id: uuid.UUID) -> list[int]:
         position, sizes = 0, []
-        while page := await store._rows.page(user, id, position):
+        while page := await store._parts.rows.page(user, id, position):
             assert [message.position for message in page] == list(range(position + 1, position + 1 + len(page)))
             assert len(page) == 1 or sum(len(message.content) for message in page) <= PAGE_BYTES
             position = page[-1].position
@@ -87,7 +87,7 @@ async def test_a_message_that_is_larger_than_a_page_comes_alone(store: Store, us
         made,
     )
     assert [len(message.content) async for message in store.get_messages(made, user)] == [100, 5_000_000, 100]
-    assert [len(await store._rows.page(user, made, position)) for position in (0, 1, 2, 3)] == [1, 1, 1, 0]
+    assert [len(await store._parts.rows.page(user, made, position)) for position in (0, 1, 2, 3)] == [1, 1, 1, 0]
 
 
 async def test_messages_that_are_appended_while_others_are_read_come_at_the_end(store: Store, user: str) -> None:

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from anynode import AgentEvent, ConfigurationError, DatabaseUnavailable, InvalidFrame, Store, TextDelta, Turn
+from anynode import (
+    AgentEvent,
+    AgentFailed,
+    ConfigurationError,
+    DatabaseUnavailable,
+    InvalidFrame,
+    Store,
+    TextDelta,
+    Turn,
+)
 from anynode.models.tables import Conversation
 from tests.agents.scripted import eventually
 from tests.kit.harness import free_port, sql, with_database
@@ -194,6 +203,30 @@ async def test_closing_stops_the_turns_keeps_what_they_said_and_returns_it(modul
         ]
 
 
+@pytest.mark.parametrize("was_open", [False, True])
+async def test_a_store_that_is_not_open_says_so_at_once(module_database_url: str, user: str, was_open: bool) -> None:
+    store = Store(module_database_url)
+    if was_open:
+        async with store:
+            pass
+    with pytest.raises(RuntimeError, match="not open: use it inside `async with Store"):
+        await store.list_conversations(user)
+    with pytest.raises(RuntimeError, match="not open"), store.reading():
+        pass
+
+
+async def test_an_agent_that_is_silent_for_too_long_fails(module_database_url: str, user: str) -> None:
+    async def run_agent(messages: object) -> tuple[str, None]:
+        await asyncio.Event().wait()
+        return "", None
+
+    async with Store(module_database_url, agent_timeout_seconds=0.05) as store:
+        with pytest.raises(AgentFailed, match=r"nothing for 0\.05 seconds"):
+            await store.chat(user, "hello", agent=run_agent)
+    with pytest.raises(InvalidFrame, match="agent_timeout_seconds must be more than 0"):
+        Store(module_database_url, agent_timeout_seconds=0)
+
+
 async def test_a_store_may_be_closed_again_and_opened_again(module_database_url: str, user: str) -> None:
     store = Store(module_database_url)
     for number in range(2):
@@ -245,4 +278,4 @@ async def test_many_tasks_use_one_store_at_once(
             for each in await asyncio.gather(*(store.get_or_create_conversation("one", user) for _ in range(20)))
         }
         assert len(made) == 1
-        assert store._database.is_pooled is is_pooled
+        assert store._parts.database.is_pooled is is_pooled
