@@ -14,7 +14,7 @@ import pytest
 from tests.kit.harness import NodeProcess, token_for
 
 ROOT = Path(__file__).parents[2]
-SECONDS_MAX = 40
+SECONDS_MAX = 25
 # NUL is refused everywhere (Postgres cannot hold it), as no schema can say. A stream of events has no end, of a list
 # only the last message must be a question, and a response is asked for in ways that exclude each other: these are
 # tested by themselves. That there is no such turn is no sign that a conversation has vanished.

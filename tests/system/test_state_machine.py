@@ -36,7 +36,7 @@ Answer = TypeVar("Answer")
 
 EXAMPLES: Final = int(os.environ.get("STATE_MACHINE_EXAMPLES", "0"))
 SETTINGS: Final = settings(
-    max_examples=EXAMPLES or 6,
+    max_examples=EXAMPLES or 4,
     stateful_step_count=20 if EXAMPLES else 14,
     derandomize=not EXAMPLES,
     database=None,
