@@ -49,7 +49,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a context has what an agent does not get",
-        [Change(STORE, "in visible(await self._rows.newest(", "in list(await self._rows.newest(")],
+        [Change(STORE, "for message in visible(newest)]", "for message in newest]")],
         [IN_AGENTS],
     ),
     Mutation(
