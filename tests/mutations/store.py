@@ -49,7 +49,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a context has what an agent does not get",
-        [Change(STORE, "for message in visible(newest)]", "for message in newest]")],
+        [Change(STORE, "in visible(await self._parts.rows.newest(", "in list(await self._parts.rows.newest(")],
         [IN_AGENTS],
     ),
     Mutation(
