@@ -314,9 +314,8 @@ class Store:
         found = await self._found(conversation_id, user_id)
         first = await self._parts.rows.leading_system_message(user_id, found.id)
         prompt = (found.system_prompt or self._settings.system_prompt) if first is None else first.content
-        context = [
-            message_for_model(message) for message in visible(await self._parts.rows.newest(user_id, found.id, limit))
-        ]
+        newest = await self._parts.rows.newest(user_id, found.id, limit)
+        context = [message_for_model(message) for message in visible(newest)]
         return [{"role": "system", "content": prompt}, *context] if prompt else context
 
     # Turns.

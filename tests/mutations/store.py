@@ -49,7 +49,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a context has what an agent does not get",
-        [Change(STORE, "in visible(await self._parts.rows.newest(", "in list(await self._parts.rows.newest(")],
+        [Change(STORE, "in visible(newest)]", "in newest]")],
         [IN_AGENTS],
     ),
     Mutation(
