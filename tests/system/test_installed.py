@@ -18,6 +18,7 @@ import pytest
 from tests.kit.harness import SECRET, free_port
 from tests.kit.wheels import installed, package_around, uv_build
 
+pytestmark = pytest.mark.slow
 READY_SECONDS: Final = 30.0
 OWN: Final = {
     "server.py": "greeting = 'Hello'\n",

@@ -14,6 +14,7 @@ from tests.kit.exactness import Client, assert_exact
 from tests.kit.harness import NodeProcess, running_node, sql
 from tests.kit.postgres_proxy import PostgresProxy, postgres_proxy
 
+pytestmark = pytest.mark.slow
 StartNode = Callable[..., NodeProcess]
 
 
