@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 
 TOKEN_CHARACTERS_MAX = 16_384  # twice the header that common proxies let through; longer tokens take longer to decode
 USER_ID_CHARACTERS_MAX = 255  # OpenID Connect Core, 2
-EMAIL_CHARACTERS_MIN, EMAIL_CHARACTERS_MAX = (
-    3,
-    254,
-)  # a@b; the longest that fits into a path of SMTP (RFC 5321, 4.5.3.1)
+EMAIL_CHARACTERS_MIN = 3  # a@b
+EMAIL_CHARACTERS_MAX = 254  # the longest that fits into a path of SMTP (RFC 5321, 4.5.3.1)
 TIME_MAX = 253_402_300_799  # the end of the year 9999; a larger time is in milliseconds by mistake, and breaks datetime
 JWKS_SECONDS_MAX = 3.0  # for a whole fetch, because a client is waiting to connect
 JWKS_BYTES_MAX = 1_048_576  # real sets have a few KiB

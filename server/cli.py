@@ -14,7 +14,6 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import platformdirs
 
-from anynode.models.text import is_storable
 from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, make_token
 from anynode.server.errors import ClientError, ConfigurationError
 from anynode.server.settings import Settings, read_settings
@@ -174,7 +173,9 @@ def main() -> None:
 
 
 def _check_stored_user(user: str) -> None:
-    if not 0 < len(user) <= USER_ID_CHARACTERS_MAX or not is_storable(user):
+    from anynode.server.store.given import is_user_id
+
+    if not is_user_id(user):
         raise ConfigurationError(f"--user takes from 1 to {USER_ID_CHARACTERS_MAX} characters of UTF-8")
 
 

@@ -37,19 +37,27 @@ def on_database(url: str | None, work: Callable[[str], Coroutine[Any, Any, Resul
 @asynccontextmanager
 async def open_database(url: str | None) -> AsyncIterator[Database]:
     """Open the database for a command that makes one request after the other. Raises ConfigurationError."""
-    with explain_database_errors():
-        database = await Database.connect(require_url(url), pool_max=1, check=check_schema)
     try:
-        with explain_database_errors():
-            try:
-                await database.contact("requests")
-            except SchemaBehind:
-                raise
-            except Unavailable as error:
-                raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+        database = await connect_database(require_url(url), pool_max=1)
+    except Unavailable as error:
+        raise ConfigurationError(f"Postgres cannot be reached at DATABASE_URL: {error}") from error
+    try:
         yield database
     finally:
         await database.close()
+
+
+async def connect_database(url: str, *, pool_max: int, source: str = "DATABASE_URL") -> Database:
+    """Return a database that answers, and that has the schema; `source` has the URL. Its requests come first: the other
+    lines are opened when they are needed. Raises ConfigurationError, or Unavailable where Postgres does not answer."""
+    with explain_database_errors(source):
+        database = await Database.connect(url, pool_max=pool_max, check=check_schema)
+        try:
+            await database.contact("requests")
+        except BaseException:
+            await database.close()
+            raise
+    return database
 
 
 def require_url(url: str | None) -> str:

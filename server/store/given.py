@@ -11,6 +11,7 @@ import msgspec
 
 from anynode.models.ids import as_uuid
 from anynode.models.text import is_storable
+from anynode.server.auth import USER_ID_CHARACTERS_MAX
 from anynode.server.errors import InvalidFrame
 from anynode.server.protocol.decoding import decode_body
 from anynode.server.store.messages import message_to_dict
@@ -18,7 +19,6 @@ from anynode.server.store.messages import message_to_dict
 ConversationId: TypeAlias = UUID | str
 """The id of a conversation: ours, as a UUID or its text, or a text that the application has chosen."""
 
-USER_ID_MAX = 255  # characters
 _POSTED = ("role", "content", "tool_calls", "tool_name", "tool_call_id")
 
 
@@ -35,13 +35,13 @@ def is_user_id(user_id: str) -> bool:
     """Return whether a user can have this id. Raises InvalidFrame for anything but a text."""
     if not isinstance(user_id, str):
         raise InvalidFrame(f"user_id must be a text, not {type(user_id).__name__}")
-    return 1 <= len(user_id) <= USER_ID_MAX and is_storable(user_id)
+    return 1 <= len(user_id) <= USER_ID_CHARACTERS_MAX and is_storable(user_id)
 
 
 def check_user_id(user_id: str) -> None:
     """Raise InvalidFrame unless a user can have this id."""
     if not is_user_id(user_id):
-        raise InvalidFrame(f"user_id must be a text of 1 to {USER_ID_MAX} characters, without NUL")
+        raise InvalidFrame(f"user_id must be a text of 1 to {USER_ID_CHARACTERS_MAX} characters, without NUL")
 
 
 def check_number(name: str, number: int, low: int, high: int) -> None:

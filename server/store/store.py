@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from msgspec import UNSET, UnsetType
 
-from anynode.models.conversations import create_conversation, get_or_create_conversation, update_conversation
+from anynode.models.conversations import get_or_create_conversation
 from anynode.models.database import Database
 from anynode.models.ids import uuid7
 from anynode.models.rules import visible
-from anynode.models.schema_version import check_schema
 from anynode.models.text import is_storable
 from anynode.server.agents.agent import Agent
 from anynode.server.agents.load import is_agent
@@ -26,7 +25,7 @@ from anynode.server.protocol.bodies import Chat, ConversationChanges, NewConvers
 from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
-from anynode.server.startup import explain_database_errors
+from anynode.server.startup import connect_database
 from anynode.server.store.chats import ChatAnswer
 from anynode.server.store.given import ConversationId, check_number, check_user_id, decoded, ids_of, is_user_id, posted
 from anynode.server.store.messages import message_for_model
@@ -108,13 +107,9 @@ class Store:
     async def __aenter__(self) -> Self:
         """Connect. Raises ConfigurationError where the URL, the login or the schema is wrong, and DatabaseUnavailable
         where Postgres does not answer."""
-        with unavailable_as_client_error(), explain_database_errors("the Store's URL"):
-            database = await Database.connect(self._url, pool_max=self._settings.database_pool_max, check=check_schema)
-            try:
-                await database.contact("requests")
-            except BaseException:
-                await database.close()
-                raise
+        pool_max = self._settings.database_pool_max
+        with unavailable_as_client_error():
+            database = await connect_database(self._url, pool_max=pool_max, source="the Store's URL")
         self._open(database)
         return self
 
@@ -151,18 +146,10 @@ class Store:
     ) -> Conversation:
         """Make a conversation. Without a title (at most 200 characters) it gets one from its first question."""
         fields = self._new_fields(user_id, title=title, system_prompt=system_prompt, metadata=metadata)
-        id = uuid7()
-        with unavailable_as_client_error():
-            await create_conversation(
-                self._parts.database,
-                user_id,
-                id,
-                title=fields["title"],
-                system_prompt=fields["system_prompt"],
-                metadata=fields["metadata"],
-                created_at=datetime.now(UTC),
-            )
-        return await self._found(id, user_id)
+        made = await self._parts.node.conversations.create(
+            user_id, title=fields["title"], system_prompt=fields["system_prompt"], metadata=fields["metadata"]
+        )
+        return await self._found(made.id, user_id)
 
     async def get_conversation(self, conversation_id: ConversationId, user_id: str) -> Conversation | None:
         """Return a conversation, or None where the user has none with this id."""
@@ -227,8 +214,7 @@ class Store:
             {name: value for name, value in given.items() if value is not UNSET}, ConversationChanges
         )
         found = await self._found(conversation_id, user_id)
-        with unavailable_as_client_error():
-            await update_conversation(self._parts.database, user_id, found.id, changes)
+        await self._parts.node.conversations.update(user_id, found.id, changes)
         return await self._found(found.id, user_id)
 
     async def delete_conversation(self, conversation_id: ConversationId, user_id: str) -> bool:
