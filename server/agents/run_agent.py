@@ -60,10 +60,11 @@ def from_run_agent(run_agent: RunAgent) -> Agent:
 
 
 def _messages(turn: Turn) -> Messages:
-    return [_message(message) for message in (*turn.history, *turn.steps)]
+    return [chat_message(message) for message in (*turn.history, *turn.steps)]
 
 
-def _message(message: HistoryMessage) -> dict[str, Any]:
+def chat_message(message: HistoryMessage) -> dict[str, Any]:
+    """Return a message in the form of chat completions."""
     fields: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls is not None:
         fields["tool_calls"] = message.tool_calls

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from anynode.models.rules import SUPERSEDED, OutOfOrder, Tail
+from anynode.server.agents.agent import HistoryMessage
+from anynode.server.agents.run_agent import chat_message
 from anynode.server.errors import RoleOrder
 
 _FIELDS: Final = ("id", "role", "content", "tool_calls", "tool_name", "tool_call_id", "status", "turn_id", "created_at")
@@ -66,11 +68,8 @@ def message_to_dict(message: Any) -> dict[str, Any]:
 
 def message_for_model(message: Any) -> dict[str, Any]:
     """Return the fields of a message that a model is told, as the chat completions API has them."""
-    shown = {"role": _field(message, "role"), "content": _field(message, "content")}
-    for name in ("tool_calls", "tool_call_id"):
-        if (value := _field(message, name)) is not None:
-            shown[name] = value
-    return shown
+    fields = {name: _field(message, name) for name in ("role", "content", "tool_calls", "tool_call_id")}
+    return chat_message(HistoryMessage(**fields))
 
 
 def _field(message: Any, name: str) -> Any:
