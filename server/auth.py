@@ -12,7 +12,7 @@ import math
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jwt
@@ -20,6 +20,7 @@ from jwt.algorithms import HMACAlgorithm
 
 from anynode.models.text import is_storable
 from anynode.server.errors import ConfigurationError, Unauthorized
+from anynode.server.limits import UNLIMITED, UserLimits
 from anynode.server.settings import Settings
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ logger = logging.getLogger("anynode.auth")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The user that a token names, when the token expires (Unix seconds), and the e-mail address in it, if any."""
+    """The user that a token names, when the token expires and was issued (Unix seconds), the e-mail address in it, if
+    any, and what the user may have and spend."""
 
     user_id: str
     expires_at: float
     email: str | None = None
+    issued_at: float = 0.0
+    limits: UserLimits = UNLIMITED
 
 
 def _nothing(identity: Identity) -> None:
@@ -84,6 +88,7 @@ class Authenticator:
     ) -> None:
         self._audience, self._issuer = settings.jwt_audience, settings.jwt_issuer
         self._on_verified = on_verified
+        self._limits = settings.user_limits
         self._secret = _secret_key(settings.jwt_secret) if settings.jwt_secret else None
         self._jwks = None if settings.jwt_jwks_url is None else _Jwks(settings.jwt_jwks_url, monotonic)
         if self._secret is None and self._jwks is None:
@@ -110,7 +115,7 @@ class Authenticator:
             raise Unauthorized(_EXPLANATIONS.get(type(error), "the token is malformed")) from error
         if "crit" in decoded["header"]:
             raise Unauthorized("the token needs an extension that this server does not know (crit)")
-        identity = _identity(decoded["payload"])
+        identity = replace(_identity(decoded["payload"]), limits=self._limits)
         self._on_verified(identity)
         return identity
 
@@ -163,7 +168,7 @@ def _identity(claims: dict[str, Any]) -> Identity:
     if not (isinstance(user_id, str) and 0 < len(user_id) <= USER_ID_CHARACTERS_MAX and user_id.isprintable()):
         raise Unauthorized(f"the token's sub claim must be 1 to {USER_ID_CHARACTERS_MAX} printable characters")
     email = claims.get("email")
-    return Identity(user_id, float(claims["exp"]), email if is_email(email) else None)
+    return Identity(user_id, float(claims["exp"]), email if is_email(email) else None, float(claims["iat"]))
 
 
 def is_email(value: object) -> bool:

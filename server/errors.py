@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 from uuid import UUID
+
+RETRY_AFTER_MS: Final = 1000  # where it is not known when trying again will help
 
 
 class CloseCode(IntEnum):
@@ -106,6 +108,20 @@ class RateLimited(ClientError):
     code = "rate_limited"
     http_status = 429
     retryable = True
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        conversation_id: UUID | None = None,
+        limit: str | None = None,
+        limit_max: int | None = None,
+        retry_after_ms: int = RETRY_AFTER_MS,
+    ) -> None:
+        super().__init__(message, conversation_id=conversation_id)
+        self.limit = limit  # the name of the limit, as its setting is called in small letters …
+        self.limit_max = limit_max  # … and its value
+        self.retry_after_ms = retry_after_ms  # trying again cannot help before
 
 
 class Unauthorized(ClientError):

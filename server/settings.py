@@ -6,13 +6,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from typing import Annotated, Any, TypeAlias
 from urllib.parse import urlsplit
 
 import msgspec
 
 from anynode.models.text import is_storable
 from anynode.server.errors import ConfigurationError
+from anynode.server.limits import LIMIT_MAX, UserLimits
+
+IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
 CALLS_AT_ONCE_MAX = 64  # of tools, in one step of a turn
 NODE_NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")  # as the label of a host
@@ -40,6 +44,9 @@ def _whole(low: int, high: int) -> Callable[[str, str], int]:
         return number
 
     return parse
+
+
+_limit = _whole(0, LIMIT_MAX)
 
 
 def _number(low: float, high: float) -> Callable[[str, str], float]:
@@ -86,6 +93,15 @@ def _origins(name: str, value: str) -> tuple[str, ...]:
             raise ConfigurationError(f"{name} takes origins without a path, not {item!r}")
         origins.append(f"{parts.scheme}://{parts.netloc}".lower())
     return tuple(origins)
+
+
+def _networks(name: str, value: str) -> tuple[IPNetwork, ...]:
+    try:
+        return tuple(ip_network(part.strip(), strict=False) for part in value.split(",") if part.strip())
+    except ValueError:
+        raise ConfigurationError(
+            f"{name} must be addresses or networks such as 10.0.0.0/8, separated by commas, not {value!r}"
+        ) from None
 
 
 class ScriptedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -138,6 +154,12 @@ class Settings:
         None, _http_url, "URL of the public keys (JWKS) of RS256 and ES256 tokens; this or `JWT_SECRET`."
     )
     jwt_audience: str = _setting("anynode", _text, "The `aud` that a token must have.")
+    jwt_audience_claim: str = _setting(
+        "aud", _text, "The claim that holds the audience: `client_id` for Cognito, `azp` for Clerk."
+    )
+    jwt_leeway_seconds: float = _setting(
+        10.0, _number(0, 300), "Seconds that an issuer's clock may be ahead, for `nbf` and `iat`."
+    )
     jwt_issuer: str = _setting("anynode", _text, "The `iss` that a token must have.")
     allowed_origins: tuple[str, ...] = _setting(
         (), _origins, "Origins of pages that may connect, separated by commas; the server's own is always allowed."
@@ -216,6 +238,55 @@ class Settings:
     turns_max: int = _setting(
         5_000, _whole(1, 1_000_000), "Turns that this node runs at once; further ones are refused with `rate_limited`."
     )
+
+    turn_seconds_max: float = _setting(
+        3600.0, _number(1, 86_400), "Seconds that a turn may take on one node, whatever its agent does; then it fails."
+    )
+    turns_per_user_max: int = _setting(
+        20, _limit, "Turns of one user that run at once, on all nodes together; 0: any number."
+    )
+    turns_per_user_per_minute: int = _setting(
+        60, _limit, "Turns of one user that begin within a minute, on all nodes together; 0: any number."
+    )
+    tokens_per_user_per_day: int = _setting(
+        10_000_000,
+        _limit,
+        "Tokens, read and written, that one user's turns spend in a day (UTC), on all nodes together; 0: any number.",
+    )
+    conversations_per_user_max: int = _setting(
+        100_000, _limit, "Conversations that are stored of one user; 0: any number."
+    )
+    messages_per_user_bytes_max: int = _setting(
+        1_073_741_824,
+        _limit,
+        "Bytes of messages and metadata that are stored of one user; 0: any number.",
+    )
+    connections_per_user_max: int = _setting(
+        100, _limit, "Sockets, streams and waiting requests of one user on this node; 0: any number."
+    )
+    unauthenticated_max: int = _setting(
+        2_000,
+        _whole(1, 1_000_000),
+        "Sockets of this node that have not authenticated yet; a further one takes the place of the one that has "
+        "waited longest.",
+    )
+    unauthenticated_per_address_max: int = _setting(500, _whole(1, 1_000_000), "The same for one address.")
+    trusted_proxies: tuple[IPNetwork, ...] = _setting(
+        (),
+        _networks,
+        "Addresses and networks of the proxies in front, separated by commas (`10.0.0.0/8, 192.0.2.7`); only they are "
+        "believed an `X-Forwarded-For`.",
+    )
+
+    @property
+    def user_limits(self) -> UserLimits:
+        """The limits of a user whose token does not carry its own."""
+        return UserLimits(
+            turns=self.turns_per_user_max,
+            turns_per_minute=self.turns_per_user_per_minute,
+            tokens_per_day=self.tokens_per_user_per_day,
+            connections=self.connections_per_user_max,
+        )
 
     @property
     def frame_bytes_max(self) -> int:

@@ -293,13 +293,18 @@ class StoredTurn(Struct, frozen=True):
 
 class ErrorBody(Struct, frozen=True, omit_defaults=True):
     """The reason of a refusal. `details` says which parts are wrong. The ids are there if a question had been admitted
-    by then: its turn goes on, and asking again with these ids gets its answer."""
+    by then: its turn goes on, and asking again with these ids gets its answer. With `rate_limited` it says
+    after how many milliseconds to try again, and, where the limit that was reached has a name, which `limit` it is and
+    its value, `limit_max`."""
 
     code: str
     message: str
     details: Sequence[WrongPart] | UnsetType = UNSET
     conversation_id: UUID | UnsetType = UNSET
     message_id: str | UnsetType = UNSET
+    limit: str | UnsetType = UNSET
+    limit_max: int | UnsetType = UNSET
+    retry_after_ms: int | UnsetType = UNSET
 
 
 class WrongPart(Struct, frozen=True):

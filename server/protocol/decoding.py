@@ -14,7 +14,8 @@ from msgspec.structs import FieldInfo, fields
 
 from anynode.server.errors import InvalidFrame, Problem
 from anynode.server.protocol.bodies import Body, Content, TextPart
-from anynode.server.protocol.frames import NOT_BLANK, strict_json
+from anynode.server.protocol.frames import NOT_BLANK
+from anynode.server.protocol.strict_json import strict_json
 
 PROBLEMS_MAX: Final = 20  # reported for one request; more would not help its sender
 ITEMS_MAX: Final = 1000  # items of a list in which faults are looked for

@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from anynode.models.conversations import Snapshot
 from anynode.models.events import DELTA, Event, delta_text
-from anynode.server.errors import ClientError
+from anynode.server.errors import ClientError, RateLimited
 from anynode.server.protocol.frames import ConversationSnapshot, Error, Message, RunningTurn, Usage
 
 _encoder = msgspec.json.Encoder()
@@ -36,9 +36,17 @@ def usage_of(stored: str | None) -> Usage | None:
 
 def error_frame(error: ClientError, request_id: str | None) -> str:
     """Encode the `error` frame of a refusal."""
-    return encode(
-        Error(error.code, error.message, error.retryable, request_id or UNSET, error.conversation_id or UNSET)
-    )
+    conversation_id = error.conversation_id or UNSET
+    limits = limit_fields(error)
+    return encode(Error(error.code, error.message, error.retryable, request_id or UNSET, conversation_id, **limits))
+
+
+def limit_fields(error: ClientError) -> dict[str, Any]:
+    """Return the fields by which an error says which limit was reached, and after how long to try again."""
+    if not isinstance(error, RateLimited):
+        return {}
+    limit, limit_max = error.limit or UNSET, UNSET if error.limit_max is None else error.limit_max
+    return {"limit": limit, "limit_max": limit_max, "retry_after_ms": error.retry_after_ms}
 
 
 def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:

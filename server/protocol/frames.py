@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeGuard
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 from uuid import UUID
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from anynode.models.text import is_storable
 from anynode.server.errors import InvalidFrame
+from anynode.server.protocol.strict_json import strict_json
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
@@ -114,25 +113,6 @@ def decode_frame(text: str) -> AnyClientFrame:
     return frame
 
 
-def strict_json(text: str, noun: str) -> Any:
-    """Decode a JSON text strictly: no duplicate key, no NaN, no text that Postgres cannot store. Raises InvalidFrame,
-    whose message begins with the noun."""
-    try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError:
-        raise InvalidFrame(f"{noun} is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise InvalidFrame(f"{noun} is not JSON: {error}") from None
-    except ValueError as error:
-        raise InvalidFrame(f"{noun} {error}") from None
-    if isinstance(value, str | list):
-        try:
-            _check_text("a text", value)
-        except ValueError as error:
-            raise InvalidFrame(f"{noun} {error}") from None
-    return value
-
-
 def request_id_of(text: str, name: str = "request_id") -> str | None:
     """Return the `request_id` of a refused frame, if it has one, so that its sender knows which frame it was."""
     try:
@@ -145,40 +125,6 @@ def request_id_of(text: str, name: str = "request_id") -> str | None:
 def is_client_id(value: object) -> TypeGuard[str]:
     """Whether a value can be an id that a client chose."""
     return isinstance(value, str) and 0 < len(value) <= ID_CHARACTERS_MAX and value.isprintable()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("has a duplicate key")
-    for name, item in pairs:
-        if not is_storable(name):
-            raise ValueError(f"has a NUL or half a surrogate pair in {name!a}")
-        if isinstance(item, str | list):
-            _check_text(f"{name!a}", item)
-    return value
-
-
-def _check_text(name: str, value: str | list[Any]) -> None:
-    """Check a text, or the texts in a list. Objects in it were checked when they were decoded."""
-    if isinstance(value, str):
-        if not is_storable(value):
-            raise ValueError(f"has a NUL or half a surrogate pair in {name}")
-        return
-    for item in value:
-        if isinstance(item, str | list):
-            _check_text(name, item)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"has {name}, which is not JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"has a number that is too large: {text[:20]}")
-    return number
 
 
 class CalledFunction(Struct, frozen=True):
@@ -338,13 +284,17 @@ class ConversationSnapshot(ServerFrame, frozen=True, tag="conversation.snapshot"
 
 
 class Error(ServerFrame, frozen=True, tag="error"):
-    """A frame was refused; the connection lives on."""
+    """A frame was refused; the connection lives on. With `rate_limited` it says after how many milliseconds to try
+    again, and, where the limit that was reached has a name, which `limit` it is and its value, `limit_max`."""
 
     code: str
     message: str
     retryable: bool
     request_id: str | UnsetType = UNSET
     conversation_id: UUID | UnsetType = UNSET
+    limit: str | UnsetType = UNSET
+    limit_max: int | UnsetType = UNSET
+    retry_after_ms: int | UnsetType = UNSET
 
 
 class AuthExpiring(ServerFrame, frozen=True, tag="auth.expiring"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from anynode.server.errors import (
 )
 from anynode.server.protocol.bodies import Body, ErrorBody, NoQuery, Refusal, WrongPart
 from anynode.server.protocol.decoding import decode_body, decode_query
+from anynode.server.protocol.encoding import limit_fields
 from anynode.server.protocol.frames import is_client_id
 from anynode.server.transport.cut_short import CutShort, run_unless
 from anynode.server.transport.paths import CONVERSATION, as_id, named, route_of
@@ -44,7 +46,7 @@ BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
 AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns must not stop for it
 DECODED_AT_ONCE: Final = 2  # of those; others wait
 READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
-RETRY_SECONDS: Final = 1  # what 429 and 503 say in `Retry-After`
+RETRY_SECONDS: Final = 1  # what 503 says in `Retry-After`
 BREAK_OFF: Final = "anynode.break_off"  # in the scope: closes the connection
 AnyQuery = TypeVar("AnyQuery", bound=Body)
 AnyBody = TypeVar("AnyBody")
@@ -139,13 +141,15 @@ def refusal(
 ) -> Response:
     """Return the answer that tells of an error, with the ids of what was admitted before it came."""
     all_headers = dict(headers or {})
-    if error.http_status in (429, 503):
+    if isinstance(error, RateLimited):
+        all_headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
+    elif error.http_status == 503:
         all_headers["Retry-After"] = str(RETRY_SECONDS)
     if error.http_status == 401:
         all_headers["WWW-Authenticate"] = "Bearer"
     problems = error.problems if isinstance(error, InvalidFrame) else ()
     details = [WrongPart(*problem) for problem in problems] or UNSET
-    body = ErrorBody(error.code, error.message, details, conversation_id, message_id)
+    body = ErrorBody(error.code, error.message, details, conversation_id, message_id, **limit_fields(error))
     return reply(Refusal(body), status or error.http_status, all_headers)
 
 

@@ -25,6 +25,13 @@ from websockets.asyncio.client import ClientConnection, connect
 from anynode.server.auth import make_token
 
 SECRET = secrets.token_urlsafe(48)
+# Most tests do with one user, in seconds, what takes a person a day.
+NO_USER_LIMITS = {
+    "TURNS_PER_USER_MAX": "0",
+    "TURNS_PER_USER_PER_MINUTE": "0",
+    "TOKENS_PER_USER_PER_DAY": "0",
+    "CONNECTIONS_PER_USER_MAX": "0",
+}
 TERMINAL = frozenset({"turn.completed", "turn.cancelled", "turn.failed"})
 Frame = dict[str, Any]
 
@@ -140,6 +147,7 @@ def running_node(
         "JWT_SECRET": SECRET,
         "ECHO_TOKENS_PER_SECOND": "0",
         "DRAIN_SECONDS": "1",
+        **NO_USER_LIMITS,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     with log.open("wb") as output:

@@ -243,7 +243,9 @@ async def test_a_token_with_another_character_anywhere_is_unauthorized(position:
     position %= len(token)
     changed = token[:position] + character + token[position + 1 :]
     if changed == token:
-        assert await authenticator().authenticate(token) == Identity("ada", 9999999999.0)
+        assert await authenticator().authenticate(token) == Identity(
+            "ada", 9999999999.0, issued_at=1.0, limits=Settings().user_limits
+        )
     else:
         with pytest.raises(Unauthorized):
             await authenticator().authenticate(changed)

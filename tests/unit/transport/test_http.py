@@ -367,7 +367,8 @@ async def test_a_long_body_is_decoded_beside_the_loop_and_a_short_one_at_once(se
 def test_every_refusal_has_its_status_its_code_and_the_headers_that_belong_to_it(kind: type[ClientError]) -> None:
     response = refusal(kind())
     assert response.status_code == kind.http_status
-    assert json.loads(bytes(response.body)) == {"error": {"code": kind.code, "message": kind.__doc__}}
+    limits = {"retry_after_ms": 1000} if kind is RateLimited else {}
+    assert json.loads(bytes(response.body)) == {"error": {"code": kind.code, "message": kind.__doc__, **limits}}
     assert response.headers["cache-control"] == "no-store"
     assert ("retry-after" in response.headers) == (kind.http_status in (429, 503))
     assert ("www-authenticate" in response.headers) == (kind.http_status == 401)
