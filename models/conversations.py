@@ -16,6 +16,7 @@ from anynode.models.database import Database, Unavailable
 from anynode.models.ids import as_uuid
 from anynode.models.queries import bind
 from anynode.models.rules import COMPLETED
+from anynode.models.usage import ReachedLimit, reached_limit, run_within_quota
 
 CREATE_TIMES_MAX: Final = 20  # how often others may make and delete the same conversation meanwhile
 DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
@@ -63,7 +64,9 @@ class Admission:
 
     `outcome` is `admitted`, `repeated`, `not_found`, `conversation_busy`, `role_order`, `message_id_taken` or, where a
     question was to be answered again, `not_last`, or `answered` where the last message was to be answered and is no
-    question. `turn_id` is the question's turn, or the turn that keeps the conversation busy. `first_seq` is the seq of
+    question; or `rate_limited`, with the `reached` limit.
+
+    `turn_id` is the question's turn, or the turn that keeps the conversation busy. `first_seq` is the seq of
     the turn's first event, None when its events have been deleted. With `role_order`, `last_role` is the role of the
     last message. `client_message_id` is the id of a question that was there before its turn.
     """
@@ -76,6 +79,8 @@ class Admission:
     system_prompt: str | None = None
     history: Sequence[StoredMessage] = ()
     client_message_id: str | None = None
+    history_is_cut: bool = False  # its bytes have left messages out
+    reached: ReachedLimit | None = None
 
 
 async def admit(
@@ -85,9 +90,12 @@ async def admit(
     node: str,
     lease_seconds: float,
     history_messages_max: int,
+    limits: str | None = None,
     on_sent: Callable[[], object],
 ) -> Admission:
     """Admit a user's message and begin its turn, in one transaction and one round trip.
+
+    `limits` are those of the user: a JSON object by the names of their settings; None: there are none.
 
     The lease runs from after `on_sent` is called. Raises Unavailable.
     """
@@ -106,6 +114,7 @@ async def admit(
         "message_created": question.message_created,
         "turn_started": question.turn_started,
         "history_messages_max": history_messages_max,
+        "limits": limits,
     }
     client_chat_id = question.client_chat_id
     if client_chat_id is None:
@@ -118,13 +127,15 @@ async def admit(
 
 
 class AnswerTerms(TypedDict):
-    """The turn that is to answer a conversation's last question, and the lease of the node that runs it."""
+    """The turn that is to answer a conversation's last question, the lease of the node that runs it, and the user's
+    limits, as `admit` takes them."""
 
     turn_id: UUID
     created_at: datetime
     node: str
     lease_seconds: float
     history_messages_max: int
+    limits: str | None
 
 
 async def regenerate(
@@ -172,22 +183,25 @@ def _admission(row: asyncpg.Record) -> Admission:
         system_prompt=row["system_prompt"],
         history=decode_history(row),
         client_message_id=row.get("client_id"),
+        history_is_cut=bool(row["is_cut"]),
+        reached=reached_limit(row),
     )
 
 
 async def read_history(
     database: Database, conversation_id: UUID, *, messages_max: int
-) -> tuple[str | None, list[StoredMessage]] | None:
-    """Read the system prompt and the newest messages of any user's conversation. None: it is deleted.
+) -> tuple[str | None, list[StoredMessage], bool] | None:
+    """Read the system prompt and the newest messages of any user's conversation, and whether their bytes have left
+    others out. None: it is deleted.
 
     Raises Unavailable.
     """
     rows = await database.run(bind("history", conversation_id=conversation_id, messages_max=messages_max))
-    return (rows[0]["system_prompt"], decode_history(rows[0])) if rows else None
+    return (rows[0]["system_prompt"], decode_history(rows[0]), bool(rows[0]["is_cut"])) if rows else None
 
 
 def decode_history(row: asyncpg.Record) -> list[StoredMessage]:
-    """Return the history in a row that has the columns of `anynode_history`, oldest message first."""
+    """Return the history in a row that has the columns of `anynode_read_history`, oldest message first."""
     roles: Sequence[str] = row["roles"] or ()
     optional = [row[name] for name in ("statuses", "turn_ids", "tool_calls", "tool_names", "tool_call_ids")]
     if all(column is None for column in optional):
@@ -232,8 +246,10 @@ async def create_conversation(
     system_prompt: str | None,
     metadata: str,
     created_at: datetime,
+    limits: str | None = None,
 ) -> asyncpg.Record:
-    """Make a conversation; `metadata` is JSON. Returns its row. Raises Unavailable."""
+    """Make a conversation; `metadata` is JSON, and `limits` are those of the user, as `admit` takes them. Returns its
+    row. Raises OverQuota or Unavailable."""
     created = bind(
         "create_conversation",
         user_id=user_id,
@@ -242,8 +258,10 @@ async def create_conversation(
         system_prompt=system_prompt,
         metadata=metadata,
         created_at=created_at,
+        bytes=_bytes_of(title, system_prompt, metadata),
+        limits=limits,
     )
-    (row,) = await database.run(created)
+    (row,) = await run_within_quota(database, user_id, created)
     return row
 
 
@@ -258,6 +276,7 @@ async def get_or_create_conversation(
     system_prompt: str | None,
     metadata: str,
     created_at: datetime,
+    limits: str | None = None,
 ) -> tuple[asyncpg.Record | None, bool]:
     """Find the user's conversation by an id, or make it. Returns its row, and whether this call has made it.
 
@@ -268,7 +287,8 @@ async def get_or_create_conversation(
     With a `wanted_id` and no `client_id` it is made under `wanted_id` itself. The row is None if another user has that
     id. Repeat the call then, with the text as `client_id`.
 
-    Many calls at once, on any nodes, return one conversation, and one of them has made it. Raises Unavailable.
+    Many calls at once, on any nodes, return one conversation, and one of them has made it. `limits` are those of the
+    user, as `admit` takes them. Raises OverQuota or Unavailable.
     """
     new_id = wanted_id if client_id is None and wanted_id is not None else conversation_id
     attempts = 0
@@ -287,9 +307,11 @@ async def get_or_create_conversation(
         system_prompt=system_prompt,
         metadata=metadata,
         created_at=created_at,
+        bytes=_bytes_of(title, system_prompt, metadata),
+        limits=limits,
     )
     for answers in range(1, CREATE_TIMES_MAX + 1):
-        (row,) = await database.run(statement, on_sent=count)
+        (row,) = await run_within_quota(database, user_id, statement, on_sent=count)
         if row["id"] is not None:
             # An earlier attempt, whose answer was lost, may be the one that made it.
             is_mine = attempts > answers and (row["id"], row["created_at"]) == (new_id, created_at)
@@ -327,11 +349,20 @@ async def list_conversations(
     return await database.run(place)
 
 
+def _bytes_of(*texts: str | None) -> int:
+    return sum(len(text.encode()) for text in texts if text is not None)
+
+
 async def update_conversation(
-    database: Database, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]
+    database: Database,
+    user_id: str,
+    conversation_id: UUID,
+    changes: Mapping[str, str | None],
+    *,
+    limits: str | None = None,
 ) -> asyncpg.Record | None:
-    """Set those of title, system_prompt and metadata (JSON) that `changes` has. Returns the row. None: not this user's
-    conversation. Raises Unavailable."""
+    """Set those of title, system_prompt and metadata (JSON) that `changes` has. `limits` are those of the user, as
+    `admit` takes them. Returns the row. None: not this user's conversation. Raises OverQuota or Unavailable."""
     updated = bind(
         "update_conversation",
         user_id=user_id,
@@ -342,8 +373,10 @@ async def update_conversation(
         system_prompt=changes.get("system_prompt"),
         sets_metadata="metadata" in changes,
         metadata=changes.get("metadata"),
+        bytes=_bytes_of(*changes.values()),
+        limits=limits,
     )
-    rows = await database.run(updated)
+    rows = await run_within_quota(database, user_id, updated)
     return rows[0] if rows else None
 
 

@@ -55,6 +55,7 @@ class Ending:
     messages: Sequence[NewMessage]
     error: str | None = None
     usage: str | None = None
+    tokens: int = 0  # read and written, for the user's limit
 
 
 @dataclass(slots=True)
@@ -118,6 +119,7 @@ def _flush(entries: Sequence[Entry]) -> Bound:
         errors=[ending.error for _, ending in ends],
         usages=[ending.usage for _, ending in ends],
         last_seqs=[entry.events[-1].seq for entry, _ in ends],
+        tokens=[ending.tokens for _, ending in ends],
     )
 
 

@@ -14,6 +14,7 @@ import msgspec
 from anynode.models.database import Database
 from anynode.models.queries import bind
 from anynode.models.rules import Tail
+from anynode.models.usage import run_within_quota
 
 PAGE_BYTES_MAX: Final = 2_097_152  # of content; a page is encoded at once
 MOVED_TIMES_MAX: Final = 20  # how often others may be faster before an append gives up
@@ -52,11 +53,13 @@ async def append_messages(
     *,
     created_at: datetime,
     checked: Callable[[Tail], Sequence[tuple[AppendedMessage, AnyShown]]],
+    limits: str | None = None,
 ) -> AppendOutcome[AnyShown]:
     """Append all messages that `checked` returns for the conversation's end, or none.
 
     `checked` raises where the order of roles is not kept. It is called again when another append or turn was faster, so
-    its decision holds under the conversation's lock. Raises Unavailable.
+    its decision holds under the conversation's lock. `limits` are those of the user, as `admit` takes them. Raises
+    OverQuota or Unavailable.
     """
     for _ in range(MOVED_TIMES_MAX):
         rows = await database.run(bind("read_tail", user_id=user_id, conversation_id=conversation_id))
@@ -78,8 +81,9 @@ async def append_messages(
             tool_names=[message.tool_name for message, _ in messages],
             tool_call_ids=[message.tool_call_id for message, _ in messages],
             payloads=[message.payload for message, _ in messages],
+            limits=limits,
         )
-        (row,) = await database.run(appended)
+        (row,) = await run_within_quota(database, user_id, appended)
         if row["outcome"] != "moved":
             return AppendOutcome(row["outcome"], row["last_seq"] or 0, messages)
     return AppendOutcome("conversation_busy", 0, ())

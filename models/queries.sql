@@ -5,27 +5,30 @@
 
 -- name: admit
 -- Admit a user's message, and begin its turn: ownership, repetition, one turn at a time and role order are checked, the
--- message, the turn and their events are inserted, and the history is read. See models/functions/admit.sql.
-SELECT * FROM anynode_admit(:user_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id,
-                            :content, :created_at, :turn_id, :node, :lease_seconds, :message_created, :turn_started,
-                            :history_messages_max);
+-- message, the turn and their events are inserted, and the history is read. See models/functions/admit_message.sql.
+SELECT * FROM anynode_admit_message(
+    :user_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id, :content, :created_at,
+    :turn_id, :node, :lease_seconds, :message_created, :turn_started, :history_messages_max, :limits);
 
 -- name: admit_to_chat
 -- Admit a message to a conversation that goes by a client's own id, which is made where there is none. See
--- models/functions/admit_to_chat.sql.
-SELECT * FROM anynode_admit_to_chat(:user_id, :client_chat_id, :conversation_id, :new_conversation_id, :title,
-                                    :message_id, :client_message_id, :content, :created_at, :turn_id, :node,
-                                    :lease_seconds, :message_created, :turn_started, :history_messages_max);
+-- models/functions/admit_chat_message.sql.
+SELECT * FROM anynode_admit_chat_message(
+    :user_id, :client_chat_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id,
+    :content, :created_at, :turn_id, :node, :lease_seconds, :message_created, :turn_started, :history_messages_max,
+    :limits);
 
 -- name: regenerate
--- Begin a turn that answers the last question again; its old answer is superseded. See models/functions/regenerate.sql.
-SELECT * FROM anynode_regenerate(:user_id, :conversation_id, :client_message_id, :turn_id, :created_at, :node,
-                                 :lease_seconds, :history_messages_max);
+-- Begin a turn that answers the last question again; its old answer is superseded. See
+-- models/functions/answer_question.sql.
+SELECT * FROM anynode_answer_question(:user_id, :conversation_id, :client_message_id, false, :turn_id, :created_at,
+                                      :node, :lease_seconds, :history_messages_max, :limits);
 
 -- name: answer
--- Begin a turn that answers the last message, a question that has no answer yet. See models/functions/answer.sql.
-SELECT * FROM anynode_answer(:user_id, :conversation_id, NULL, true, :turn_id, :created_at, :node, :lease_seconds,
-                             :history_messages_max);
+-- Begin a turn that answers the last message, a question that has no answer yet. See
+-- models/functions/answer_question.sql.
+SELECT * FROM anynode_answer_question(:user_id, :conversation_id, NULL, true, :turn_id, :created_at, :node,
+                                      :lease_seconds, :history_messages_max, :limits);
 
 -- fragment: append_events
 -- Append events of many turns. A turn whose epoch is stale, or that has ended, is not in `owned`: it is refused as a
@@ -60,7 +63,8 @@ SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
 
 -- name: flush_with_endings
 -- Append what the turns of a node have said, where some of them end. Their messages, their status and the
--- conversation's last_seq are committed in the same statement. The turns that were refused are returned.
+-- conversation's last_seq are committed in the same statement, and their cost is counted towards their users' limits.
+-- The turns that were refused are returned. See models/functions/settle.sql, which returns no row.
 -- include: append_events
 , said AS (
     INSERT INTO messages (id, conversation_id, user_id, position, role, content, tool_calls, tool_name,
@@ -73,6 +77,7 @@ SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
                 :message_statuses::text[], :created_ats::timestamptz[])
         AS m (turn_id, id, user_id, number, role, content, tool_calls, tool_name, tool_call_id, status, created_at)
     JOIN owned o ON o.id = m.turn_id
+    RETURNING user_id, octet_length(content) + coalesce(octet_length(tool_calls::text), 0) AS bytes
 ), ended AS (
     UPDATE turns t
     SET status = e.status, error = e.error, usage = e.usage, finished_at = clock_timestamp()
@@ -83,11 +88,17 @@ SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
 ), counted AS (
     UPDATE conversations c
     SET last_seq = e.last_seq
-    FROM unnest(:ended_turn_ids::uuid[], :last_seqs::bigint[]) AS e (turn_id, last_seq)
+    FROM unnest(:ended_turn_ids::uuid[], :last_seqs::bigint[], :tokens::bigint[]) AS e (turn_id, last_seq, tokens)
     JOIN owned o ON o.id = e.turn_id
     WHERE c.id = o.conversation_id
+    RETURNING c.user_id, e.tokens
+), spent AS MATERIALIZED (
+    SELECT user_id, tokens, 0 AS bytes FROM counted UNION ALL SELECT user_id, 0, bytes FROM said
 )
-SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned);
+SELECT turn_id FROM claims WHERE turn_id NOT IN (SELECT id FROM owned)
+UNION ALL
+SELECT anynode_settle((SELECT array_agg(user_id) FROM spent), (SELECT array_agg(tokens) FROM spent),
+                      (SELECT array_agg(bytes) FROM spent));
 
 -- name: flush_one
 -- Append one event of one turn, and return the turn if it was refused. Without arrays the plan is made once and kept;
@@ -182,37 +193,46 @@ FROM conversation c LEFT JOIN newest m ON true
 ORDER BY m.position;
 
 -- name: create_conversation
--- Make a conversation, and its user where that is new.
-WITH known AS (
-    INSERT INTO users (id) VALUES (:user_id) ON CONFLICT DO NOTHING
+-- Make a conversation, and its user where that is new, if the user may store it: else the limit is named. See
+-- models/functions/count.sql.
+WITH room AS MATERIALIZED (
+    SELECT * FROM anynode_count(:user_id, NULL, 1, :bytes, :limits)
+), known AS (
+    INSERT INTO users (id) SELECT :user_id FROM room WHERE refused_limit IS NULL ON CONFLICT DO NOTHING
+), made AS (
+    INSERT INTO conversations (id, user_id, title, system_prompt, metadata, created_at, updated_at)
+    SELECT :conversation_id, :user_id, :title, :system_prompt, :metadata, :created_at, :created_at
+    FROM room WHERE refused_limit IS NULL
+    ON CONFLICT (id) DO UPDATE SET id = excluded.id
+    RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at
 )
-INSERT INTO conversations (id, user_id, title, system_prompt, metadata, created_at, updated_at)
-VALUES (:conversation_id, :user_id, :title, :system_prompt, :metadata, :created_at, :created_at)
-ON CONFLICT (id) DO UPDATE SET id = excluded.id
-RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+SELECT * FROM room LEFT JOIN made ON true;
 
 -- name: get_or_create_conversation
 -- Find the conversation that a client means by an id, or make one under `new_id`. There is always one row. Its id is null
 -- where `new_id` is another user's conversation (`is_taken`), or where another transaction made the conversation at the
--- same instant: then the same statement again finds it. Users come before their conversations, as in
--- anynode_admit_to_chat, so that two transactions of a new user never wait for each other. See
--- models/functions/chat.sql.
+-- same instant: then the same statement again finds it. It is null, too, where the user may store no more. Users come before their conversations, as in
+-- anynode_admit_chat_message, so that two transactions of a new user never wait for each other. See
+-- models/functions/chat.sql and models/functions/count.sql.
 WITH found AS MATERIALIZED (
     SELECT anynode_chat(:user_id, coalesce(:client_id, :wanted_id::uuid::text), :wanted_id) AS id,
            EXISTS (SELECT FROM conversations WHERE id = :new_id AND user_id <> :user_id) AS is_taken
+), room AS MATERIALIZED (
+    SELECT c.* FROM found CROSS JOIN LATERAL anynode_count(:user_id, NULL, 1, :bytes, :limits) c
+    WHERE found.id IS NULL AND NOT is_taken
 ), known AS (
-    INSERT INTO users (id) SELECT :user_id FROM found WHERE found.id IS NULL AND NOT is_taken
+    INSERT INTO users (id) SELECT :user_id FROM room WHERE refused_limit IS NULL
     ON CONFLICT DO NOTHING
     RETURNING id
 ), made AS (
     INSERT INTO conversations (id, user_id, client_id, title, system_prompt, metadata, created_at, updated_at)
     SELECT :new_id, :user_id, :client_id, :title, :system_prompt, :metadata, :created_at, :created_at
-    FROM (SELECT count(*) FROM known) AS users_first, found WHERE found.id IS NULL AND NOT is_taken
+    FROM (SELECT count(*) FROM known) AS users_first, room WHERE refused_limit IS NULL
     ON CONFLICT DO NOTHING
     RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at
 )
-SELECT is_taken, c.*
-FROM found LEFT JOIN (
+SELECT is_taken, refused_limit, retry_after_ms, c.*
+FROM found LEFT JOIN room ON true LEFT JOIN (
     SELECT true AS is_new, * FROM made
     UNION ALL
     SELECT false, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
@@ -238,13 +258,22 @@ WHERE user_id = :user_id AND (:search::text IS NULL OR strpos(lower(title), lowe
 ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip;
 
 -- name: update_conversation
--- Set each field whose flag is true. `updated_at` stays: it is the last activity.
-UPDATE conversations
-SET title = CASE WHEN :sets_title THEN :title ELSE title END,
-    system_prompt = CASE WHEN :sets_system_prompt THEN :system_prompt ELSE system_prompt END,
-    metadata = CASE WHEN :sets_metadata THEN :metadata ELSE metadata END
-WHERE id = :conversation_id AND user_id = :user_id
-RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at;
+-- Set each field whose flag is true, if the user may store it: else the limit is named. `updated_at` stays: it is the
+-- last activity. Conversations are locked before their users' usage, as everywhere. See
+-- models/functions/count.sql.
+WITH mine AS MATERIALIZED (
+    SELECT id FROM conversations WHERE id = :conversation_id AND user_id = :user_id FOR NO KEY UPDATE
+), room AS MATERIALIZED (
+    SELECT mine.id AS conversation_id, c.* FROM mine CROSS JOIN LATERAL anynode_count(:user_id, NULL, 0, :bytes, :limits) c
+), updated AS (
+    UPDATE conversations
+    SET title = CASE WHEN :sets_title THEN :title ELSE title END,
+        system_prompt = CASE WHEN :sets_system_prompt THEN :system_prompt ELSE system_prompt END,
+        metadata = CASE WHEN :sets_metadata THEN :metadata ELSE metadata END
+    FROM room WHERE id = :conversation_id AND user_id = :user_id AND refused_limit IS NULL
+    RETURNING id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at
+)
+SELECT refused_limit, retry_after_ms, updated.* FROM room LEFT JOIN updated ON true;
 
 -- name: delete_conversation
 -- Delete a conversation with its messages, turns and events; while a turn runs only if `is_forced`. See
@@ -266,9 +295,9 @@ WHERE c.id = :conversation_id AND c.user_id = :user_id
 ORDER BY m.position;
 
 -- name: append
--- Append messages without a turn, if the last message is still the one at `position`. See models/functions/append.sql.
-SELECT * FROM anynode_append(:user_id, :conversation_id, :position, :created_at, :ids, :roles, :contents, :tool_calls,
-                             :tool_names, :tool_call_ids, :payloads);
+-- Append messages without a turn, if the last message is still the one at `position`. See models/functions/append_messages.sql.
+SELECT * FROM anynode_append_messages(:user_id, :conversation_id, :position, :created_at, :ids, :roles, :contents,
+                                      :tool_calls, :tool_names, :tool_call_ids, :payloads, :limits);
 
 -- name: read_messages
 -- Read the newest messages up to one of them (`before`, itself included; null: up to the end), newest first. There are
@@ -347,10 +376,10 @@ SELECT * FROM anynode_take_over(:node, :known, :lease_seconds, :turns_max, :atte
                                 :two_beats_seconds, :conversation_id);
 
 -- name: history
--- Read what an agent needs of a conversation, as an admission returns it. See models/functions/history.sql.
+-- Read what an agent needs of a conversation, as an admission returns it. See models/functions/read_history.sql.
 SELECT coalesce((SELECT m.content FROM messages m WHERE m.conversation_id = c.id AND m.position = 1
                  AND m.role = 'system'), c.system_prompt) AS system_prompt, h.*
-FROM conversations c CROSS JOIN LATERAL anynode_history(c.id, :messages_max) h WHERE c.id = :conversation_id;
+FROM conversations c CROSS JOIN LATERAL anynode_read_history(c.id, :messages_max) h WHERE c.id = :conversation_id;
 
 -- name: request_cancel
 -- Ask the node that runs a turn (null: the running one) to stop it. No row: not the user's conversation. A null id: it
@@ -466,6 +495,33 @@ DELETE FROM tickets WHERE expires_at < now();
 -- name: read_usage
 -- Read what turns have used, where they say so.
 SELECT id, usage FROM turns WHERE id = ANY (:turn_ids::uuid[]) AND usage IS NOT NULL;
+
+-- name: claim_measurement
+-- Return a row to the one of many callers that may measure what a user stores: at most one in a minute.
+UPDATE user_usage SET measured_at = clock_timestamp()
+WHERE user_id = :user_id AND measured_at NOT BETWEEN clock_timestamp() - interval '1 minute' AND clock_timestamp()
+RETURNING user_id;
+
+-- name: measure_stored
+-- Count anew what a user stores. What others add while this statement counts is added to the result. It locks nothing
+-- until it has counted.
+WITH before AS MATERIALIZED (
+    SELECT conversations, bytes FROM user_usage WHERE user_id = :user_id
+), stored AS MATERIALIZED (
+    SELECT count(*) AS conversations,
+           coalesce(sum(octet_length(coalesce(c.title, '')) + octet_length(coalesce(c.system_prompt, ''))
+                        + octet_length(c.metadata::text) + m.bytes), 0)::bigint AS bytes
+    FROM conversations c CROSS JOIN LATERAL (
+        SELECT coalesce(sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)), 0) AS bytes
+        FROM messages WHERE conversation_id = c.id
+    ) m
+    WHERE c.user_id = :user_id
+)
+UPDATE user_usage u
+SET conversations = greatest(u.conversations - b.conversations + s.conversations, 0),
+    bytes = greatest(u.bytes - b.bytes + s.bytes, 0)
+FROM before b CROSS JOIN stored s WHERE u.user_id = :user_id
+RETURNING u.conversations, u.bytes;
 
 -- name: write_emails
 -- Store users' e-mail addresses, and the users who are new. Rows that say the same already are not locked. The others

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 # The roles that may come next, by the role of the last message (None: there is none) and whether calls are pending.
-# `functions/admit.sql` checks the lines for `user` again, under the conversation's lock.
+# `functions/admit_message.sql` checks the lines for `user` again, under the conversation's lock.
 NEXT_ROLES: Mapping[tuple[str | None, bool], frozenset[str]] = {
     (None, False): frozenset({"system", "user"}),
     ("system", False): frozenset({"user"}),

@@ -8,6 +8,20 @@ CREATE TABLE users (
     email text -- the `email` of the newest token that had one
 );
 
+-- What each user has spent and stored, by which admissions are limited. Free room on each page keeps an update a
+-- heap-only one.
+CREATE TABLE user_usage (
+    user_id text PRIMARY KEY REFERENCES users (id) ON DELETE CASCADE,
+    running uuid[] NOT NULL DEFAULT '{}', -- the turns that ran when this was written, and perhaps still do
+    minute_started_at timestamptz NOT NULL DEFAULT '-infinity',
+    minute_turns integer NOT NULL DEFAULT 0, -- that have begun in this minute
+    day date NOT NULL DEFAULT '-infinity', -- UTC
+    day_tokens bigint NOT NULL DEFAULT 0, -- of turns that have ended on this day
+    conversations bigint NOT NULL DEFAULT 0, -- added up since they were measured; what was deleted is still in it …
+    bytes bigint NOT NULL DEFAULT 0, -- … as it is in this, the bytes of messages, titles, system prompts and metadata
+    measured_at timestamptz NOT NULL DEFAULT '-infinity'
+) WITH (fillfactor = 50);
+
 CREATE TABLE conversations (
     id uuid PRIMARY KEY,
     user_id text NOT NULL REFERENCES users (id),

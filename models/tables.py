@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from tortoise import fields
+from tortoise.contrib.postgres.fields import ArrayField
 from tortoise.fields.base import OnDelete
 from tortoise.fields.db_defaults import SqlDefault
 from tortoise.indexes import Index
@@ -50,6 +51,30 @@ class User(Model):
 
     class Meta:
         table = "users"
+
+
+class UserUsage(Model):
+    """What a user has spent and stored, as admissions count it.
+
+    `running` are turns that ran when it was written. `minute_turns` have begun since `minute_started_at`, and
+    `day_tokens` were spent on `day` (UTC). `conversations` and `bytes` are added up since they were measured.
+    """
+
+    user: fields.OneToOneRelation[User] = fields.OneToOneField(
+        "models.User", related_name="usage", on_delete=OnDelete.CASCADE, primary_key=True
+    )
+    user_id: str
+    running: Any = ArrayField(element_type="uuid", db_default=SqlDefault("'{}'::uuid[]"))
+    minute_started_at = fields.DatetimeField(db_default=SqlDefault("'-infinity'::timestamp with time zone"))
+    minute_turns = fields.IntField(db_default=SqlDefault("0"))
+    day = fields.DateField(db_default=SqlDefault("'-infinity'::date"))
+    day_tokens = fields.BigIntField(db_default=SqlDefault("0"))
+    conversations = fields.BigIntField(db_default=SqlDefault("0"))
+    bytes = fields.BigIntField(db_default=SqlDefault("0"))
+    measured_at = fields.DatetimeField(db_default=SqlDefault("'-infinity'::timestamp with time zone"))
+
+    class Meta:
+        table = "user_usage"
 
 
 class Conversation(Model):

@@ -4,7 +4,7 @@
 --     with the id `p_chat_uuid`; else null.
 -- Locks: nothing.
 -- Repeating: harmless; it only reads.
--- Called by: `find_chat`, `find_chat_end`, `get_or_create_conversation`; and by anynode_admit_to_chat.
+-- Called by: `find_chat`, `find_chat_end`, `get_or_create_conversation`; and by anynode_admit_chat_message.
 
 CREATE OR REPLACE FUNCTION anynode_chat(p_user_id text, p_chat_id text, p_chat_uuid uuid)
 RETURNS uuid LANGUAGE sql STABLE AS $$

@@ -1,12 +1,9 @@
--- anynode_history: read the newest messages of a conversation, in the form that an agent's history is made of.
+-- anynode_history: read the newest messages of a conversation, for nodes of the release 0.1.0.
 --
--- Does: returns one row of arrays, the newest message first, of at most `p_messages_max` messages. One row of arrays is
---     several times cheaper to transfer than a row for each message. An array that would hold only nulls (or, for
---     `statuses`, only 'completed') is null as a whole; `turn_ids` is null when `statuses` is. Superseded messages are
---     left out: they would push others out.
+-- Does: calls anynode_read_history.
 -- Locks: nothing.
 -- Repeating: harmless; it only reads.
--- Called by: `history`; and by anynode_admit and anynode_answer.
+-- Called by: nodes of the release 0.1.0.
 
 CREATE OR REPLACE FUNCTION anynode_history(
     p_conversation_id uuid, p_messages_max integer,
@@ -14,15 +11,9 @@ CREATE OR REPLACE FUNCTION anynode_history(
     OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[]
 ) LANGUAGE plpgsql STABLE AS $function$
 BEGIN
-    SELECT array_agg(h.role), array_agg(h.content),
-           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.status) END,
-           CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.turn_id) END,
-           CASE WHEN bool_or(h.tool_calls IS NOT NULL) THEN array_agg(h.tool_calls) END,
-           CASE WHEN bool_or(h.tool_name IS NOT NULL) THEN array_agg(h.tool_name) END,
-           CASE WHEN bool_or(h.tool_call_id IS NOT NULL) THEN array_agg(h.tool_call_id) END
-    INTO roles, contents, statuses, turn_ids, tool_calls, tool_names, tool_call_ids
-    FROM (SELECT m.role, m.content, m.status, m.turn_id, m.tool_calls, m.tool_name, m.tool_call_id
-          FROM messages m WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
-          ORDER BY m.position DESC LIMIT p_messages_max) h;
+    SELECT h.roles, h.contents, h.statuses, h.turn_ids, h.tool_calls, h.tool_names, h.tool_call_ids
+    INTO anynode_history.roles, anynode_history.contents, anynode_history.statuses, anynode_history.turn_ids,
+        anynode_history.tool_calls, anynode_history.tool_names, anynode_history.tool_call_ids
+    FROM anynode_read_history(p_conversation_id, p_messages_max) h;
 END
 $function$;

@@ -19,6 +19,6 @@ class Migration(Migration):  # type: ignore[no-redef]
 
     dependencies = [("models", "0005_chats")]  # noqa: RUF012
     operations = [  # noqa: RUF012
-        load_functions(*("admit", "admit_to_chat", "append", "chat", "delete", "history", "regenerate")),
+        load_functions("admit", "chat", "delete", "history"),
         RunSQL(DROP),
     ]

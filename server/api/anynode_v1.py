@@ -69,7 +69,7 @@ class AnynodeConnection(Connection):
         match frame:
             case MessageSend():
                 self._may_follow(frame.conversation_id)
-                await self._follow_admitted(await node.send(user_id, frame))
+                await self._follow_admitted(await node.send(user_id, frame, limits=self._limits))
             case ConversationFollow():
                 self._may_follow(frame.conversation_id)
                 await self._follow(frame.conversation_id, frame.after, request_id=frame.request_id)
@@ -79,7 +79,7 @@ class AnynodeConnection(Connection):
                 await node.cancel(user_id, frame.conversation_id, frame.turn_id)
             case TurnRegenerate():
                 self._may_follow(frame.conversation_id)
-                await self._follow_admitted(await node.regenerate(user_id, frame))
+                await self._follow_admitted(await node.regenerate(user_id, frame, limits=self._limits))
             case Ping():
                 pong = Pong() if frame.request_id is None else Pong(frame.request_id)
                 await self._send(encode(pong))

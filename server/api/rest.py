@@ -74,9 +74,14 @@ class Rest:
         fields = self._fields(request.body)
         client_id = fields.pop("client_id")
         if client_id is None:
-            conversation, is_new = await self._node.conversations.create(request.user_id, **fields), True
+            conversation, is_new = (
+                await self._node.conversations.create(request.user_id, limits=request.identity.limits, **fields),
+                True,
+            )
         else:
-            conversation, is_new = await self._node.conversations.get_or_create(request.user_id, client_id, **fields)
+            conversation, is_new = await self._node.conversations.get_or_create(
+                request.user_id, client_id, limits=request.identity.limits, **fields
+            )
         return reply(conversation, 201 if is_new else 200, {"Location": f"/conversations/{conversation.id}"})
 
     async def list(self, request: ApiRequest[ConversationsQuery, None]) -> ASGIApp:
@@ -100,7 +105,11 @@ class Rest:
     async def update(self, request: ApiRequest[NoQuery, ConversationChanges]) -> ASGIApp:
         """`PATCH /conversations/{conversation_id}`."""
         changes = self._fields(request.body)
-        return reply(await self._node.conversations.update(request.user_id, request.conversation_id, changes))
+        return reply(
+            await self._node.conversations.update(
+                request.user_id, request.conversation_id, changes, limits=request.identity.limits
+            )
+        )
 
     async def delete(self, request: AnyApiRequest) -> ASGIApp:
         """`DELETE /conversations/{conversation_id}`."""
@@ -130,7 +139,9 @@ class Rest:
         """`POST /conversations/{conversation_id}/messages`."""
         is_bulk = isinstance(request.body, NewMessages)
         given = request.body.messages if is_bulk else [request.body]
-        messages, seq = await self._node.append(request.user_id, request.conversation_id, given)
+        messages, seq = await self._node.append(
+            request.user_id, request.conversation_id, given, limits=request.identity.limits
+        )
         return reply(Appended(messages, seq) if is_bulk else messages[0], 201)
 
     # Turns.
@@ -142,7 +153,7 @@ class Rest:
             return await self._answer_appended(request)
         frame = MessageSend(body.message_id or new_message_id(), body.content, request.conversation_id, body.if_busy)
         with self._slots.acquire():
-            admitted = await self._node.send(request.user_id, frame)
+            admitted = await self._node.send(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted, frame.message_id) if body.wait else _started(admitted)
 
     async def _answer_appended(self, request: ApiRequest[NoQuery, Continue]) -> ASGIApp:
@@ -155,14 +166,14 @@ class Rest:
             problem = "is the id of a new question, so it needs content; leave both out to answer an appended one"
             raise InvalidFrame(problems=[Problem("message_id", problem)])
         with self._slots.acquire():
-            admitted = await self._node.answer(request.user_id, request.conversation_id)
+            admitted = await self._node.answer(request.user_id, request.conversation_id, limits=request.identity.limits)
             return await self._answer(request, admitted) if request.body.wait else _started(admitted)
 
     async def regenerate(self, request: ApiRequest[NoQuery, Regenerate]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/regenerate`."""
         with self._slots.acquire():
             frame = TurnRegenerate(request.conversation_id, request.body.message_id)
-            admitted = await self._node.regenerate(request.user_id, frame)
+            admitted = await self._node.regenerate(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted) if request.body.wait else _started(admitted)
 
     async def chat(self, request: ApiRequest[NoQuery, Chat]) -> ASGIApp:
@@ -170,7 +181,7 @@ class Rest:
         body = request.body
         frame = MessageSend(body.message_id or new_message_id(), body.message, body.conversation_id, body.if_busy)
         with self._slots.acquire():
-            admitted = await self._node.send(request.user_id, frame)
+            admitted = await self._node.send(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted, frame.message_id, is_short=True)
 
     async def cancel(self, request: ApiRequest[NoQuery, Cancel]) -> ASGIApp:

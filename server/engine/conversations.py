@@ -22,9 +22,12 @@ from anynode.models.database import Database
 from anynode.models.ids import as_uuid, uuid7
 from anynode.models.messages import Page, read_messages
 from anynode.models.turns import TurnRef, find_turn, read_usage
-from anynode.server.engine.postgres_errors import unavailable_as_client_error
+from anynode.server.engine.postgres_errors import over_quota_as_client_error, unavailable_as_client_error
+from anynode.server.engine.user_limits import limits_in_force
 from anynode.server.errors import NotFound
+from anynode.server.limits import UserLimits
 from anynode.server.protocol.bodies import Conversation
+from anynode.server.settings import Settings
 
 __all__ = ["Chat", "ChatEnd", "Conversations", "Page", "Sent", "Snapshot", "TurnRef"]
 
@@ -36,14 +39,23 @@ class Conversations:
     does not answer, and NotFound where they say so.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
         self._database = database
 
     async def create(
-        self, user_id: str, *, title: str | None, system_prompt: str | None, metadata: str | None
+        self,
+        user_id: str,
+        *,
+        title: str | None,
+        system_prompt: str | None,
+        metadata: str | None,
+        limits: UserLimits | None = None,
     ) -> Conversation:
-        """Make a conversation; `metadata` is a JSON object as text."""
-        with unavailable_as_client_error():
+        """Make a conversation; `metadata` is a JSON object as text. `limits` are those of the user; code in this
+        process has none. Raises RateLimited."""
+        in_force = limits_in_force(limits, self._settings)
+        with unavailable_as_client_error(), over_quota_as_client_error(in_force):
             row = await create_conversation(
                 self._database,
                 user_id,
@@ -52,15 +64,25 @@ class Conversations:
                 system_prompt=system_prompt,
                 metadata=metadata or "{}",
                 created_at=datetime.now(UTC),
+                limits=in_force.json,
             )
         return _conversation(row)
 
     async def get_or_create(
-        self, user_id: str, client_id: str, *, title: str | None, system_prompt: str | None, metadata: str | None
+        self,
+        user_id: str,
+        client_id: str,
+        *,
+        title: str | None,
+        system_prompt: str | None,
+        metadata: str | None,
+        limits: UserLimits | None = None,
     ) -> tuple[Conversation, bool]:
         """Return the conversation with this id, the client's own or ours, or make one under the client's id. The bool
-        says whether it was made. One that was there stays as it is. `metadata` is a JSON object as text."""
-        with unavailable_as_client_error():
+        says whether it was made. One that was there stays as it is. `metadata` and `limits`: see `create`. Raises
+        RateLimited."""
+        in_force = limits_in_force(limits, self._settings)
+        with unavailable_as_client_error(), over_quota_as_client_error(in_force):
             row, is_new = await get_or_create_conversation(
                 self._database,
                 user_id,
@@ -71,6 +93,7 @@ class Conversations:
                 system_prompt=system_prompt,
                 metadata=metadata or "{}",
                 created_at=datetime.now(UTC),
+                limits=in_force.json,
             )
         return _found(row), is_new
 
@@ -97,10 +120,19 @@ class Conversations:
             )
         return [_conversation(row) for row in rows]
 
-    async def update(self, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]) -> Conversation:
-        """Set what `changes` has of title, system_prompt and metadata (JSON). Raises NotFound."""
-        with unavailable_as_client_error():
-            row = await update_conversation(self._database, user_id, conversation_id, changes)
+    async def update(
+        self,
+        user_id: str,
+        conversation_id: UUID,
+        changes: Mapping[str, str | None],
+        *,
+        limits: UserLimits | None = None,
+    ) -> Conversation:
+        """Set what `changes` has of title, system_prompt and metadata (JSON). `limits`: see `create`. Raises NotFound
+        or RateLimited."""
+        in_force = limits_in_force(limits, self._settings)
+        with unavailable_as_client_error(), over_quota_as_client_error(in_force):
+            row = await update_conversation(self._database, user_id, conversation_id, changes, limits=in_force.json)
         return _found(row)
 
     async def messages(

@@ -230,7 +230,7 @@ class Leases:
         if found is None:
             logger.info("the conversation of turn %s has been deleted", taken.turn_id)
             return
-        system_prompt, stored = found
+        system_prompt, stored, is_cut_by_bytes = found
         newest, is_cut = newest_of(stored, messages_max)
         try:
             steps, partial, pending = steps_in(taken.standing_events)
@@ -247,7 +247,7 @@ class Leases:
             steps=history_of_steps(steps),
             partial=partial,
             pending=pending if agent is not None and can_resume_calls(agent) else (),
-            history_is_cut=is_cut,
+            history_is_cut=is_cut or is_cut_by_bytes,
             store=self._store,
         )
         restarted = encode({"epoch": taken.epoch, "text": taken.text})

@@ -19,6 +19,7 @@ from anynode.models.events import Event
 from anynode.models.ids import uuid7
 from anynode.models.messages import append_messages
 from anynode.models.turns import request_cancel
+from anynode.models.usage import measure_stored
 from anynode.server.agents.agent import Agent, Turn
 from anynode.server.engine.admission import (
     Admitted,
@@ -32,12 +33,14 @@ from anynode.server.engine.conversations import Conversations
 from anynode.server.engine.follow import Follows
 from anynode.server.engine.housekeeping import delete_expired
 from anynode.server.engine.leases import LeaseClock, Leases
-from anynode.server.engine.postgres_errors import unavailable_as_client_error
+from anynode.server.engine.postgres_errors import over_quota_as_client_error, unavailable_as_client_error
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.turn_reader import TurnReader
+from anynode.server.engine.user_limits import LimitsInForce, limits_in_force, refused_by
 from anynode.server.engine.users import Emails
 from anynode.server.engine.watch import hear_cluster
 from anynode.server.errors import ConversationBusy, Draining, NotFound, RateLimited
+from anynode.server.limits import UserLimits
 from anynode.server.protocol.bodies import AnyPostedMessage
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import Message, MessageSend, TurnRegenerate
@@ -84,7 +87,7 @@ class Node:
         name = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
         self.node_id = name if agent is not None else f"store:{name}"
         self.follows = Follows(database, snapshot_messages_max=settings.history_messages_max)
-        self.conversations = Conversations(database)
+        self.conversations = Conversations(settings, database)
         self.turns = TurnReader(database, self.follows)
         self.is_running = True
         self.draining = asyncio.Event()
@@ -146,12 +149,15 @@ class Node:
         client_chat_id: str | None = None,
         wait_for: UUID | None = None,
         agent: Agent | None = None,
+        limits: UserLimits | None = None,
     ) -> Admitted:
         """Admit a message and start its turn, or find the turn that a repeated one has.
 
         `client_chat_id` is a client's own id of the conversation, which is made where there is none yet. `wait_for` is
-        a turn that was asked to stop: its end is waited for. `agent` is by default the node's. Raises ClientError.
+        a turn that was asked to stop: its end is waited for. `agent` is by default the node's. `limits` are those of
+        the user; code in this process has none. Raises ClientError.
         """
+        in_force = limits_in_force(limits, self._settings)
 
         async def attempt() -> Admission:
             # A new one each time: its ids and times are to be in the order of the conversation.
@@ -162,32 +168,45 @@ class Node:
             with self._running.starting(question.turn_id), unavailable_as_client_error(question.conversation_id):
                 lease = self._leases.new()
                 admission = await admit(
-                    self._database, question, on_sent=lambda: lease.start(time.monotonic()), **self._terms()
+                    self._database,
+                    question,
+                    limits=in_force.json,
+                    on_sent=lambda: lease.start(time.monotonic()),
+                    **self._terms(),
                 )
                 self._start(user_id, admission, first, lease, agent or self._agent)
             return admission
 
-        return await self._admitted(user_id, frame, attempt, frame.if_busy == "interrupt", wait_for)
+        return await self._admitted(user_id, frame, attempt, in_force, frame.if_busy == "interrupt", wait_for)
 
     async def regenerate(
-        self, user_id: str, frame: TurnRegenerate, *, interrupts: bool = False, wait_for: UUID | None = None
+        self,
+        user_id: str,
+        frame: TurnRegenerate,
+        *,
+        interrupts: bool = False,
+        wait_for: UUID | None = None,
+        limits: UserLimits | None = None,
     ) -> Admitted:
         """Start a turn that answers the last question again; its old answer is superseded. `interrupts`: a turn that
-        runs is cancelled first. Raises ClientError."""
+        runs is cancelled first. `limits`: see `send`. Raises ClientError."""
         again = partial(regenerate, self._database, user_id, frame.conversation_id, frame.message_id)
-        return await self._answer_last(user_id, frame, again, interrupts, wait_for)
+        in_force = limits_in_force(limits, self._settings)
+        return await self._answer_last(user_id, frame, again, in_force, interrupts, wait_for)
 
-    async def answer(self, user_id: str, conversation_id: UUID) -> Admitted:
-        """Start a turn that answers the last message, a question that was appended and has no answer yet. Raises
-        ClientError."""
+    async def answer(self, user_id: str, conversation_id: UUID, *, limits: UserLimits | None = None) -> Admitted:
+        """Start a turn that answers the last message, a question that was appended and has no answer yet. `limits`: see
+        `send`. Raises ClientError."""
         first = partial(answer, self._database, user_id, conversation_id)
-        return await self._answer_last(user_id, TurnRegenerate(conversation_id), first, False, None)
+        in_force = limits_in_force(limits, self._settings)
+        return await self._answer_last(user_id, TurnRegenerate(conversation_id), first, in_force, False, None)
 
     async def _answer_last(
         self,
         user_id: str,
         frame: TurnRegenerate,
         begin: Callable[..., Awaitable[Admission]],
+        limits: LimitsInForce,
         interrupts: bool,
         wait_for: UUID | None,
     ) -> Admitted:
@@ -200,6 +219,7 @@ class Node:
                 admission = await begin(
                     turn_id=turn_id,
                     created_at=datetime.now(UTC),
+                    limits=limits.json,
                     on_sent=lambda: lease.start(time.monotonic()),
                     **self._terms(),
                 )
@@ -207,13 +227,14 @@ class Node:
                 self._start(user_id, admission, first, lease, self._agent)
             return admission
 
-        return await self._admitted(user_id, frame, attempt, interrupts, wait_for)
+        return await self._admitted(user_id, frame, attempt, limits, interrupts, wait_for)
 
     async def _admitted(
         self,
         user_id: str,
         frame: MessageSend | TurnRegenerate,
         attempt: Callable[[], Awaitable[Admission]],
+        limits: LimitsInForce,
         interrupts: bool,
         wait_for: UUID | None,
     ) -> Admitted:
@@ -223,7 +244,12 @@ class Node:
 
         async def try_once(is_last: bool) -> Admission:
             self._check_room(frame.conversation_id)
-            return await attempt()
+            admission = await attempt()
+            if admission.reached is not None and admission.reached.retry_after_ms == 0:
+                with unavailable_as_client_error(frame.conversation_id):
+                    if await measure_stored(self._database, user_id):
+                        admission = await attempt()
+            return admission
 
         async def stop(admission: Admission) -> bool:
             nonlocal interrupted
@@ -237,13 +263,20 @@ class Node:
         # A turn whose node has died cannot be stopped before its lease has run out.
         within_seconds = self._settings.lease_seconds + INTERRUPT_SECONDS
         admission = await repeat_while_busy(try_once, stop, within_seconds=within_seconds)
+        if admission.reached is not None:
+            raise refused_by(admission.reached, limits, frame.conversation_id)
         return admitted_by(user_id, admission, frame)
 
     def _check_room(self, conversation_id: UUID | None) -> None:
         if self.is_draining:
             raise Draining(conversation_id=conversation_id)
         if len(self._running) >= self._settings.turns_max:
-            raise RateLimited("This node is at its limit of running turns; try again.", conversation_id=conversation_id)
+            raise RateLimited(
+                "This node is at its limit of running turns; try again.",
+                conversation_id=conversation_id,
+                limit="turns_max",
+                limit_max=self._settings.turns_max,
+            )
 
     def _terms(self) -> AdmissionTerms:
         return {
@@ -276,7 +309,7 @@ class Node:
             admission.conversation_id,
             user_id,
             history,
-            history_is_cut=is_cut,
+            history_is_cut=is_cut or admission.history_is_cut,
             store=self._store,
         )
         self._running.start(turn, agent, events, lease.trusted_until)
@@ -318,17 +351,24 @@ class Node:
     # Without a turn.
 
     async def append(
-        self, user_id: str, conversation_id: UUID, given: Sequence[AnyPostedMessage]
+        self,
+        user_id: str,
+        conversation_id: UUID,
+        given: Sequence[AnyPostedMessage],
+        *,
+        limits: UserLimits | None = None,
     ) -> tuple[list[Message], int]:
-        """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. Raises
-        ClientError."""
+        """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. `limits`:
+        see `send`. Raises ClientError."""
         created_at = datetime.now(UTC)
-        with unavailable_as_client_error(conversation_id):
+        in_force = limits_in_force(limits, self._settings)
+        with unavailable_as_client_error(conversation_id), over_quota_as_client_error(in_force, conversation_id):
             appended = await append_messages(
                 self._database,
                 user_id,
                 conversation_id,
                 created_at=created_at,
+                limits=in_force.json,
                 checked=lambda tail: appended_of(
                     given,
                     tail,

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from uuid import UUID
 
 from anynode.models.database import Unavailable
+from anynode.models.usage import OverQuota
+from anynode.server.engine.user_limits import LimitsInForce, refused_by
 from anynode.server.errors import DatabaseUnavailable
 
 
@@ -17,3 +19,12 @@ def unavailable_as_client_error(conversation_id: UUID | None = None) -> Iterator
         yield
     except Unavailable as error:
         raise DatabaseUnavailable(conversation_id=conversation_id) from error
+
+
+@contextmanager
+def over_quota_as_client_error(limits: LimitsInForce, conversation_id: UUID | None = None) -> Iterator[None]:
+    """Turn OverQuota, which statements that store something raise, into RateLimited for a client."""
+    try:
+        yield
+    except OverQuota as error:
+        raise refused_by(error.reached, limits, conversation_id) from error

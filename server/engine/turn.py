@@ -301,6 +301,7 @@ class TurnRunner:
                 self._draft.messages,
                 error=None if error is None else encode(error),
                 usage=encode(usage),
+                tokens=(usage.input_tokens or 0) + (usage.output_tokens or 0),
             ),
         )
         metrics.turns_ended.labels(status).inc()

@@ -186,6 +186,7 @@ class Store:
                     system_prompt=None,
                     metadata="{}",
                     created_at=datetime.now(UTC),
+                    limits=None,
                 )
                 if row is not None:
                     break

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from anynode.server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
 from anynode.server.engine.node import Node
 from anynode.server.errors import ClientError, CloseCode, RateLimited, Unauthorized
+from anynode.server.limits import UserLimits
 from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.websocket")
@@ -136,6 +137,12 @@ class Connection:
         """The user, once the client has authenticated."""
         assert self._identity is not None
         return self._identity.user_id
+
+    @property
+    def _limits(self) -> UserLimits:
+        """The limits of the user, once the client has authenticated."""
+        assert self._identity is not None
+        return self._identity.limits
 
     # What each API does in its own way.
 

@@ -16,7 +16,7 @@ import pytest
 from anynode.models.queries import Bound, bind, statements
 from tests.kit.databases import fresh_database
 
-TABLES = ("users", "conversations", "messages", "turns", "events", "tickets")
+TABLES = ("users", "user_usage", "conversations", "messages", "turns", "events", "tickets")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
 # twentieth another turn runs. Around them 60,000 empty ones: of a small table, reading all of it is right.
 # `md5` makes ids that are the same in every run, in no order.
@@ -24,6 +24,8 @@ FILL = """
 INSERT INTO users (id) SELECT 'user' || n FROM generate_series(0, 9) n;
 INSERT INTO users (id) SELECT 'other' || n FROM generate_series(0, 999) n;
 INSERT INTO users (id, email) SELECT 'idle' || n, n || '@example.org' FROM generate_series(0, 19999) n;
+INSERT INTO user_usage (user_id, running) SELECT 'user' || n, ARRAY[md5('t1.1')::uuid] FROM generate_series(0, 9) n;
+INSERT INTO user_usage (user_id) SELECT 'idle' || n FROM generate_series(0, 19999) n;
 INSERT INTO conversations (id, client_id, user_id, title, last_seq, updated_at)
     SELECT md5('c' || c)::uuid, 'chat' || md5('c' || c)::uuid, 'user' || c % 10, 'title', 100,
            now() - make_interval(secs => c)
@@ -93,6 +95,18 @@ ENDINGS: dict[str, Any] = {
     "errors": [None] * 100,
     "usages": [None] * 100,
     "last_seqs": [111] * 100,
+    "tokens": [10] * 100,
+}
+LIMITS = {
+    "limits": json.dumps(
+        {
+            "turns_per_user_max": 20,
+            "turns_per_user_per_minute": 60,
+            "tokens_per_user_per_day": 1000,
+            "conversations_per_user_max": 1000,
+            "messages_per_user_bytes_max": 1_000_000,
+        }
+    )
 }
 QUESTION: dict[str, Any] = {
     "new_conversation_id": NEW[0],
@@ -107,6 +121,7 @@ QUESTION: dict[str, Any] = {
     "message_created": '{"message": {}}',
     "turn_started": '{"message_id": "m"}',
     "history_messages_max": 20,
+    **LIMITS,
 }
 CHAT = f"chat{id_of('c1')}"
 
@@ -119,14 +134,14 @@ def mine(**arguments: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "admit": (
         {"user_id": "user1", "conversation_id": id_of("c1"), **QUESTION},
-        {"messages": 30, "conversations": 5, "turns": 5, "events": 5},
+        {"messages": 30, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "flush": (FLUSH, {"turns": 300}),
     "flush_one": (
         {"turn_id": HUNDRED[0], "epoch": 1, "seq": 111, "type": "turn.delta", "payload": '{"text": "y"}'},
         {"turns": 3},
     ),
-    "flush_with_endings": ({**FLUSH, **ENDINGS}, {"turns": 500, "conversations": 300, "messages": 300}),
+    "flush_with_endings": ({**FLUSH, **ENDINGS}, {"turns": 500, "conversations": 300, "messages": 300, "user_usage": 2}),
     "turn_states": ({"turn_ids": HUNDRED}, {"turns": 100}),
     "regenerate": (
         {
@@ -138,8 +153,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "node": "n",
             "lease_seconds": 5.0,
             "history_messages_max": 20,
+            **LIMITS,
         },
-        {"messages": 40, "conversations": 5, "turns": 5, "events": 5},
+        {"messages": 40, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "answer": (
         {
@@ -150,8 +166,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "node": "n",
             "lease_seconds": 5.0,
             "history_messages_max": 20,
+            **LIMITS,
         },
-        {"messages": 10, "conversations": 5, "turns": 5, "events": 5},
+        {"messages": 10, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "read_events": (mine(cursor=50, events_max=10), {"conversations": 1, "events": 11, "turns": 1}),
     "read_running": (
@@ -172,8 +189,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "system_prompt": None,
             "metadata": "{}",
             "created_at": NOW,
+            "bytes": 7,
+            **LIMITS,
         },
-        {"conversations": 1, "users": 2},
+        {"conversations": 1, "users": 2, "user_usage": 2},
     ),
     "get_or_create_conversation": (
         {
@@ -185,6 +204,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "system_prompt": None,
             "metadata": "{}",
             "created_at": NOW,
+            "bytes": 7,
+            **LIMITS,
         },
         {"conversations": 2},
     ),
@@ -212,8 +233,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             system_prompt=None,
             sets_metadata=True,
             metadata="{}",
+            bytes=5,
+            **LIMITS,
         ),
-        {"conversations": 2},
+        {"conversations": 2, "user_usage": 2},
     ),
     "delete_conversation": (
         mine(is_forced=True),
@@ -236,8 +259,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "tool_names": [None],
             "tool_call_ids": [None],
             "payloads": ["{}"],
+            **LIMITS,
         },
-        {"conversations": 3, "messages": 3, "turns": 1},
+        {"conversations": 3, "messages": 3, "turns": 1, "user_usage": 2},
     ),
     "read_messages": (
         mine(before=id_of("m20.60"), messages_max=20, with_superseded=True, bytes_max=2**21),
@@ -266,7 +290,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "delete_expired_messages": ({"retention_seconds": 99_000.0, "events_max": 20}, {"events": 60}),
     "admit_to_chat": (
         {"user_id": "user1", "client_chat_id": CHAT, "conversation_id": None, **QUESTION},
-        {"messages": 30, "conversations": 8, "turns": 5, "events": 5},
+        {"messages": 30, "conversations": 8, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "find_conversation": (
         {"user_id": "user0", "client_id": f"chat{MINE}", "conversation_id": None},
@@ -306,11 +330,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
         {"users": 400},
     ),
-    "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25}),
+    "claim_measurement": ({"user_id": "idle7"}, {"user_usage": 3}),
+    # Everything of a user with 200 conversations of 100 messages.
+    "measure_stored": ({"user_id": "user0"}, {"conversations": 200, "messages": 20_000, "user_usage": 4}),
+    "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25, "user_usage": 2}),
 }
 FUNCTIONS = {
     *("admit", "admit_to_chat", "answer", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
-    "take_over",
+    *("create_conversation", "take_over"),
 }
 
 

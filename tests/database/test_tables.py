@@ -35,6 +35,8 @@ TYPES = {
     "FloatField": "double precision",
     "JSONField": "jsonb",
     "DatetimeField": "timestamp with time zone",
+    "DateField": "date",
+    "ArrayField": "uuid[]",
 }
 COLUMNS = """
     SELECT attname, format_type(atttypid, atttypmod) AS type, attnotnull, pg_get_expr(adbin, adrelid) AS default
@@ -118,9 +120,10 @@ async def test_a_table_has_exactly_the_foreign_keys_described(
     connection: asyncpg.Connection, model: type[Model]
 ) -> None:
     described = set()
-    for name in sorted(model._meta.fk_fields):
+    for name in sorted(model._meta.fk_fields | model._meta.o2o_fields):
         relation: Any = model._meta.fields_map[name]
-        assert relation.related_name in relation.related_model._meta.backward_fk_fields
+        other = relation.related_model._meta
+        assert relation.related_name in other.backward_fk_fields | other.backward_o2o_fields
         if relation.db_constraint:
             described.add((column_of(model, name), relation.related_model._meta.db_table, str(relation.on_delete)))
     rows = await connection.fetch(KEYS, model._meta.db_table, ["f"])

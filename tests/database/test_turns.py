@@ -58,6 +58,7 @@ async def admit(
         message_created="{}",
         turn_started="{}",
         history_messages_max=10,
+        limits=None,
     )
     (row,) = await connection.fetch(sql, *arguments)
     return row

@@ -10,9 +10,9 @@ EVENTS: Final = "models/events.py"
 QUERIES: Final = "models/queries.sql"
 FIRST: Final = "models/migrations/0001_initial.py"
 # A change of a function's file takes effect because migration 0006 or a later one loads it.
-ADMIT: Final = "models/functions/admit.sql"
-ANSWER: Final = "models/functions/answer.sql"
-APPEND: Final = "models/functions/append.sql"
+ADMIT: Final = "models/functions/admit_message.sql"
+ANSWER: Final = "models/functions/answer_question.sql"
+APPEND: Final = "models/functions/append_messages.sql"
 CHAT: Final = "models/functions/chat.sql"
 DELETE: Final = "models/functions/delete.sql"
 TAKE_OVER: Final = "models/functions/take_over.sql"
@@ -147,7 +147,7 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "a conversation is made before its new user",
-        [Change(QUERIES, "FROM (SELECT count(*) FROM known) AS users_first, found", "FROM found")],
+        [Change(QUERIES, "FROM (SELECT count(*) FROM known) AS users_first, room", "FROM room")],
         ["database/test_conversations.py"],
     ),
     # Yours only.
@@ -172,7 +172,7 @@ MUTATIONS: Final = (
                 ANSWER,
                 "c.id = p_conversation_id AND c.user_id = p_user_id\n",
                 "c.id = p_conversation_id\n",
-                within="INTO v_seq, anynode_answer.system_prompt",
+                within="INTO v_seq, anynode_answer_question.system_prompt",
             )
         ],
         [STRANGERS, "system/test_regenerate.py"],
@@ -278,7 +278,7 @@ MUTATIONS: Final = (
                 APPEND,
                 "c.id = p_conversation_id AND c.user_id = p_user_id\n",
                 "c.id = p_conversation_id\n",
-                within="SELECT c.last_seq INTO anynode_append.last_seq",
+                within="SELECT c.last_seq INTO anynode_append_messages.last_seq",
             ),
             Change(
                 QUERIES,

@@ -451,6 +451,7 @@ def _question(user: str, conversation_id: str, number: int) -> Bound:
         message_created='{"message": {}}',
         turn_started='{"message_id": "m"}',
         history_messages_max=200,
+        limits=None,
     )
 
 

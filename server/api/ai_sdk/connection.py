@@ -155,7 +155,7 @@ class AiSdkConnection(Connection):
 
     async def _ask(self, frame: SendFrame, wait_for: TurnRef | None) -> None:
         # It is asked to the end even if the client goes: what is admitted is to be answered at once.
-        asking = asyncio.ensure_future(ask(self._node, self._user_id, frame, wait_for=wait_for))
+        asking = asyncio.ensure_future(ask(self._node, self._user_id, self._limits, frame, wait_for=wait_for))
         asking.add_done_callback(lambda done: done.cancelled() or done.exception())
         turn = (await asyncio.shield(asking)).turn
         stopped = self._stops.admit(frame.request_id, frame.id, turn, wait_for)

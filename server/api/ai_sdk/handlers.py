@@ -32,7 +32,7 @@ class AiSdk:
     async def send(self, request: ApiRequest[NoQuery, ChatRequest]) -> ASGIApp:
         """`POST /api/chat`."""
         with self._slots.acquire():
-            admitted = await ask(self._node, request.user_id, request.body)
+            admitted = await ask(self._node, request.user_id, request.identity.limits, request.body)
         return self._stream(request, admitted.turn, is_new=admitted.is_new)
 
     async def resume(self, request: AnyApiRequest) -> ASGIApp:

@@ -9,12 +9,15 @@ from anynode.server.engine.conversations import Sent
 from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import RoleOrder
+from anynode.server.limits import UserLimits
 from anynode.server.protocol.frames import MessageSend, TurnRegenerate
 
 
-async def ask(node: Node, user_id: str, request: AnySend, *, wait_for: TurnRef | None = None) -> Admitted:
-    """Admit what a client has posted. `wait_for` is a turn that the client has stopped, and that may still be running.
-    Raises ClientError."""
+async def ask(
+    node: Node, user_id: str, limits: UserLimits, request: AnySend, *, wait_for: TurnRef | None = None
+) -> Admitted:
+    """Admit what a client has posted, within the user's limits. `wait_for` is a turn that the client has stopped, and
+    that may still be running. Raises ClientError."""
     question = question_in(request)
     waited_id = None if wait_for is None else wait_for.turn_id
     is_again = request.trigger == "regenerate-message"
@@ -27,9 +30,10 @@ async def ask(node: Node, user_id: str, request: AnySend, *, wait_for: TurnRef |
             if sent.conversation_id != chat.conversation_id or not sent.is_last:
                 raise RoleOrder("Only the last question can be answered again.")
             frame = TurnRegenerate(chat.conversation_id, question.id)
-            return await node.regenerate(user_id, frame, interrupts=request.if_busy == "interrupt", wait_for=waited_id)
+            interrupts = request.if_busy == "interrupt"
+            return await node.regenerate(user_id, frame, interrupts=interrupts, wait_for=waited_id, limits=limits)
     message = MessageSend(question.id, question.text, if_busy=request.if_busy)
-    admitted = await node.send(user_id, message, client_chat_id=request.id, wait_for=waited_id)
+    admitted = await node.send(user_id, message, client_chat_id=request.id, wait_for=waited_id, limits=limits)
     if not admitted.is_new:
         await _sent(node, user_id, question)
     return admitted

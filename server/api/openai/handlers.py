@@ -100,7 +100,7 @@ class Responses:
     async def _admit(self, request: ApiRequest[NoQuery, CreateResponse], key: str | None) -> Admitted:
         conversation_id = await self._find_conversation(request, key)
         frame = MessageSend(key or new_message_id(), request.body.question, conversation_id)
-        return await self._node.send(request.user_id, frame)
+        return await self._node.send(request.user_id, frame, limits=request.identity.limits)
 
     async def _find_conversation(self, request: ApiRequest[NoQuery, CreateResponse], key: str | None) -> UUID | None:
         """Return the conversation that is to go on, None for a new one. Raises RoleOrder where it has gone on from the

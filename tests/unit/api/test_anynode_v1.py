@@ -20,6 +20,7 @@ from anynode.server.api.anynode_v1 import AnynodeConnection
 from anynode.server.auth import Authenticator, Identity
 from anynode.server.engine.admission import Admitted
 from anynode.server.errors import ConversationBusy, DatabaseUnavailable, NotFound, Unauthorized
+from anynode.server.limits import UserLimits
 from anynode.server.protocol.frames import MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
 from tests.kit.asgi import Peer, connected, websocket_scope
@@ -31,6 +32,8 @@ ID = str(CONVERSATION)
 OTHER = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c99")
 READY = {"type": "ready", "user_id": USER, "node_id": "test-1", "protocol": "anynode.v1", "heartbeat_seconds": 10.0}
 
+LIMITS = UserLimits(turns=3)
+
 
 class Tokens:
     """Knows one user's tokens."""
@@ -38,7 +41,7 @@ class Tokens:
     async def authenticate(self, token: str) -> Identity:
         if token != "good":
             raise Unauthorized("the token is malformed")
-        return Identity(USER, 4e9)
+        return Identity(USER, 4e9, limits=LIMITS)
 
 
 class Asked:
@@ -52,10 +55,12 @@ class Asked:
         self.closed: list[UUID] = []
         self.node = node_with(follows=self, send=self.send, regenerate=self.regenerate, cancel=self.cancel)
 
-    async def send(self, user_id: str, frame: MessageSend) -> Admitted:
+    async def send(self, user_id: str, frame: MessageSend, *, limits: UserLimits) -> Admitted:
+        assert limits == LIMITS
         return self._admit("send", user_id, frame)
 
-    async def regenerate(self, user_id: str, frame: TurnRegenerate) -> Admitted:
+    async def regenerate(self, user_id: str, frame: TurnRegenerate, *, limits: UserLimits) -> Admitted:
+        assert limits == LIMITS
         return self._admit("regenerate", user_id, frame)
 
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> None:

@@ -12,6 +12,7 @@ from anynode.models.client_chats import Chat
 from anynode.models.database import Unavailable
 from anynode.server.engine.conversations import Conversations
 from anynode.server.errors import DatabaseUnavailable, NotFound
+from anynode.server.settings import Settings
 from tests.kit.statements import Answers
 from tests.kit.turns import AT, CONVERSATION, TURN, USER, turn_ref
 
@@ -24,7 +25,9 @@ ROW = {
     "last_seq": 7,
     "created_at": AT,
     "updated_at": AT,
+    "refused_limit": None,
 }
+UNLIMITED = {"bytes": 18, "limits": None}  # of the title, the system prompt and the metadata
 BEFORE = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c20")
 Call = Callable[[Conversations], Awaitable[Any]]
 
@@ -45,7 +48,7 @@ CALLS: dict[str, Call] = {
 
 
 def of(answers: Answers) -> Conversations:
-    return Conversations(answers.database)
+    return Conversations(Settings(), answers.database)
 
 
 class Away(Answers):
@@ -98,7 +101,7 @@ async def test_a_conversation_is_made_with_an_id_of_its_own_and_empty_metadata()
     ((_, given),) = database.asked
     assert given.pop("conversation_id").version == 7
     assert given.pop("created_at").tzinfo is not None
-    assert given == {"user_id": USER, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
+    assert given == {"user_id": USER, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}", **UNLIMITED}
 
 
 @pytest.mark.parametrize(("client_id", "wanted_id"), [("chat-1", None), (str(CONVERSATION), CONVERSATION)])
@@ -114,7 +117,7 @@ async def test_a_conversation_is_looked_for_by_both_ids_and_made_with_the_client
     assert given.pop("new_id").version == 7
     assert given.pop("created_at").tzinfo is not None
     ids = {"user_id": USER, "client_id": client_id, "wanted_id": wanted_id}
-    assert given == {**ids, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}"}
+    assert given == {**ids, "title": "A title", "system_prompt": "Be brief.", "metadata": "{}", **UNLIMITED}
 
 
 async def test_a_conversation_is_found_by_our_id_or_the_clients() -> None:

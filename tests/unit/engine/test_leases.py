@@ -112,7 +112,11 @@ class World:
         self.renewals: asyncio.Queue[tuple[Mapping[UUID, int], asyncio.Future[dict[UUID, bool]]]] = asyncio.Queue()
         self.released: asyncio.Queue[Mapping[UUID, int]] = asyncio.Queue()
         self.takeovers: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[list[TakenTurn]]]] = asyncio.Queue()
-        self.history: tuple[str | None, list[StoredMessage]] | None = (None, [StoredMessage("user", "question")])
+        self.history: tuple[str | None, list[StoredMessage], bool] | None = (
+            None,
+            [StoredMessage("user", "question")],
+            False,
+        )
         self.history_fault: Exception | None = None
         self.flushed: list[Entry] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -138,7 +142,7 @@ class World:
 
     async def read_history(
         self, database: Database, conversation_id: UUID, *, messages_max: int
-    ) -> tuple[str | None, list[StoredMessage]] | None:
+    ) -> tuple[str | None, list[StoredMessage], bool] | None:
         if self.history_fault is not None:
             raise self.history_fault
         return self.history
@@ -351,7 +355,7 @@ async def test_only_an_agent_that_resumes_calls_is_given_those_that_are_pending(
 
 async def test_the_conversations_own_prompt_goes_before_that_of_the_settings(make: Make) -> None:
     world = make(quick)
-    world.history = ("be brief", [StoredMessage("user", "question")])
+    world.history = ("be brief", [StoredMessage("user", "question")], False)
     world.run(world.leases.take_over_lapsed())
     world.leases.take_over_soon()
     await world.taken(taken())
@@ -441,7 +445,7 @@ async def test_a_turn_that_is_taken_over_is_told_whether_its_history_is_cut(
         yield TextDelta("x")
 
     world = make(agent, history_messages_max=10)
-    world.history = (None, [StoredMessage("user", str(number)) for number in range(stored)])
+    world.history = (None, [StoredMessage("user", str(number)) for number in range(stored)], False)
     world.run(world.leases.take_over_lapsed())
     world.leases.take_over_soon()
     await world.taken(taken())

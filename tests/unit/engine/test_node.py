@@ -155,7 +155,7 @@ class Postgres:
 
     def _next(self, terms: dict[str, Any]) -> Admission:
         terms.pop("on_sent")()
-        assert terms == {"node": "test", "lease_seconds": 5.0, "history_messages_max": 201}
+        assert terms == {"node": "test", "lease_seconds": 5.0, "history_messages_max": 201, "limits": None}
         self.during()
         admission = self.admissions.pop(0)
         if isinstance(admission, Exception):

@@ -12,7 +12,7 @@ from anynode.models.queries import statements
 
 @pytest.mark.parametrize("name", sorted(function_names()))
 def test_a_function_names_the_statements_and_functions_that_call_it(name: str) -> None:
-    (called_by,) = re.findall(r"^-- Called by: (.*)$", function_sql(name), re.MULTILINE)
+    (called_by,) = re.findall(r"^-- Called by: (.*(?:\n--     .*)*)$", function_sql(name), re.MULTILINE)
     calls = rf"\banynode_{name}\("
     assert set(re.findall(r"`(\w+)`", called_by)) == {
         statement.name for statement in statements().values() if re.search(calls, statement.sql)

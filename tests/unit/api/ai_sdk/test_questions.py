@@ -14,12 +14,14 @@ from anynode.server.api.ai_sdk.questions import ask
 from anynode.server.api.ai_sdk.wire import ChatRequest
 from anynode.server.engine.admission import Admitted
 from anynode.server.errors import ConversationBusy, InvalidFrame, RoleOrder
+from anynode.server.limits import UserLimits
 from anynode.server.protocol.frames import MessageSend, TurnRegenerate
 from tests.kit.turns import CONVERSATION, OTHER_TURN, USER, node_with, turn_ref
 
 OURS = "0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c77"  # an id that this server gave
 OTHER_CONVERSATION = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c99")
 CHANGED = "A message that was sent cannot be changed: send another one."
+LIMITS = UserLimits(turns=3)
 NOT_LAST = "Only the last question can be answered again."
 
 
@@ -73,40 +75,40 @@ def sent(content: str = "hello", **fields: Any) -> Sent:
 
 def sending(content: str = "hello", id: str = "m-1", if_busy: Any = "reject", wait_for: Any = None) -> Any:
     frame = MessageSend(id, content, if_busy=if_busy)
-    return ("send", USER, frame, {"client_chat_id": "chat-1", "wait_for": wait_for})
+    return ("send", USER, frame, {"client_chat_id": "chat-1", "wait_for": wait_for, "limits": LIMITS})
 
 
 def regenerating(id: str = "m-1", *, interrupts: bool = False, wait_for: Any = None) -> Any:
-    options = {"interrupts": interrupts, "wait_for": wait_for}
+    options = {"interrupts": interrupts, "wait_for": wait_for, "limits": LIMITS}
     return ("regenerate", USER, TurnRegenerate(CONVERSATION, id), options)
 
 
 async def test_a_question_is_sent_in_its_chat_without_a_look_at_what_was_sent() -> None:
     asked = Asked()
-    admitted = await ask(asked.node, USER, request())
+    admitted = await ask(asked.node, USER, LIMITS, request())
     assert (admitted.turn, admitted.is_new) == (turn_ref(), True)
     assert asked.asked == [sending()]
 
 
 async def test_a_question_may_interrupt_and_waits_for_the_turn_that_its_client_has_stopped() -> None:
     asked = Asked()
-    await ask(asked.node, USER, request(if_busy="interrupt"), wait_for=turn_ref(turn_id=OTHER_TURN))
+    await ask(asked.node, USER, LIMITS, request(if_busy="interrupt"), wait_for=turn_ref(turn_id=OTHER_TURN))
     assert asked.asked == [sending(if_busy="interrupt", wait_for=OTHER_TURN)]
 
 
 async def test_a_question_that_is_repeated_has_its_turn_if_it_says_the_same() -> None:
     asked = Asked(sent(), is_new=False)
-    assert not (await ask(asked.node, USER, request())).is_new
+    assert not (await ask(asked.node, USER, LIMITS, request())).is_new
     changed = Asked(sent("another text"), is_new=False)
     with pytest.raises(RoleOrder) as refused:
-        await ask(changed.node, USER, request())
+        await ask(changed.node, USER, LIMITS, request())
     assert refused.value.message == CHANGED
 
 
 async def test_what_is_no_users_question_asks_nothing() -> None:
     asked = Asked()
     with pytest.raises(InvalidFrame):
-        await ask(asked.node, USER, request(role="assistant"))
+        await ask(asked.node, USER, LIMITS, request(role="assistant"))
     assert asked.asked == []
 
 
@@ -114,7 +116,7 @@ async def test_what_the_node_refuses_is_refused() -> None:
     asked = Asked()
     asked.error = ConversationBusy()
     with pytest.raises(ConversationBusy):
-        await ask(asked.node, USER, request())
+        await ask(asked.node, USER, LIMITS, request())
 
 
 # Answering again.
@@ -122,26 +124,26 @@ async def test_what_the_node_refuses_is_refused() -> None:
 
 async def test_the_last_question_is_answered_again() -> None:
     asked = Asked(sent())
-    await ask(asked.node, USER, request(trigger="regenerate-message"))
+    await ask(asked.node, USER, LIMITS, request(trigger="regenerate-message"))
     assert asked.admissions == [regenerating()]
 
 
 async def test_answering_again_may_interrupt_and_wait() -> None:
     asked = Asked(sent())
     again = request(trigger="regenerate-message", if_busy="interrupt")
-    await ask(asked.node, USER, again, wait_for=turn_ref(turn_id=OTHER_TURN))
+    await ask(asked.node, USER, LIMITS, again, wait_for=turn_ref(turn_id=OTHER_TURN))
     assert asked.admissions == [regenerating(interrupts=True, wait_for=OTHER_TURN)]
 
 
 async def test_a_question_that_was_never_heard_is_asked_instead_of_answered_again() -> None:
     asked = Asked(None)
-    await ask(asked.node, USER, request(trigger="regenerate-message"))
+    await ask(asked.node, USER, LIMITS, request(trigger="regenerate-message"))
     assert asked.admissions == [sending()]
 
 
 async def test_a_question_whose_chat_is_not_there_is_asked() -> None:
     asked = Asked(sent(), has_chat=False)
-    await ask(asked.node, USER, request(trigger="regenerate-message"))
+    await ask(asked.node, USER, LIMITS, request(trigger="regenerate-message"))
     assert asked.admissions == [sending()]
 
 
@@ -149,7 +151,7 @@ async def test_a_question_whose_chat_is_not_there_is_asked() -> None:
 async def test_only_the_last_question_of_its_own_chat_is_answered_again(known: dict[str, Any]) -> None:
     asked = Asked(sent(**known))
     with pytest.raises(RoleOrder) as refused:
-        await ask(asked.node, USER, request(trigger="regenerate-message"))
+        await ask(asked.node, USER, LIMITS, request(trigger="regenerate-message"))
     assert refused.value.message == NOT_LAST
     assert asked.admissions == []
 
@@ -157,7 +159,7 @@ async def test_only_the_last_question_of_its_own_chat_is_answered_again(known: d
 async def test_a_question_that_was_changed_is_not_answered_again() -> None:
     asked = Asked(sent("another text"))
     with pytest.raises(RoleOrder) as refused:
-        await ask(asked.node, USER, request(trigger="regenerate-message"))
+        await ask(asked.node, USER, LIMITS, request(trigger="regenerate-message"))
     assert refused.value.message == CHANGED
     assert asked.admissions == []
 
@@ -167,20 +169,20 @@ async def test_a_question_that_was_changed_is_not_answered_again() -> None:
 
 async def test_a_message_that_was_appended_and_never_answered_is_answered_now() -> None:
     asked = Asked(sent(is_appended=True))
-    await ask(asked.node, USER, request(id=OURS))
+    await ask(asked.node, USER, LIMITS, request(id=OURS))
     assert asked.admissions == [regenerating(OURS)]
 
 
 async def test_a_message_whose_clients_id_looks_like_ours_is_sent() -> None:
     for known in (None, sent()):
         asked = Asked(known)
-        await ask(asked.node, USER, request(id=OURS))
+        await ask(asked.node, USER, LIMITS, request(id=OURS))
         assert asked.admissions == [sending(id=OURS)]
 
 
 async def test_a_message_that_was_appended_cannot_be_changed() -> None:
     asked = Asked(sent("another text", is_appended=True))
     with pytest.raises(RoleOrder) as refused:
-        await ask(asked.node, USER, request(id=OURS))
+        await ask(asked.node, USER, LIMITS, request(id=OURS))
     assert refused.value.message == CHANGED
     assert asked.admissions == []
