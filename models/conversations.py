@@ -258,7 +258,7 @@ async def create_conversation(
         system_prompt=system_prompt,
         metadata=metadata,
         created_at=created_at,
-        bytes=_bytes_of(title, system_prompt, metadata),
+        bytes=_bytes_of(system_prompt, metadata),
         limits=limits,
     )
     (row,) = await run_within_quota(database, user_id, created)
@@ -307,7 +307,7 @@ async def get_or_create_conversation(
         system_prompt=system_prompt,
         metadata=metadata,
         created_at=created_at,
-        bytes=_bytes_of(title, system_prompt, metadata),
+        bytes=_bytes_of(system_prompt, metadata),
         limits=limits,
     )
     for answers in range(1, CREATE_TIMES_MAX + 1):
@@ -373,7 +373,7 @@ async def update_conversation(
         system_prompt=changes.get("system_prompt"),
         sets_metadata="metadata" in changes,
         metadata=changes.get("metadata"),
-        bytes=_bytes_of(*changes.values()),
+        bytes=_bytes_of(changes.get("system_prompt"), changes.get("metadata")),
         limits=limits,
     )
     rows = await run_within_quota(database, user_id, updated)

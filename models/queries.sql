@@ -509,8 +509,8 @@ WITH before AS MATERIALIZED (
     SELECT conversations, bytes FROM user_usage WHERE user_id = :user_id
 ), stored AS MATERIALIZED (
     SELECT count(*) AS conversations,
-           coalesce(sum(octet_length(coalesce(c.title, '')) + octet_length(coalesce(c.system_prompt, ''))
-                        + octet_length(c.metadata::text) + m.bytes), 0)::bigint AS bytes
+           coalesce(sum(octet_length(coalesce(c.system_prompt, '')) + octet_length(c.metadata::text) + m.bytes), 0)::bigint
+               AS bytes
     FROM conversations c CROSS JOIN LATERAL (
         SELECT coalesce(sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)), 0) AS bytes
         FROM messages WHERE conversation_id = c.id

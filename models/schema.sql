@@ -18,7 +18,7 @@ CREATE TABLE user_usage (
     day date NOT NULL DEFAULT '-infinity', -- UTC
     day_tokens bigint NOT NULL DEFAULT 0, -- of turns that have ended on this day
     conversations bigint NOT NULL DEFAULT 0, -- added up since they were measured; what was deleted is still in it …
-    bytes bigint NOT NULL DEFAULT 0, -- … as it is in this, the bytes of messages, titles, system prompts and metadata
+    bytes bigint NOT NULL DEFAULT 0, -- … as it is in this, the bytes of messages, system prompts and metadata
     measured_at timestamptz NOT NULL DEFAULT '-infinity'
 ) WITH (fillfactor = 50);
 

@@ -26,7 +26,7 @@ BEGIN
     IF v_conversation_id IS NULL THEN
         INSERT INTO users (id) VALUES (p_user_id) ON CONFLICT DO NOTHING;
         SELECT c.* INTO anynode_admit_chat_message.refused_limit, anynode_admit_chat_message.retry_after_ms
-        FROM anynode_count(p_user_id, NULL, 1, 0, p_limits) c;
+        FROM anynode_count(p_user_id, NULL, 1, octet_length('{}'), p_limits) c;
         IF refused_limit IS NOT NULL THEN
             outcome := 'rate_limited';
             RETURN;

@@ -57,7 +57,7 @@ BEGIN
             v_conversation_id := p_new_conversation_id;
             INSERT INTO users (id) VALUES (p_user_id) ON CONFLICT DO NOTHING;
             SELECT c.* INTO anynode_admit_message.refused_limit, anynode_admit_message.retry_after_ms
-            FROM anynode_count(p_user_id, p_turn_id, 1, octet_length(p_content), p_limits) c;
+            FROM anynode_count(p_user_id, p_turn_id, 1, octet_length(p_content) + octet_length('{}'), p_limits) c;
             IF refused_limit IS NOT NULL THEN
                 -- While this waited for the user's row, the same message may have been admitted elsewhere.
                 v_is_repeated := EXISTS (

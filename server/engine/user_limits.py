@@ -9,7 +9,7 @@ from typing import Final
 from uuid import UUID
 
 from anynode.models.usage import ReachedLimit
-from anynode.server.errors import RateLimited
+from anynode.server.errors import RETRY_AFTER_MS, RateLimited
 from anynode.server.limits import UserLimits
 from anynode.server.protocol.encoding import encode
 from anynode.server.settings import Settings
@@ -53,7 +53,7 @@ def limits_in_force(limits: UserLimits | None, settings: Settings) -> LimitsInFo
 def refused_by(reached: ReachedLimit, limits: LimitsInForce, conversation_id: UUID | None = None) -> RateLimited:
     """Return the refusal for a limit that was reached."""
     limit_max = limits.by_name[reached.name]
-    retry_after_ms = max(reached.retry_after_ms, 1)
+    retry_after_ms = reached.retry_after_ms or RETRY_AFTER_MS  # 0: another caller is measuring what the user stores
     message = _MESSAGES[reached.name].format(max=limit_max, wait=_duration(retry_after_ms))
     return RateLimited(
         message,

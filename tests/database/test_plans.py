@@ -141,7 +141,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"turn_id": HUNDRED[0], "epoch": 1, "seq": 111, "type": "turn.delta", "payload": '{"text": "y"}'},
         {"turns": 3},
     ),
-    "flush_with_endings": ({**FLUSH, **ENDINGS}, {"turns": 500, "conversations": 300, "messages": 300, "user_usage": 2}),
+    "flush_with_endings": (
+        {**FLUSH, **ENDINGS},
+        {"turns": 500, "conversations": 300, "messages": 300, "user_usage": 2},
+    ),
     "turn_states": ({"turn_ids": HUNDRED}, {"turns": 100}),
     "regenerate": (
         {

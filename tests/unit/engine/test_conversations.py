@@ -27,7 +27,7 @@ ROW = {
     "updated_at": AT,
     "refused_limit": None,
 }
-UNLIMITED = {"bytes": 18, "limits": None}  # of the title, the system prompt and the metadata
+UNLIMITED = {"bytes": 11, "limits": None}  # of the system prompt and the metadata
 BEFORE = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c20")
 Call = Callable[[Conversations], Awaitable[Any]]
 
