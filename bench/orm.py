@@ -24,7 +24,7 @@ import uvloop
 from tortoise import Tortoise
 from tortoise.queryset import QuerySet
 
-from anynode.models.conversations import read_history
+from anynode.models.admissions import read_history
 from anynode.models.database import Database
 from anynode.models.migrate import tortoise_config
 from anynode.models.tables import Message

@@ -6,15 +6,13 @@
 -- name: admit
 -- Admit a user's message, and begin its turn: ownership, repetition, one turn at a time and role order are checked, the
 -- message, the turn and their events are inserted, and the history is read. See models/functions/admit_message.sql.
-SELECT * FROM anynode_admit_message(
-    :user_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id, :content, :created_at,
+SELECT * FROM anynode_admit_message(:user_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id, :content, :created_at,
     :turn_id, :node, :lease_seconds, :message_created, :turn_started, :history_messages_max, :limits);
 
 -- name: admit_to_chat
 -- Admit a message to a conversation that goes by a client's own id, which is made where there is none. See
 -- models/functions/admit_chat_message.sql.
-SELECT * FROM anynode_admit_chat_message(
-    :user_id, :client_chat_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id,
+SELECT * FROM anynode_admit_chat_message(:user_id, :client_chat_id, :conversation_id, :new_conversation_id, :title, :message_id, :client_message_id,
     :content, :created_at, :turn_id, :node, :lease_seconds, :message_created, :turn_started, :history_messages_max,
     :limits);
 

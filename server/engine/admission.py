@@ -9,7 +9,7 @@ from typing import Final
 
 import msgspec
 
-from anynode.models.conversations import Admission, Question, StoredMessage
+from anynode.models.admissions import Admission, Question, StoredMessage
 from anynode.models.ids import uuid7
 from anynode.models.messages import AppendedMessage
 from anynode.models.rules import OutOfOrder, Tail, refused_user, visible

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, Literal, TypeAlias, assert_never
 from uuid import UUID
 
-from anynode.models.conversations import read_history
+from anynode.models.admissions import read_history
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.turns import TakenTurn, release_leases, renew_leases, take_over

@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
-from anynode.models.conversations import Admission, admit, answer, delete_conversation, regenerate
+from anynode.models.admissions import Admission, admit, answer, regenerate
+from anynode.models.conversations import delete_conversation
 from anynode.models.database import Database
 from anynode.models.events import Event
 from anynode.models.ids import uuid7

@@ -4,8 +4,8 @@ A line is a JSON object, whose `type` says what it is. The first one is the user
 first: the conversation itself, its turns, and its messages in their order. Everything is read in pages, and each page
 is of an instant of its own: what is written or deleted meanwhile may be there or not.
 
-The journal, tickets, and what is counted for the user's limits are left out. The journal has the text of messages once more, for some minutes, and what a
-running turn has said so far. A ticket is a hash that is good for seconds.
+The journal, tickets, and what is counted for the user's limits are left out. The journal has the text of messages once
+more, for some minutes, and what a running turn has said so far. A ticket is a hash that is good for seconds.
 """
 
 from __future__ import annotations

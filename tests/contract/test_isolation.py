@@ -34,6 +34,6 @@ def test_every_statement_for_clients_has_the_user_in_its_condition() -> None:
         if name in FUNCTIONS:  # their first argument is the user's id
             assert re.search(rf"(FROM|SELECT) anynode_\w+\({user}, ", statement.sql), name
         elif name == "create_conversation":
-            assert re.search(rf"INTO conversations \(id, user_id, .*\)\nVALUES \(\$\d, {user},", statement.sql)
+            assert re.search(rf"INTO conversations \(id, user_id, .*\)\n +SELECT \$\d, {user},", statement.sql)
         else:
             assert re.search(rf"WHERE (?:[ct]?\.?id = \$\d AND )?(?:c\.)?user_id = {user}", statement.sql), name

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from anynode.models.conversations import read_history
+from anynode.models.admissions import read_history
 from anynode.models.database import Database
 from anynode.models.events import Ending, Entry, Event, NewMessage, delta_payload, ended_under, flush
 from anynode.models.ids import uuid7

@@ -12,14 +12,11 @@ from uuid import UUID
 
 import pytest
 
+from anynode.models.admissions import Admission, Question, admit, regenerate
 from anynode.models.conversations import (
-    Admission,
-    Question,
-    admit,
     create_conversation,
     delete_conversation,
     get_or_create_conversation,
-    regenerate,
     update_conversation,
 )
 from anynode.models.database import Database

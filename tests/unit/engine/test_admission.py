@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from anynode.models.conversations import Admission, StoredMessage
+from anynode.models.admissions import Admission, StoredMessage
 from anynode.models.rules import Tail
 from anynode.server.agents.agent import HistoryMessage
 from anynode.server.engine.admission import (

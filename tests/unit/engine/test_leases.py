@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from anynode.models.conversations import StoredMessage
+from anynode.models.admissions import StoredMessage
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Entry, Event
 from anynode.models.turns import TakenTurn

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from anynode.models.conversations import Admission, Question, StoredMessage
+from anynode.models.admissions import Admission, Question, StoredMessage
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.messages import AppendOutcome
