@@ -3,7 +3,7 @@
 -- Does: adds the tokens of ended turns to the day of today, and the bytes of their messages to what is stored. A user
 --     for whom nothing was counted before has no row, and gets none. Returns no rows.
 -- Locks: the users' rows of `user_usage`, in the order of their ids. Flushes hold turns and conversations by then, and
---     whoever waits for those has no row of `user_usage` locked.
+--     what waits for those has no row of `user_usage` locked.
 -- Repeating: adds again. Called in a flush, which adds nothing when it is repeated.
 -- Called by: `flush_with_endings`.
 
