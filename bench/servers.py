@@ -31,6 +31,13 @@ SIDES: Final[tuple[Side, Side]] = ("product", "floor")
 
 ROOT: Final = Path(__file__).parent.parent
 USER: Final = "bench"
+# All conversations are one user's. The limits are counted as in production, and are never reached.
+NOT_REACHED: Final = {
+    "TURNS_PER_USER_MAX": "1000000",
+    "TURNS_PER_USER_PER_MINUTE": "100000000",
+    "TOKENS_PER_USER_PER_DAY": "100000000000",
+    "CONNECTIONS_PER_USER_MAX": "1000000",
+}
 READY_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 8.0
 CONTENT: Final = "a message of a hundred characters, which is about what people and models say to each other in chats"
@@ -172,6 +179,7 @@ class Bench:
             "DATABASE_URL": url,
             "JWT_SECRET": self._secret,
             "DRAIN_SECONDS": "0",
+            **NOT_REACHED,
             "PYTHONPATH": str(ROOT),
             **{name: str(value) for name, value in environment.items()},
         }
