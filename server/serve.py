@@ -236,6 +236,7 @@ async def _serve(settings: Settings, stop_with_input: bool, extra_routes: ExtraR
             log_config=None,
             lifespan="off",
             server_header=False,
+            headers=[("X-Content-Type-Options", "nosniff")],  # on every answer, also on those of uvicorn itself
         )
         server = Server(config)
         server.anynode = anynode

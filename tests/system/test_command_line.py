@@ -37,8 +37,8 @@ REFUSALS: Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
     "a number that is none": ({"LEASE_SECONDS": "soon"}, ("LEASE_SECONDS", "soon")),
     "a number that is no finite one": ({"LEASE_SECONDS": "nan"}, ("LEASE_SECONDS", "nan")),
     "a number out of range": ({"PORT": "65536"}, ("PORT", "65536")),
-    "a wildcard origin": ({"ALLOWED_ORIGINS": "https://*.example.com"}, ("ALLOWED_ORIGINS", "wildcard")),
-    "any origin": ({"ALLOWED_ORIGINS": "*"}, ("ALLOWED_ORIGINS", "wildcard")),
+    "a wildcard for all names": ({"ALLOWED_ORIGINS": "https://*.com"}, ("ALLOWED_ORIGINS", "wildcard")),
+    "any origin": ({"ALLOWED_ORIGINS": "*"}, ("ALLOWED_ORIGINS", "origins such as")),
     "a key set that is no URL": ({"JWT_SECRET": "", "JWT_JWKS_URL": "keys.json"}, ("JWT_JWKS_URL",)),
 }
 
