@@ -144,6 +144,8 @@ def test_what_ends_the_process_is_shown_without_rows(capsys: pytest.CaptureFixtu
     error = violation()
     show_uncaught(type(error), error, None)
     assert capsys.readouterr().err.endswith("(SQLSTATE 23514, constraint short)\n")
+    show_uncaught(ValueError, ValueError("https://ada:hunter2@keys.example"), None)
+    assert capsys.readouterr().err == "ValueError: https://…@keys.example\n"
 
 
 # Lines that are seldom.
