@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from anynode.models.postgres_errors import describe
 from anynode.models.queries import Bound
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
@@ -34,6 +35,10 @@ UNAVAILABLE: tuple[type[BaseException], ...] = (
     asyncpg.ReadOnlySQLTransactionError,  # 25006: still connected to what became a standby
     asyncpg.DeadlockDetectedError,  # 40P01
 )
+
+# A login that worked before and is refused now: somebody changes the password. The first contact, whose login is a
+# mistake that waiting does not repair, does not count it among these.
+_AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.InvalidAuthorizationSpecificationError)  # class 28
 
 _LAST_WORDS = (asyncpg.OperatorInterventionError, asyncpg.PostgresConnectionError)
 
@@ -66,7 +71,7 @@ def normalise_url(url: str) -> str:
         # The error itself would show a part of the URL, which may be the password.
         raise BadDatabaseUrl("it cannot be read as a URL; percent-encode the user and the password") from None
     if parts.scheme not in ("postgres", "postgresql"):
-        raise BadDatabaseUrl(f"it must begin with postgresql://, not {parts.scheme or 'nothing'}://")
+        raise BadDatabaseUrl("it must begin with postgresql://")  # what it begins with may be a password
     parameters = parse_qsl(parts.query, keep_blank_values=True)
     kept = [(name, value) for name, value in parameters if name not in _FOREIGN_PARAMETERS]
     if not parts.path.strip("/") and not {"dbname", "database"} & {name for name, _ in kept}:
@@ -181,7 +186,7 @@ class Database:
             try:
                 seconds = min(deadline - now(), attempt_seconds)
                 return await self._lines[line].run(sql, arguments, seconds, on_sent)
-            except UNAVAILABLE as error:
+            except _AWAY as error:
                 if deadline - now() <= pause:
                     raise _unavailable(error) from error
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311
@@ -191,7 +196,7 @@ class Database:
         """Return whether Postgres answers within 2 s, and the check has passed."""
         try:
             await self._lines["requests"].run("SELECT 1", (), 2.0)
-        except UNAVAILABLE:
+        except _AWAY:
             return False
         except Unavailable:  # the check has not passed
             return False
@@ -292,7 +297,7 @@ class _SingleLine:
 
 
 def _unavailable(error: BaseException) -> Unavailable:
-    return Unavailable(" ".join(f"{type(error).__name__}: {error}".split()).rstrip(":"))
+    return Unavailable(f"{type(error).__name__}: {describe(error)}".rstrip(": "))
 
 
 async def _fetch(connection: Any, sql: str, arguments: Sequence[Any]) -> list[asyncpg.Record]:

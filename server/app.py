@@ -30,6 +30,7 @@ from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Authenticator
 from anynode.server.engine.node import Node
 from anynode.server.engine.users import Emails
+from anynode.server.origins import pattern_of
 from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors, require_url
@@ -168,7 +169,7 @@ def _cross_origin(settings: Settings) -> list[Middleware]:
     return [
         Middleware(
             CORSMiddleware,
-            allow_origins=settings.allowed_origins,
+            allow_origin_regex=pattern_of(settings.allowed_origins),
             allow_methods=("GET", "POST", "PATCH", "DELETE"),
             allow_headers=("*",),  # stock clients send headers of their own, and none is trusted but the token
             expose_headers=("Link", "Location", "Retry-After"),

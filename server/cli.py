@@ -16,6 +16,7 @@ import platformdirs
 
 from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, make_token
 from anynode.server.errors import ClientError, ConfigurationError
+from anynode.server.logs import show_uncaught
 from anynode.server.settings import Settings, read_settings
 from anynode.server.startup import on_database, one_line_errors
 
@@ -168,6 +169,7 @@ def bench(arguments: tuple[str, ...]) -> None:
 
 def main() -> None:
     """Run the command `anynode`."""
+    sys.excepthook = show_uncaught
     with one_line_errors():
         cli()
 

@@ -27,6 +27,7 @@ from anynode.server.api.ai_sdk.wire import REQUEST_BYTES_MAX
 from anynode.server.api.operations import AI_SDK_PATH
 from anynode.server.app import Anynode, ExtraRoutes, no_routes, open_anynode
 from anynode.server.errors import CloseCode
+from anynode.server.logs import configure_logging
 from anynode.server.settings import Settings, check_for_production, read_settings
 from anynode.server.transport.http import BREAK_OFF
 
@@ -208,16 +209,6 @@ def run_node(
     listen(settings, stop_with_input=stop_with_input, extra_routes=extra_routes)
 
 
-def configure_logging(level: int) -> None:
-    """Log to standard error, and keep tokens and other people's mistakes out of the log."""
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # At INFO uvicorn logs the path of every WebSocket with its query, in which some client may put a token.
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    logging.getLogger("anynode").setLevel(level)
-    # It also logs a traceback for every peer that sends invalid UTF-8, and any peer can.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: not str(record.msg).startswith("Invalid UTF-8"))
-
-
 def listen(settings: Settings, *, stop_with_input: bool = False, extra_routes: ExtraRoutes = no_routes) -> None:
     """Serve until a signal. `stop_with_input`: also stop when standard input ends, as it does when the parent process
     dies. `extra_routes`: serve these routes too. Raises ConfigurationError, or SystemExit when the node has failed."""
@@ -245,6 +236,7 @@ async def _serve(settings: Settings, stop_with_input: bool, extra_routes: ExtraR
             log_config=None,
             lifespan="off",
             server_header=False,
+            headers=[("X-Content-Type-Options", "nosniff")],  # on every answer, also on those of uvicorn itself
         )
         server = Server(config)
         server.anynode = anynode

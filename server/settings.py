@@ -1,4 +1,7 @@
-"""Settings, which only this module reads from the environment. A bad value is refused with one line."""
+"""Settings, which only this module reads from the environment. A bad value is refused with one line.
+
+The line never shows the value: it may be a secret, if only because somebody has put it into the wrong variable.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import msgspec
 from anynode.models.text import is_storable
 from anynode.server.errors import ConfigurationError
 from anynode.server.limits import LIMIT_MAX, UserLimits
+from anynode.server.origins import parse_origin
 
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
@@ -29,7 +33,7 @@ def _text(name: str, value: str) -> str:
 
 def _node_name(name: str, value: str) -> str:
     if not NODE_NAME.fullmatch(value):
-        raise ConfigurationError(f"{name} must be 1 to 63 of the characters A-Z a-z 0-9 . _ -, not {value!r}")
+        raise ConfigurationError(f"{name} must be 1 to 63 of the characters A-Z a-z 0-9 . _ -")
     return value
 
 
@@ -38,9 +42,9 @@ def _whole(low: int, high: int) -> Callable[[str, str], int]:
         try:
             number = int(value)
         except ValueError:
-            raise ConfigurationError(f"{name} must be a whole number, not {value!r}") from None
+            raise ConfigurationError(f"{name} must be a whole number from {low} to {high}") from None
         if not low <= number <= high:
-            raise ConfigurationError(f"{name} must be from {low} to {high}, not {number}")
+            raise ConfigurationError(f"{name} must be from {low} to {high}")
         return number
 
     return parse
@@ -54,9 +58,9 @@ def _number(low: float, high: float) -> Callable[[str, str], float]:
         try:
             number = float(value)
         except ValueError:
-            raise ConfigurationError(f"{name} must be a number, not {value!r}") from None
+            raise ConfigurationError(f"{name} must be a number from {low:g} to {high:g}") from None
         if not math.isfinite(number) or not low <= number <= high:
-            raise ConfigurationError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+            raise ConfigurationError(f"{name} must be from {low:g} to {high:g}")
         return number
 
     return parse
@@ -65,7 +69,7 @@ def _number(low: float, high: float) -> Callable[[str, str], float]:
 def _flag(name: str, value: str) -> bool:
     flags = {"true": True, "1": True, "false": False, "0": False}
     if value.lower() not in flags:
-        raise ConfigurationError(f"{name} must be true or false, not {value!r}")
+        raise ConfigurationError(f"{name} must be true or false")
     return flags[value.lower()]
 
 
@@ -77,22 +81,15 @@ def _http_url(name: str, value: str) -> str:
     except ValueError:
         valid = False
     if not valid:
-        raise ConfigurationError(f"{name} must be an http:// or https:// URL, not {value!r}")
+        raise ConfigurationError(f"{name} must be an http:// or https:// URL")
     return value.rstrip("/")
 
 
 def _origins(name: str, value: str) -> tuple[str, ...]:
-    origins = []
-    for item in filter(None, (part.strip() for part in value.split(","))):
-        if "*" in item:
-            raise ConfigurationError(
-                f"{name} takes exact origins such as https://app.example.com, no wildcard: {item!r}"
-            )
-        parts = urlsplit(_http_url(name, item))
-        if parts.path or parts.query or parts.fragment:
-            raise ConfigurationError(f"{name} takes origins without a path, not {item!r}")
-        origins.append(f"{parts.scheme}://{parts.netloc}".lower())
-    return tuple(origins)
+    try:
+        return tuple(parse_origin(part.strip()) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ConfigurationError(f"{name} takes {error}") from None
 
 
 def _networks(name: str, value: str) -> tuple[IPNetwork, ...]:
@@ -100,7 +97,7 @@ def _networks(name: str, value: str) -> tuple[IPNetwork, ...]:
         return tuple(ip_network(part.strip(), strict=False) for part in value.split(",") if part.strip())
     except ValueError:
         raise ConfigurationError(
-            f"{name} must be addresses or networks such as 10.0.0.0/8, separated by commas, not {value!r}"
+            f"{name} must be addresses or networks such as 10.0.0.0/8, separated by commas"
         ) from None
 
 
@@ -122,9 +119,11 @@ def _scripted_calls(name: str, value: str) -> ScriptedSteps:
     try:
         steps: ScriptedSteps = msgspec.json.decode(value, type=_STEPS)
     except (ValueError, RecursionError) as error:
+        place = str(error).partition(" - at ")[2]  # and not what is there
         raise ConfigurationError(
-            f'{name} must be a JSON list of steps, each a list of {{"name": …, "arguments": {{…}}}}: {error}'
-        ) from error
+            f'{name} must be a JSON list of steps, each a list of {{"name": …, "arguments": {{…}}}}'
+            + (f"; it is not, at {place}" if place else "")
+        ) from None
     return steps
 
 
@@ -162,7 +161,10 @@ class Settings:
     )
     jwt_issuer: str = _setting("anynode", _text, "The `iss` that a token must have.")
     allowed_origins: tuple[str, ...] = _setting(
-        (), _origins, "Origins of pages that may connect, separated by commas; the server's own is always allowed."
+        (),
+        _origins,
+        "Origins of pages and apps that may connect, separated by commas; the server's own is always allowed. "
+        "`https://*.example.com` stands for any one label; `capacitor://localhost` is an app's.",
     )
     agent: str = _setting("echo", _text, "`echo`, `openai`, or your own as `package.module:attribute`.")
     agent_timeout_seconds: float = _setting(

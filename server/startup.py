@@ -12,6 +12,7 @@ import asyncpg
 import click
 
 from anynode.models.database import BadDatabaseUrl, Database, Unavailable, normalise_url
+from anynode.models.postgres_errors import describe
 from anynode.models.schema_version import SchemaBehind, check_schema
 from anynode.server.errors import ConfigurationError
 
@@ -77,5 +78,5 @@ def explain_database_errors(source: str = "DATABASE_URL") -> Iterator[None]:
     except BadDatabaseUrl as error:
         raise ConfigurationError(f"{source} is not a Postgres URL: {error}") from error
     except (OSError, TimeoutError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = describe(error) or type(error).__name__
         raise ConfigurationError(f"Postgres cannot be used at {source}: {reason}") from error

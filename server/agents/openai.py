@@ -104,6 +104,7 @@ async def open_openai(settings: Settings, tools: Sequence[Tool] = ()) -> AsyncIt
     async with aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=settings.turns_max),
         cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,  # a few kilobytes may unpack to hours of the processor's time
         headers=headers,
         timeout=aiohttp.ClientTimeout(
             total=None, connect=CONNECT_TIMEOUT_SECONDS, sock_read=settings.agent_timeout_seconds
@@ -187,7 +188,8 @@ class _ModelRequest:
         provider = self._provider
         response = await _post(provider, _encode(provider, self._messages, may_call=may_call))
         try:
-            if response.status != 200 or response.content_type != "text/event-stream":
+            is_stream = response.content_type == "text/event-stream" and _encoding(response) is None
+            if response.status != 200 or not is_stream:
                 raise await _refused(provider, response)
             calls = None if provider.tools is None else Calls(provider.calls_bytes_max)
             decoder = StepDecoder(provider.key, calls)
@@ -284,8 +286,12 @@ async def _read_to_end(response: aiohttp.ClientResponse) -> None:
 async def _refused(provider: _Provider, response: aiohttp.ClientResponse) -> AgentError:
     """Return the error that explains a response that is not a stream of an answer."""
     status = response.status
-    reason = quote(await _error_message(response), provider.key)
+    encoding = _encoding(response)
+    reason = quote(await _error_message(response), provider.key) if encoding is None else ""
     if status == 200:
+        if encoding is not None:
+            kind = quote(encoding, provider.key)
+            return AgentError(f"the provider compresses its answer, although `identity` was asked for{kind}")
         if reason and response.content_type == "application/json":
             return AgentError(f"the provider answers without a stream{reason}")
         kind = quote(response.content_type, provider.key)
@@ -303,6 +309,12 @@ async def _refused(provider: _Provider, response: aiohttp.ClientResponse) -> Age
     if status >= 500 or status == 408:
         return AgentError(f"the provider failed (status {status}), {again}{reason}", retryable=True)
     return AgentError(f"the provider refuses the request (status {status}){reason}")
+
+
+def _encoding(response: aiohttp.ClientResponse) -> str | None:
+    """Return the `Content-Encoding`, None where the body is as it is."""
+    encoding = ", ".join(response.headers.getall("Content-Encoding", ()))
+    return None if encoding.strip().lower() in ("", "identity") else encoding
 
 
 async def _error_message(response: aiohttp.ClientResponse) -> str | None:

@@ -16,7 +16,7 @@ from anynode.server.transport.http import refusal
 
 DIRECTORY: Final = Path(str(files("anynode.server").joinpath("page")))
 _MISSING: Final = "The chat page has not been built. Build it with: uv sync --inexact --reinstall-package anynode"
-_SAFE: Final = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+_SAFE: Final = {"Referrer-Policy": "no-referrer"}  # beside the `nosniff` of every answer
 _PAGE: Final = {
     **_SAFE,
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

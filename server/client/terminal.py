@@ -1,4 +1,9 @@
-"""The command `anynode chat`: a chat in the terminal, which reconnects and resumes by itself."""
+"""The command `anynode chat`: a chat in the terminal, which reconnects and resumes by itself.
+
+What a server or a model says is printed without control characters. With them a terminal can be made to change its
+title, overwrite what was said, fill the clipboard or type into the prompt. They are left out of a file or pipe too: a
+terminal shows it later. Programs that need the exact text use the client.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
+from typing import Final
 
 import click
 
@@ -17,6 +23,20 @@ try:
     import readline as readline  # gives input() its line editing
 except ImportError:  # not on this platform
     pass
+
+_CONTROLS: Final = dict.fromkeys(
+    [
+        *(code for code in range(0x20) if chr(code) not in "\n\t"),  # C0, with the escape that begins a sequence
+        *range(0x7F, 0xA0),  # DEL, and C1, which are whole sequences in one character
+        *(0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)),  # the direction of writing
+    ]
+)
+
+
+def printable(text: str) -> str:
+    """Return the text without control characters but newline and tab. Each is left out by itself, so a sequence that
+    comes in pieces is harmless too."""
+    return text.translate(_CONTROLS)
 
 
 async def chat(urls: Sequence[str], token: str, conversation_id: str | None) -> int:
@@ -35,12 +55,12 @@ async def chat(urls: Sequence[str], token: str, conversation_id: str | None) -> 
             try:
                 conversation_id = await _answer(client, line, conversation_id)
             except (Refused, GivenUp) as error:
-                click.secho(str(error), fg="red", err=True)
+                click.secho(printable(str(error)), fg="red", err=True)
                 status = 1
                 if not is_terminal:
                     break
     if is_terminal and conversation_id:
-        click.secho(f"\nGo on later with --conversation {conversation_id}", dim=True)
+        click.secho(f"\nGo on later with --conversation {printable(conversation_id)}", dim=True)
     return status
 
 
@@ -98,11 +118,12 @@ class _Shown:
             case "turn.cancelled":
                 _say("stopped")
             case "turn.failed":
-                click.secho(f"\n{frame['error']['message']}" if "error" in frame else "\nfailed", fg="red", err=True)
+                reason = frame["error"]["message"] if "error" in frame else "failed"
+                click.secho(f"\n{printable(reason)}", fg="red", err=True)
 
     def _add(self, text: str) -> None:
         self._text += text
-        click.echo(text, nl=False)
+        click.echo(printable(text), nl=False)
 
     def _replace(self, text: str, if_continued: str, otherwise: str) -> None:
         """Continue the text that is shown, or show all of the new text where it does not begin with that."""
@@ -116,7 +137,7 @@ class _Shown:
 
 
 def _say(text: str) -> None:
-    click.secho(f"\n· {text}", fg="yellow", err=True)
+    click.secho(f"\n· {printable(text)}", fg="yellow", err=True)
 
 
 class _Lines:

@@ -3,8 +3,8 @@
 Imports nothing of `transport` or `api`. This is the concurrency contract of the package.
 
 Pattern. Decisions are plain state that is given the time: `journal.FlushSchedule` and `TurnBuffer`, `cursor.Channel`,
-`Log` and `Cursor`, `leases.LeaseClock` and `renewal_of`, `turn.Draft` and `Silence`, `steps`, `users.EmailNotes`. Tasks
-around them do the I/O: `Journal`, `Follows`, `Leases`, `TurnRunner`, `Emails`, `Node`.
+`Log` and `Cursor`, `leases.LeaseClock` and `renewal_of`, `turn.Draft` and `Patience`, `steps`, `users.EmailNotes`.
+Tasks around them do the I/O: `Journal`, `Follows`, `Leases`, `TurnRunner`, `Emails`, `Node`.
 
 Concurrency. Everything runs on one event loop, and nothing here is safe to call from another thread. State changes only
 between awaits, so no locks are needed. One task flushes; there is never more than one flush under way. One task renews

@@ -9,6 +9,7 @@ from typing import Final
 from anynode.models.database import Database, Unavailable
 from anynode.models.tickets import delete_expired_tickets
 from anynode.models.turns import delete_expired_events, delete_expired_messages, forget_deletions
+from anynode.server.engine.postgres_errors import warn_of_wait
 from anynode.server.engine.watch import DELETIONS_KNOWN_SECONDS
 
 logger = logging.getLogger("anynode.node")
@@ -30,7 +31,7 @@ async def delete_expired(database: Database, *, retention_seconds: float) -> Non
                 while await delete(database, retention_seconds=retention_seconds, limit=limit) == limit:
                     pass
         except Unavailable as error:
-            logger.warning("expired events wait for Postgres: %s", error)
+            warn_of_wait(logger, "expired events wait", error)
         except Exception:
             logger.exception("expired events could not be deleted")
         await asyncio.sleep(pause_seconds(retention_seconds))

@@ -24,6 +24,7 @@ from uuid import UUID
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import DELTA, Ending, Entry, Event, delta_payload, ended_under, flush
 from anynode.server import metrics
+from anynode.server.engine.postgres_errors import warn_of_wait
 
 logger = logging.getLogger("anynode.journal")
 
@@ -314,7 +315,7 @@ class Journal:
                     refused -= await ended_under(self._database, claims, within_seconds=self._attempt_seconds)
             except Unavailable as error:
                 # A turn leaves the batch when its lease has run out by this node's own clock.
-                logger.warning("a flush of %d turns waits for Postgres: %s", len(batch), error)
+                warn_of_wait(logger, f"a flush of {len(batch)} turns waits", error)
                 continue
             except Exception:  # noqa: BLE001  (logged once the turn that causes it is found)
                 await self._isolate(batch)

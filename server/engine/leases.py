@@ -21,6 +21,7 @@ from anynode.models.turns import TakenTurn, release_leases, renew_leases, take_o
 from anynode.server import metrics
 from anynode.server.agents.agent import Agent, AgentEvent, TextDelta, Turn, can_resume_calls
 from anynode.server.engine.admission import agent_history, newest_of
+from anynode.server.engine.postgres_errors import warn_of_wait
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.steps import history_of_steps, stands_up_to, steps_in
 from anynode.server.engine.turn import TurnRunner
@@ -123,7 +124,7 @@ class Leases:
             try:
                 await self._renew()
             except Unavailable as error:
-                logger.warning("the beat waits for Postgres: %s", error)
+                warn_of_wait(logger, "the beat waits", error)
             except Exception:
                 logger.exception("a beat failed")
             self._take_over_soon.set()
@@ -137,7 +138,7 @@ class Leases:
             try:
                 await self._take_over()
             except Unavailable as error:
-                logger.warning("takeover waits for Postgres: %s", error)
+                warn_of_wait(logger, "takeover waits", error)
             except Exception:
                 logger.exception("a takeover failed")
 

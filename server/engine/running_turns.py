@@ -86,6 +86,7 @@ class RunningTurns:
             turn,
             journal,
             timeout_seconds=self._settings.agent_timeout_seconds,
+            seconds_max=self._settings.turn_seconds_max,
             answer_bytes_max=self._settings.answer_bytes_max,
         )
         running.lease_until = trusted_until

@@ -1,8 +1,8 @@
 """One running turn: the agent's events go to the journal as they come, and exactly one end follows them.
 
 Nothing here waits for a client or for the database, with one exception: an agent is resumed after its tool calls only
-once these are committed. A turn stops by its agent's end or error, a cancel, silence, or a lost lease. The first of
-them counts, and events that the agent yields afterwards are ignored.
+once these are committed. A turn stops by its agent's end or error, a cancel, silence, the end of its time, or a lost
+lease. The first of them counts, and events that the agent yields afterwards are ignored.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ AGENT_CLOSE_SECONDS: Final = 5.0  # how long a cancelled agent may take to relea
 AnyToolEvent = TypeVar("AnyToolEvent", ToolCall, ToolResult)
 
 YIELD_EVERY: Final = 64  # events after which an agent that never waits lets the other turns run
+TOKENS_MAX: Final = 2**53 - 1  # what every JSON reader takes exactly (RFC 8259, 6)
+MODEL_CHARACTERS_MAX: Final = 200  # real names have under 100
 
 
 @dataclass(slots=True)
@@ -110,25 +112,41 @@ class Draft:
         return message
 
 
-class Silence:
-    """How long an agent has yielded nothing, by a clock that its owner reads."""
+class Patience:
+    """How long an agent may still go on, by a clock that its owner reads.
 
-    __slots__ = ("heard_at", "limit_seconds")
+    It may yield nothing for at most `silent_seconds_max`, and take `seconds_max` in all: one that yields empty text for
+    ever is never silent.
+    """
 
-    def __init__(self, limit_seconds: float, now: float) -> None:
-        self.limit_seconds = limit_seconds
-        self.heard_at = now
+    __slots__ = ("began_at", "heard_at", "seconds_max", "silent_seconds_max")
+
+    def __init__(self, silent_seconds_max: float, seconds_max: float, now: float) -> None:
+        self.silent_seconds_max = silent_seconds_max
+        self.seconds_max = seconds_max
+        self.began_at = self.heard_at = now
 
     def seconds_left(self, now: float) -> float:
-        """Return how long the agent may still be silent; 0 or less: it has been silent for too long."""
-        return self.limit_seconds - (now - self.heard_at)
+        """Return how long the agent need not be looked at again; 0 or less: it has used up one of its times."""
+        return min(self.silent_seconds_max - (now - self.heard_at), self.seconds_in_all_left(now))
+
+    def seconds_in_all_left(self, now: float) -> float:
+        """Return how much is left of the time for the whole answer."""
+        return self.seconds_max - (now - self.began_at)
 
 
 class TurnRunner:
     """Runs one turn on this node, from its admission or takeover to the commit of its end."""
 
     def __init__(
-        self, agent: Agent, turn: Turn, journal: TurnJournal, *, timeout_seconds: float, answer_bytes_max: int
+        self,
+        agent: Agent,
+        turn: Turn,
+        journal: TurnJournal,
+        *,
+        timeout_seconds: float,
+        seconds_max: float,
+        answer_bytes_max: int,
     ) -> None:
         self.turn = turn
         self.journal = journal
@@ -136,11 +154,12 @@ class TurnRunner:
         self._agent = agent
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._silence = Silence(timeout_seconds, self._loop.time())
+        self._patience = Patience(timeout_seconds, seconds_max, self._loop.time())
         self._started_at = time.monotonic()
         self._cleaner = TextCleaner()
         self._draft = Draft(turn.user_id, answer_bytes_max)
         self._has_spoken = False
+        self._watchdog: asyncio.TimerHandle | None = None
         self._usage: Usage | None = None
 
     @property
@@ -153,7 +172,7 @@ class TurnRunner:
         if self._stopped.done():  # ended before it began
             return await self.journal.closed
         answering = asyncio.create_task(self._answer())
-        self._watchdog = self._loop.call_later(self._silence.limit_seconds, self._check_progress)
+        self._check_progress()
         self.journal.closed.add_done_callback(lambda _: self._stop())
         try:
             await asyncio.wait((answering, self._stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -163,7 +182,8 @@ class TurnRunner:
             return await self.journal.closed
         finally:
             # By now the end is committed: nobody waits for an agent that is slow to stop.
-            self._watchdog.cancel()
+            if self._watchdog is not None:
+                self._watchdog.cancel()
             answering.cancel()
             await asyncio.wait((answering,), timeout=AGENT_CLOSE_SECONDS)
             if not answering.done():
@@ -193,7 +213,7 @@ class TurnRunner:
             count = 0
             has_called = False
             async for event in events:
-                self._silence.heard_at = self._loop.time()
+                self._patience.heard_at = self._loop.time()
                 self._hear(event)
                 if isinstance(event, ToolCall):
                     has_called = True
@@ -234,7 +254,8 @@ class TurnRunner:
             case StepEnd():
                 self._begin_step()
             case Usage():
-                self._usage = event if self._usage is None else _sum(self._usage, event)
+                used = _believable(event)
+                self._usage = used if self._usage is None else _sum(self._usage, used)
             case _:
                 assert_never(event)
 
@@ -314,7 +335,7 @@ class TurnRunner:
         seconds = round(seconds, 3)
         if self._usage is None:
             return TurnUsage(None, None, None, seconds)
-        return TurnUsage(self._usage.input_tokens, self._usage.output_tokens, clean(self._usage.model), seconds)
+        return TurnUsage(self._usage.input_tokens, self._usage.output_tokens, self._usage.model, seconds)
 
     def _stop(self) -> None:
         if not self._stopped.done():
@@ -323,11 +344,14 @@ class TurnRunner:
     def _check_progress(self) -> None:
         if self._stopped.done():
             return
-        seconds_left = self._silence.seconds_left(self._loop.time())
-        if seconds_left <= 0:
-            self.fail(f"The agent said nothing for {self._silence.limit_seconds:g} seconds.", retryable=True)
-        else:
+        patience, now = self._patience, self._loop.time()
+        seconds_left = patience.seconds_left(now)
+        if seconds_left > 0:
             self._watchdog = self._loop.call_later(seconds_left, self._check_progress)
+        elif patience.seconds_in_all_left(now) <= 0:
+            self.fail(f"The answer took longer than {patience.seconds_max:g} seconds (TURN_SECONDS_MAX).")
+        else:
+            self.fail(f"The agent said nothing for {patience.silent_seconds_max:g} seconds.", retryable=True)
 
 
 def _storable(event: AnyToolEvent) -> AnyToolEvent:
@@ -336,7 +360,24 @@ def _storable(event: AnyToolEvent) -> AnyToolEvent:
     return msgspec.convert(clean(msgspec.structs.asdict(event)), type(event))
 
 
+def _believable(usage: Usage) -> Usage:
+    """Return the usage as it is counted and stored, whatever a provider says: numbers of tokens from 0 to TOKENS_MAX
+    (what is no whole number counts as 0), and a name in one line of at most MODEL_CHARACTERS_MAX characters."""
+    model = usage.model if isinstance(usage.model, str) else ""
+    # Cut first: a name may have a megabyte.
+    printable = "".join(each for each in model[:MODEL_CHARACTERS_MAX] if each.isprintable())
+    return Usage(_tokens(usage.input_tokens), _tokens(usage.output_tokens), printable or None)
+
+
+def _tokens(number: object) -> int:
+    if isinstance(number, bool) or not isinstance(number, int):
+        return 0
+    return min(max(number, 0), TOKENS_MAX)
+
+
 def _sum(one: Usage, other: Usage) -> Usage:
     return Usage(
-        one.input_tokens + other.input_tokens, one.output_tokens + other.output_tokens, other.model or one.model
+        min(one.input_tokens + other.input_tokens, TOKENS_MAX),
+        min(one.output_tokens + other.output_tokens, TOKENS_MAX),
+        other.model or one.model,
     )

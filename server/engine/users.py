@@ -17,6 +17,7 @@ from typing import Final
 from anynode.models.database import Database, Unavailable
 from anynode.models.users import write_emails
 from anynode.server.auth import Identity
+from anynode.server.engine.postgres_errors import warn_of_wait
 
 logger = logging.getLogger("anynode.node")
 
@@ -110,7 +111,7 @@ class Emails:
         try:
             await write_emails(self._database, self._notes.take(), within_seconds=WRITE_SECONDS_MAX)
         except Unavailable as error:
-            logger.warning("e-mail addresses wait for Postgres: %s", error)
+            warn_of_wait(logger, "e-mail addresses wait", error)
             self._notes.put_back()
         except Exception:
             logger.exception("e-mail addresses could not be written")

@@ -17,6 +17,7 @@ from uuid import UUID
 from anynode.models.database import Database, Unavailable
 from anynode.models.turns import News, watch
 from anynode.server.engine.follow import Follows
+from anynode.server.engine.postgres_errors import warn_of_wait
 from anynode.server.engine.running_turns import RunningTurns
 
 logger = logging.getLogger("anynode.node")
@@ -72,7 +73,7 @@ async def hear_cluster(database: Database, node_id: str, turns: RunningTurns, fo
             else:
                 follows.hear(begun)
         except Unavailable as error:
-            logger.warning("the watch waits for Postgres: %s", error)
+            warn_of_wait(logger, "the watch waits", error)
             horizon.lose()
         except Exception:
             logger.exception("a watch failed")

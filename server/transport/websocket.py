@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 from starlette.types import Receive, Scope, Send
 
 from anynode.server import metrics
 from anynode.server.engine.node import Node
 from anynode.server.errors import CloseCode
+from anynode.server.origins import is_own, pattern_of
 from anynode.server.settings import Settings
 from anynode.server.transport.connection import Connection
 
@@ -22,6 +23,7 @@ class Sockets:
         self.settings = settings
         self.node = node
         self.connections: set[Connection] = set()
+        self._allowed = re.compile(pattern_of(settings.allowed_origins))
 
     async def go_away(self, deadline: float, over_seconds: float) -> None:
         """Tell all clients to connect elsewhere, then close their connections, spread over `over_seconds`."""
@@ -48,12 +50,7 @@ class Sockets:
         origin = headers.get(b"origin")
         if origin is None:  # not a browser
             return True
-        try:
-            own = urlsplit(origin).netloc.lower()
-        except ValueError:
-            return False
-        is_own = own != "" and own == headers.get(b"host", "").lower()
-        return is_own or origin.lower() in self.settings.allowed_origins
+        return is_own(origin, headers.get(b"host", "")) or self._allowed.fullmatch(origin) is not None
 
 
 class WebSocketEndpoint:

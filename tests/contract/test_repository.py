@@ -81,3 +81,22 @@ def imported_by(node: ast.AST) -> list[str]:
             return [module or "", *(f"{module}.{alias.name}" for alias in names)]
         case _:
             return []
+
+
+WORKFLOW = (TOP / ".github" / "workflows" / "check.yml").read_text()
+
+
+def test_the_workflow_names_the_version_of_each_action_and_program() -> None:
+    actions = re.findall(r"uses: (\S+)", WORKFLOW)
+    assert len(actions) >= 2
+    assert [action for action in actions if not re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action)] == []
+    installed = re.findall(r"pip install (.+)", WORKFLOW)
+    assert [each for line in installed for each in line.split() if "==" not in each] == []
+
+
+def test_the_workflow_looks_for_known_flaws_in_all_that_is_locked_and_lists_it() -> None:
+    for command in ("pip-audit .*production.txt", "pip-audit .*requirements-dev.txt", "npm .*audit"):
+        assert re.search(f"run: {command}$", WORKFLOW, re.MULTILINE), command
+    assert "cyclonedx-py requirements" in WORKFLOW
+    assert "--sbom-format cyclonedx" in WORKFLOW
+    assert re.search(r"^permissions:\n  contents: read$", WORKFLOW, re.MULTILINE)

@@ -34,11 +34,11 @@ REFUSALS: Mapping[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
     "an agent in no module": ({"AGENT": "no_such_module:answer"}, ("AGENT", "no_such_module")),
     "an agent that is not in its module": ({"AGENT": "tests.agents.scripted:nobody"}, ("AGENT", "nobody")),
     "an agent that is none": ({"AGENT": "tests.agents.scripted:script_of"}, ("AGENT", "script_of")),
-    "a number that is none": ({"LEASE_SECONDS": "soon"}, ("LEASE_SECONDS", "soon")),
-    "a number that is no finite one": ({"LEASE_SECONDS": "nan"}, ("LEASE_SECONDS", "nan")),
-    "a number out of range": ({"PORT": "65536"}, ("PORT", "65536")),
-    "a wildcard origin": ({"ALLOWED_ORIGINS": "https://*.example.com"}, ("ALLOWED_ORIGINS", "wildcard")),
-    "any origin": ({"ALLOWED_ORIGINS": "*"}, ("ALLOWED_ORIGINS", "wildcard")),
+    "a number that is none": ({"LEASE_SECONDS": "soon"}, ("LEASE_SECONDS", "a number from 1 to 300")),
+    "a number that is no finite one": ({"LEASE_SECONDS": "nan"}, ("LEASE_SECONDS", "from 1 to 300")),
+    "a number out of range": ({"PORT": "65536"}, ("PORT", "from 0 to 65535")),
+    "a wildcard for all names": ({"ALLOWED_ORIGINS": "https://*.com"}, ("ALLOWED_ORIGINS", "wildcard")),
+    "any origin": ({"ALLOWED_ORIGINS": "*"}, ("ALLOWED_ORIGINS", "origins such as")),
     "a key set that is no URL": ({"JWT_SECRET": "", "JWT_JWKS_URL": "keys.json"}, ("JWT_JWKS_URL",)),
 }
 

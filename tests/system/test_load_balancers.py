@@ -16,15 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
+import jwt
 import psutil
 import pytest
 from websockets.exceptions import ConnectionClosed
 
+from anynode.server.api.ai_sdk.wire import REQUEST_BYTES_MAX
+from anynode.server.auth import TOKEN_CHARACTERS_MAX
 from anynode.server.client.client import Client
 from anynode.server.settings import Settings
 from tests.agents.scripted import eventually
 from tests.kit import programs
-from tests.kit.harness import Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
+from tests.kit.harness import SECRET, Frame, NodeProcess, Socket, free_port, running_node, socket_to, text_of, token_for
+from tests.kit.rest import rest_to
 
 DOCS = Path(__file__).parents[2] / "docs"
 PROGRAMS = {"nginx": "nginx.conf", "haproxy": "haproxy.cfg"}
@@ -99,7 +103,9 @@ def command(program: str, directory: Path, port: int, node_ports: Sequence[int])
         text = replaced(text, "listen 80;", f"listen 127.0.0.1:{port};")
         text = replaced(text, "/var/log/nginx/access.log", f"{directory}/access.log")
         file.write_text(replaced(text, "\nhttp {\n", f"\nhttp {{\n{paths}"))
-        return [program, "-c", str(file), "-e", "stderr", "-g", f"daemon off; pid {directory}/pid;"]
+        # As root, it would make its processes another user's, who may not write into a directory of tests.
+        user = "user root;" if os.geteuid() == 0 else ""
+        return [program, "-c", str(file), "-e", "stderr", "-g", f"daemon off; pid {directory}/pid; {user}"]
     text = replaced(text, "bind :80\n", f"bind 127.0.0.1:{port}\n")
     if os.geteuid() != 0:  # there is nobody else to become
         text = replaced(replaced(text, "    user haproxy\n", ""), "    group haproxy\n", "")
@@ -238,6 +244,27 @@ def test_metrics_are_kept_inside(balancer: Balancer, nodes: Nodes, path: str) ->
     assert balancer.get(path)[0] == 404
 
 
+def longest_token(user: str) -> str:
+    """A token of as many characters as one may have, or up to two less."""
+    claims = {"sub": user, "aud": "anynode", "iss": "anynode", "iat": int(time.time()), "exp": int(time.time()) + 600}
+    padding = (TOKEN_CHARACTERS_MAX - len(jwt.encode({**claims, "pad": ""}, SECRET))) * 3 // 4
+    token = max(
+        (jwt.encode({**claims, "pad": "x" * (padding + more)}, SECRET) for more in range(-4, 5)),
+        key=lambda token: len(token) if len(token) <= TOKEN_CHARACTERS_MAX else 0,
+    )
+    assert TOKEN_CHARACTERS_MAX - 2 <= len(token) <= TOKEN_CHARACTERS_MAX
+    return token
+
+
+async def test_the_longest_body_and_the_longest_token_reach_a_node(balancer: Balancer, user: str) -> None:
+    async with rest_to(balancer, user, token=longest_token(user)) as rest:
+        cookie = {"Cookie": "c=" + "x" * 8000}  # of the same site, which browsers send along
+        id = (await rest.ask("POST", "/conversations", {}, headers=cookie)).expect(201)["id"]
+        body = json.dumps({"role": "user", "content": "long"}).encode()
+        padded = body[:-1] + b" " * (REQUEST_BYTES_MAX - len(body)) + b"}"
+        (await rest.ask("POST", f"/conversations/{id}/messages", data=padded)).expect(201)
+
+
 async def test_a_stream_is_passed_on_as_it_comes(program: str, tmp_path: Path) -> None:
     heads: list[str] = []
     is_first_read = asyncio.Event()
@@ -259,7 +286,8 @@ async def test_a_stream_is_passed_on_as_it_comes(program: str, tmp_path: Path) -
             reader, writer = await asyncio.open_connection("127.0.0.1", balancer.port)
             writer.write(
                 b"GET /conversations/c/events?after=1 HTTP/1.1\r\nHost: chat.example:8443\r\n"
-                b"Authorization: Bearer a.b.c\r\nLast-Event-ID: 7\r\n\r\n"
+                b"Authorization: Bearer a.b.c\r\nLast-Event-ID: 7\r\n"
+                b"X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-Proto: https\r\n\r\n"  # a client's own claims
             )
             await reader.readuntil(b"data: first\n\n")
             is_first_read.set()
@@ -271,6 +299,7 @@ async def test_a_stream_is_passed_on_as_it_comes(program: str, tmp_path: Path) -
     for line in ("host: chat.example:8443", "authorization: bearer a.b.c", "last-event-id: 7"):
         assert f"\r\n{line}\r\n" in head
     assert "\r\nx-forwarded-for: 127.0.0.1\r\n" in head
+    assert head.count("x-forwarded-for") == head.count("x-forwarded-proto") == 1
     assert "\r\nx-forwarded-proto: http\r\n" in head
 
 

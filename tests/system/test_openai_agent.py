@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -454,6 +455,31 @@ async def test_what_is_no_event_stream_is_refused(
 ) -> None:
     provider.replies.append(Reply((body,), content_type=content_type))
     assert says in (await failure(agent)).message
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "identity, GZIP", "x-unknown"])
+async def test_an_answer_that_is_compressed_is_refused_and_not_unpacked(
+    provider: Provider, agent: Agent, encoding: str
+) -> None:
+    provider.replies.append(Reply((gzip.compress(delta(content="Hi")),), headers={"Content-Encoding": encoding}))
+    error = await failure(agent)
+    assert (error.message, error.retryable) == (
+        f'the provider compresses its answer, although `identity` was asked for: "{encoding}"',
+        False,
+    )
+
+
+async def test_an_error_that_is_compressed_is_told_without_the_providers_words(
+    provider: Provider, agent: Agent
+) -> None:
+    body = gzip.compress(b'{"error": "Because."}')
+    provider.replies.append(Reply((body,), 400, {"Content-Encoding": "gzip"}, "application/json"))
+    assert (await failure(agent)).message == "the provider refuses the request (status 400)"
+
+
+async def test_an_answer_that_says_it_is_not_compressed_is_taken(provider: Provider, agent: Agent) -> None:
+    provider.replies.append(Reply((delta("stop", content="Hi"), DONE), headers={"Content-Encoding": "Identity"}))
+    assert await collect(agent) == [TextDelta("Hi")]
 
 
 async def test_a_redirect_is_not_followed(provider: Provider, agent: Agent) -> None:

@@ -852,8 +852,8 @@ async def test_after_a_refusal_that_came_before_the_body_the_connection_still_se
 
 
 async def test_pages_of_allowed_origins_may_ask_and_read_also_what_is_refused(start_node: StartNode, user: str) -> None:
-    ours = "https://chat.example.com"
-    async with rest_to(start_node(ALLOWED_ORIGINS=ours), user) as rest:
+    ours, app = "https://chat.example.com", "capacitor://localhost"
+    async with rest_to(start_node(ALLOWED_ORIGINS=f"https://*.example.com, {app}"), user) as rest:
         id = await rest.create()
         for method, path in (
             ("GET", "/conversations"),
@@ -864,10 +864,10 @@ async def test_pages_of_allowed_origins_may_ask_and_read_also_what_is_refused(st
             ("GET", "/nope"),
             ("PUT", "/conversations"),
         ):
-            for origin, expected in ((ours, ours), ("https://evil.example.com", None)):
+            for origin, expected in ((ours, ours), (app, app), ("https://evil-example.com", None)):
                 reply = await rest.ask(method, path, headers={"Origin": origin})
                 assert reply.headers.get("Access-Control-Allow-Origin") == expected, (method, path)
-        for origin, expected in ((ours, ours), ("https://evil.example.com", None)):
+        for origin, expected in ((ours, ours), (app, app), ("https://evil-example.com", None)):
             asked = {
                 "Origin": origin,
                 "Access-Control-Request-Method": "PATCH",
@@ -875,7 +875,8 @@ async def test_pages_of_allowed_origins_may_ask_and_read_also_what_is_refused(st
             }
             reply = await rest.ask("OPTIONS", conversation(id), headers=asked)
             assert reply.headers.get("Access-Control-Allow-Origin") == expected
-            assert (reply.status == 200) == (origin == ours)
+            assert (reply.status == 200) == (expected is not None)
+            assert reply.headers["X-Content-Type-Options"] == "nosniff"
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 300000", "Transfer-Encoding: chunked"])

@@ -855,6 +855,26 @@ def test_the_page_forbids_foreign_scripts(node: NodeProcess) -> None:
     assert directives["frame-ancestors"] == "'none'"
 
 
+async def test_no_answer_over_http_is_sniffed(node: NodeProcess, user: str) -> None:
+    async with socket_to(node, user) as opened:
+        conversation_id = (await opened.answer("one"))[0]["conversation_id"]
+        assert opened.connection.response is not None
+        assert opened.connection.response.headers["X-Content-Type-Options"] == "nosniff"
+    requests = [
+        *(f"GET {path}" for path in ("/", "/docs", "/openapi.json", "/livez", "/readyz", "/metrics", "/nope")),
+        *("GET /conversations", f"GET /conversations/{conversation_id}/events?after=0", "POST /conversations"),
+        *("DELETE /livez", "OPTIONS /conversations", "GET /assets/none.js", "\x01"),
+    ]
+    for request in requests:
+        reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
+        token = token_for(user)
+        writer.write(f"{request} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\n\r\n".encode())
+        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+        writer.close()
+        assert head.count("\r\nx-content-type-options: nosniff\r\n") == 1, request
+    assert "400 bad request" in head, "the last one was no HTTP"
+
+
 def test_no_path_leads_out_of_the_page(node: NodeProcess) -> None:
     for path in ("/settings.py", "/../settings.py", "/page/..%2fsettings.py", "/index.html"):
         assert node.get(path)[0] == 404

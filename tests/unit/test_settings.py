@@ -79,6 +79,7 @@ def test_every_setting_says_what_it_is_for() -> None:
         ("OPENAI_BASE_URL", "http://[::1]:8080/v1/", "http://[::1]:8080/v1"),
         ("JWT_JWKS_URL", "https://issuer.example/keys", "https://issuer.example/keys"),
         ("ALLOWED_ORIGINS", "https://A.example, http://b.example:81/ ,", ("https://a.example", "http://b.example:81")),
+        ("ALLOWED_ORIGINS", "https://*.Example.com,app://.", ("https://*.example.com", "app://.")),
         ("SYSTEM_PROMPT", "two\nlines", "two\nlines"),
     ],
 )
@@ -121,7 +122,7 @@ def test_a_good_value_is_taken(name: str, value: str, expected: object) -> None:
         ("JWT_JWKS_URL", "https://issuer.example:port/"),
         ("OPENAI_BASE_URL", "https://[::1"),
         ("ALLOWED_ORIGINS", "*"),
-        ("ALLOWED_ORIGINS", "https://ok.example, https://*.example.com"),
+        ("ALLOWED_ORIGINS", "https://ok.example, https://*.com"),
         ("ALLOWED_ORIGINS", "null"),
         ("ALLOWED_ORIGINS", "app.example.com"),
         ("ALLOWED_ORIGINS", "https://app.example.com/path"),
@@ -143,6 +144,43 @@ def test_any_value_is_taken_or_one_line(name: str, value: str) -> None:
     if line is not None:
         assert len(line.splitlines()) == 1
         assert name in line
+
+
+SECRET = "hunter2"
+SHAPES = [
+    *(
+        "{}",
+        "{}:5",
+        "1{}",
+        "{}://h",
+        "ftp://u:{}@h",
+        "https://u:{}@h:port/",
+        "https://u:{}@h/path",
+        "https://*.{}",
+        "[::{}",
+    ),
+    *(
+        "[[{{'{}': 1}}]]",
+        '[[{{"name": "a", "{}": 1}}]]',
+        '[["{}"]]',
+        "[::{}",
+        "10.0.0.0/{}",
+        "postgresql://u:{}@h:port/db",
+    ),
+]
+
+
+@given(st.sampled_from(NAMES), st.sampled_from(SHAPES), st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_a_wrong_value_is_never_shown(name: str, shape: str, more: str) -> None:
+    line = complaint_or_none({**GOOD, name: shape.format(SECRET) + more}, production=True)
+    assert line is None or SECRET not in line.lower()
+
+
+def test_a_wrong_value_of_any_setting_that_is_not_free_text_is_refused_and_not_shown() -> None:
+    # Or the test above would have nothing to look at.
+    refused = [name for name in NAMES if complaint_or_none({**GOOD, name: f"ftp://u:{SECRET}@h\n"}, production=True)]
+    assert len(refused) > len(NAMES) / 2
+    assert {"JWT_JWKS_URL", "OPENAI_BASE_URL", "ALLOWED_ORIGINS", "ECHO_TOOL_CALLS", "PORT"} <= set(refused)
 
 
 # What production insists on.

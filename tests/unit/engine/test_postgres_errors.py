@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from anynode.models.database import Unavailable
-from anynode.server.engine.postgres_errors import unavailable_as_client_error
+from anynode.server.engine.postgres_errors import unavailable_as_client_error, warn_of_wait
 from anynode.server.errors import DatabaseUnavailable, NotFound
 from tests.kit.turns import CONVERSATION
 
@@ -35,3 +37,14 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 def test_what_works_works() -> None:
     with unavailable_as_client_error():
         pass
+
+
+def test_all_that_waits_for_the_same_reason_is_one_kind_of_line(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("anynode.test")
+    for what, cause in (("a beat waits", OSError()), ("a flush waits", OSError()), ("a beat waits", TimeoutError())):
+        error = Unavailable("because")
+        error.__cause__ = cause
+        warn_of_wait(logger, what, error)
+    kinds = [record.__dict__["seldom"] for record in caplog.records]
+    assert kinds == ["Postgres: OSError", "Postgres: OSError", "Postgres: TimeoutError"]
+    assert caplog.messages[0] == "a beat waits for Postgres: because"

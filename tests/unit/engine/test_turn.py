@@ -26,7 +26,7 @@ from anynode.server.agents.agent import (
 )
 from anynode.server.engine.journal import TurnJournal
 from anynode.server.engine.steps import Step
-from anynode.server.engine.turn import YIELD_EVERY, Draft, Silence, TurnRunner
+from anynode.server.engine.turn import MODEL_CHARACTERS_MAX, TOKENS_MAX, YIELD_EVERY, Draft, Patience, TurnRunner
 
 NOW = datetime(2024, 5, 6, 7, 8, 9, tzinfo=UTC)
 CALL = ToolCall("1", "search", {"q": "x"})
@@ -128,18 +128,26 @@ def test_an_answer_may_be_as_long_as_its_limit() -> None:
     assert [answer.count("123"), answer.count("45"), answer.count("6")] == [True, True, False]
 
 
-# Silence.
+# Patience.
 
 
 @pytest.mark.parametrize(
-    ("heard_at", "now", "left"), [(100.0, 100.0, 5.0), (100.0, 104.0, 1.0), (100.0, 105.0, 0.0), (103.0, 105.0, 3.0)]
+    ("heard_at", "now", "left"),
+    [
+        (100.0, 100.0, 5.0),
+        (100.0, 104.0, 1.0),
+        (100.0, 105.0, 0.0),
+        (103.0, 105.0, 3.0),
+        (128.0, 128.0, 2.0),  # of the 30 seconds for all of it
+        (130.0, 130.0, 0.0),
+    ],
 )
-def test_an_agent_may_be_silent_for_its_time_from_when_it_was_heard_last(
+def test_an_agent_has_its_time_from_when_it_was_heard_last_and_one_for_the_whole_answer(
     heard_at: float, now: float, left: float
 ) -> None:
-    silence = Silence(5.0, 100.0)
-    silence.heard_at = heard_at
-    assert silence.seconds_left(now) == left
+    patience = Patience(5.0, 30.0, 100.0)
+    patience.heard_at = heard_at
+    assert patience.seconds_left(now) == left
 
 
 # The turn.
@@ -184,12 +192,24 @@ class Written:
 
 
 def runner(
-    agent: Callable[[Turn], AsyncIterator[Any]], written: Written, *, bytes_max: int = 1000, turn_id: UUID | None = None
+    agent: Callable[[Turn], AsyncIterator[Any]],
+    written: Written,
+    *,
+    bytes_max: int = 1000,
+    seconds_max: float = 3600.0,
+    turn_id: UUID | None = None,
 ) -> TurnRunner:
     """A turn that has not begun."""
     turn = Turn(turn_id or uuid7(), UUID(int=1), "user", [], attempt=written.epoch)
     journal = cast(TurnJournal, written)
-    return TurnRunner(cast(Agent, agent), turn, journal, timeout_seconds=60.0, answer_bytes_max=bytes_max)
+    return TurnRunner(
+        cast(Agent, agent),
+        turn,
+        journal,
+        timeout_seconds=60.0,
+        seconds_max=seconds_max,
+        answer_bytes_max=bytes_max,
+    )
 
 
 def saying(*events: AgentEvent | str) -> Callable[[Turn], AsyncIterator[AgentEvent]]:
@@ -270,6 +290,43 @@ async def test_usage_adds_up_and_is_told_with_the_end() -> None:
     assert json.loads(written.ending.usage or "") == usage
     assert usage.pop("seconds") >= 0
     assert usage == {"input_tokens": 4, "output_tokens": 6, "model": "two"}
+
+
+@pytest.mark.parametrize(
+    ("told", "counted"),
+    [
+        (-5, 0),
+        (True, 0),
+        (1.5, 0),
+        (float("nan"), 0),
+        (float("inf"), 0),
+        ("7", 0),
+        (None, 0),
+        (10**23, TOKENS_MAX),
+        (TOKENS_MAX, TOKENS_MAX),
+    ],
+)
+async def test_numbers_of_tokens_that_cannot_be_are_clamped(told: Any, counted: int) -> None:
+    usage = (await ran(saying(Usage(told, told, "m")))).payload["usage"]
+    assert [usage["input_tokens"], usage["output_tokens"], usage["model"]] == [counted, counted, "m"]
+
+
+async def test_tokens_add_up_to_no_more_than_readers_of_json_take() -> None:
+    usage = (await ran(saying(Usage(TOKENS_MAX, 1), Usage(1, 1), Usage(-1, -1)))).payload["usage"]
+    assert [usage["input_tokens"], usage["output_tokens"]] == [TOKENS_MAX, 2]
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [
+        ("m" * 100_000, "m" * MODEL_CHARACTERS_MAX),
+        ("a\x1b]0;title\x07b\n\x9bc\u202ed", "a]0;titlebcd"),
+        ("\0\ud83d", None),
+        (7, None),
+    ],
+)
+async def test_the_name_of_a_model_is_short_and_printable(told: Any, kept: str | None) -> None:
+    assert (await ran(saying(Usage(1, 1, told)))).payload["usage"]["model"] == kept
 
 
 async def test_an_agent_that_tells_no_usage_has_none() -> None:
@@ -486,31 +543,81 @@ async def test_a_turn_goes_on_behind_what_earlier_attempts_left() -> None:
     assert [content for _, _, content, _ in shape(written.ending)] == ["one", "found", "two more"]
 
 
+class Clock:
+    """The time of the loop, moved by hand, and the checks that are due at some time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.pauses: list[float] = []
+        self._check: Callable[[], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        monkeypatch.setattr(self._loop, "time", lambda: self.now)
+        monkeypatch.setattr(self._loop, "call_later", self._call_later)
+
+    def _call_later(self, seconds: float, check: Callable[[], None]) -> asyncio.TimerHandle:
+        self.pauses.append(seconds)
+        self._check = check
+        return asyncio.TimerHandle(0.0, check, (), self._loop)
+
+    def pass_and_check(self, seconds: float) -> None:
+        """Let time pass, and do the newest check."""
+        self.now += seconds
+        assert self._check is not None
+        self._check()
+
+
 async def test_an_agent_that_says_nothing_for_too_long_fails(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = asyncio.get_running_loop()
-    now = [1000.0]
-    checks: list[tuple[float, Callable[[], None]]] = []
-
-    def call_later(seconds: float, check: Callable[[], None]) -> asyncio.TimerHandle:
-        checks.append((seconds, check))
-        return asyncio.TimerHandle(0.0, check, (), loop)
-
-    monkeypatch.setattr(loop, "time", lambda: now[0])
-    monkeypatch.setattr(loop, "call_later", call_later)
+    clock = Clock(monkeypatch)
     written = Written()
-    now[0] += 10.0
+    clock.now += 10.0
     running = asyncio.create_task(runner(held, written).run())
     await held.has_begun.wait()
-    now[0] += 40.0
-    checks[-1][1]()
-    assert [seconds for seconds, _ in checks] == [60.0, 20.0]
+    clock.pass_and_check(40.0)
+    assert clock.pauses == [60.0, 20.0]
     assert written.ending is None
-    now[0] += 20.0
-    checks[-1][1]()
+    clock.pass_and_check(20.0)
     monkeypatch.undo()
     assert await running
     assert written.payload["error"]["retryable"]
     assert "60 seconds" in written.payload["error"]["message"]
+
+
+async def test_an_agent_that_never_ends_fails_in_the_end_and_what_it_said_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    written = Written()
+    heard = asyncio.Queue[None]()
+    more = asyncio.Queue[None]()
+
+    async def agent(turn: Turn) -> AsyncIterator[AgentEvent]:
+        yield TextDelta("said")
+        while True:
+            heard.put_nowait(None)
+            await more.get()
+            yield TextDelta("")  # which is progress, as of a model that thinks
+
+    running = asyncio.create_task(runner(agent, written, seconds_max=150.0).run())
+    await heard.get()
+    for _ in range(2):
+        clock.pass_and_check(59.0)
+        more.put_nowait(None)
+        await heard.get()
+        assert written.ending is None
+    clock.pass_and_check(31.0)
+    assert clock.pauses == [60.0, 1.0, 1.0, 1.0]
+    assert written.ending is None
+    clock.pass_and_check(1.0)
+    monkeypatch.undo()
+    assert await running
+    assert written.said == ["said", "turn.failed"]
+    assert written.payload["error"] == {
+        "code": "agent_failed",
+        "message": "The answer took longer than 150 seconds (TURN_SECONDS_MAX).",
+        "retryable": False,
+    }
+    assert written.ending is not None
+    assert shape(written.ending) == [(1, "assistant", "said", "failed")]
 
 
 async def test_an_agent_that_never_waits_lets_the_others_run() -> None:

@@ -55,13 +55,21 @@ def sockets_of(*, is_draining: bool = False, **settings: Any) -> Sockets:
         ("null", FORBIDDEN),
         ("", FORBIDDEN),
         ("https://[", FORBIDDEN),
+        ("https://a.wide.example", None),  # by the wildcard
+        ("https://wide.example", FORBIDDEN),
+        ("capacitor://localhost", None),  # an app
+        ("javascript://chat.example", FORBIDDEN),  # the server's own host, and no origin of a page
+        ("https://chat.example/path", FORBIDDEN),
+        ("https://chat.example?query", FORBIDDEN),
+        ("https://chat.example#fragment", FORBIDDEN),
+        ("https://evil@chat.example", FORBIDDEN),
     ],
 )
 def test_pages_connect_from_the_servers_own_and_from_allowed_origins(
     origin: str | None, refusal: tuple[int, str] | None
 ) -> None:
     headers = {"Host": "Chat.example", **({} if origin is None else {"Origin": origin})}
-    sockets = sockets_of(allowed_origins=("https://app.example",))
+    sockets = sockets_of(allowed_origins=("https://app.example", "https://*.wide.example", "capacitor://localhost"))
     assert sockets.refusal(websocket_scope(headers=headers)) == refusal
 
 
