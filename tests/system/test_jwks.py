@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
-import anynode.server.auth
+import anynode.server.auth.jwks
 from anynode.server.auth import Authenticator, make_token
 from anynode.server.errors import Unauthorized
 from anynode.server.settings import Settings
@@ -345,7 +345,7 @@ async def test_a_redirect_is_not_followed(authenticator: Authenticator, issuer: 
 async def test_an_issuer_that_does_not_answer_is_left(
     authenticator: Authenticator, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anynode.server.auth, "JWKS_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(anynode.server.auth.jwks, "JWKS_SECONDS_MAX", 0.05)
     issuer.open_gate.clear()
     async with asyncio.timeout(2):
         assert await refusal(authenticator, token_of(RSA_1, "one")) == UNREACHABLE
