@@ -33,10 +33,11 @@ COMMENT: Final = b": \n\n"  # a sign of life that clients pass over
 class EventStream:
     """The ASGI application that writes `pieces` to the client, and `heartbeat` when none came for `heartbeat_seconds`.
 
-    It is cut short when the client goes, when the token runs out and when the node goes down. `last_words` are written
-    where it ends with an error. A stream that `must_be_whole` shows one turn: where it does not come to its end the
-    connection breaks off, so that no client takes it for whole, and it may go on until no turn runs on this node any
-    more. Other streams end when the node begins to drain, and their clients come back with the last `id`.
+    It is cut short when the client goes, when the token runs out or is revoked, and when the node goes down.
+    `last_words` are written where it ends with an error. A stream that `must_be_whole` shows one turn: where it does
+    not come to its end the connection breaks off, so that no client takes it for whole, and it may go on until no turn
+    runs on this node any more. Other streams end when the node begins to drain, and their clients come back with the
+    last `id`.
     """
 
     node: Node
@@ -70,6 +71,7 @@ class EventStream:
                 is_going_down.wait(),
                 self.request.wait_disconnected(),
                 asyncio.sleep(expiry_seconds),
+                self.request.revoked.wait(),
                 grace_seconds=LAST_WORDS_SECONDS if self.must_be_whole else 0.0,
             )
         except CutShort:

@@ -35,7 +35,7 @@ from anynode.server.protocol.frames import (
 )
 from anynode.server.reference.examples import FRAMES
 from anynode.server.settings import Settings
-from anynode.server.transport import connection, http
+from anynode.server.transport import allowance, connection, http
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)
@@ -206,9 +206,9 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in rows(sections(2)["Limits"])}
     assert limits["fragments of a frame"] == f"{listener.FRAGMENTS_MAX}"
-    assert limits["frames in a burst"] == f"{connection.FRAMES_BURST}"
-    assert limits["frames per second"] == f"{connection.FRAMES_PER_SECOND}"
-    assert limits["refused frames of that kind"] == f"{connection.REFUSALS_MAX}"
+    assert limits["frames in a burst"] == f"{allowance.FRAMES_BURST}"
+    assert limits["frames per second"] == f"{allowance.FRAMES_PER_SECOND}"
+    assert limits["refused frames of that kind"] == f"{allowance.REFUSALS_MAX}"
     assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
     assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
     assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{listener.KEEPALIVE_SECONDS:g}"
