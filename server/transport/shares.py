@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from anynode.server.errors import RateLimited
 from anynode.server.settings import Settings
+from anynode.server.transport.allowance import FrameBytes
 from anynode.server.transport.fair_decoding import FairDecoding
 from anynode.server.transport.sessions import Sessions
 from anynode.server.transport.unauthenticated import Unauthenticated
@@ -27,6 +28,7 @@ class Shares:
             total_max=settings.unauthenticated_max, per_address_max=settings.unauthenticated_per_address_max
         )
         self.reading = ReadBytes(READ_BYTES_MAX, READ_BYTES_PER_USER_MAX)
+        self.frame_bytes = FrameBytes()
         self.decoding = FairDecoding()
 
 

@@ -245,6 +245,14 @@ def test_the_request_id_of_a_refused_frame_is_found() -> None:
     assert request_id_of('{"type":"nonsense","request_id":"r1","more":NaN}') == "r1"
 
 
+def test_the_request_id_of_a_long_frame_is_found_without_decoding_the_rest() -> None:
+    more = ",".join(['{"a":1}'] * 5000)
+    assert request_id_of(f'{{"more":[{more}],"request_id":"r1"}}') == "r1"
+    assert request_id_of(f'{{"more":[{more}],"requestId":"r1"}}', "requestId") == "r1"
+    for rest in ('"request_id":1', '"request_id":"\ud800"', '"request_id":[' + more + "]", '"requestId":"r1"', "junk"):
+        assert request_id_of(f'{{"more":[{more}],{rest}}}') is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -31,6 +32,17 @@ async def test_what_decoding_raises_is_raised_and_the_next_one_goes_on() -> None
     assert await decoding.decode("ada", "x" * (AT_ONCE_BYTES_MAX + 1), len) == AT_ONCE_BYTES_MAX + 1
 
 
+async def test_after_a_long_text_the_loop_has_twice_its_time_to_itself() -> None:
+    decoding, began = FairDecoding(), list[float]()
+
+    def decode(text: str) -> None:
+        began.append(time.monotonic())
+        time.sleep(0.01)  # what is measured takes at least this long
+
+    await asyncio.gather(*(decoding.decode(user, "x" * 20_000, decode) for user in ("ada", "bob")))
+    assert began[1] - began[0] >= 0.029  # a timer may ring a little early
+
+
 class Order:
     """Users that come one after another, and the order in which they are let in. Each leaves when it is told."""
 
@@ -41,9 +53,12 @@ class Order:
 
     async def come(self, user: str, name: str) -> asyncio.Task[None]:
         async def pass_through() -> None:
-            async with self.turns.wait_turn(user):
+            await self.turns.wait_turn(user)
+            try:
                 self.entered.append(name)
                 await self._left.setdefault(name, asyncio.Event()).wait()
+            finally:
+                self.turns.end_turn()
 
         task = asyncio.create_task(pass_through())
         await asyncio.sleep(0)
@@ -80,7 +95,7 @@ async def test_one_that_is_cancelled_while_it_waits_lets_the_next_one_in() -> No
 async def test_one_that_is_cancelled_just_when_its_turn_comes_hands_it_on() -> None:
     order = Order()
     tasks = [await order.come("ada", f"ada {number}") for number in range(3)]
-    order.turns._leave()  # as the first does when it leaves
+    order.turns.end_turn()  # as the first does when it leaves
     tasks[1].cancel()  # before it can run
     for _ in range(3):
         await asyncio.sleep(0)
