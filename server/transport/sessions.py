@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from anynode.server import metrics
 from anynode.server.auth import Identity
 from anynode.server.errors import RateLimited
 
@@ -51,7 +52,7 @@ class Sessions:
 
     @property
     def is_full(self) -> bool:
-        """Whether the node has as many sessions as it may."""
+        """Whether the node is at its limit of sessions."""
         return len(self._sessions) >= self._connections_max
 
     def count_of(self, user_id: str) -> int:
@@ -76,6 +77,7 @@ class Sessions:
             )
         session = Session(identity, end, self._close)
         self._sessions.add(session)
+        metrics.sessions.inc()
         self._of_user[identity.user_id] += 1
         return session
 
@@ -113,6 +115,7 @@ class Sessions:
         if session not in self._sessions:
             return
         self._sessions.remove(session)
+        metrics.sessions.dec()
         user_id = session.identity.user_id
         self._of_user[user_id] -= 1
         if not self._of_user[user_id]:
