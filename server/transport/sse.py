@@ -26,6 +26,7 @@ HEADERS: Final = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
 ]
+LONG_BYTES_MIN: Final = 65_536  # of a piece that a server does not take without the client's reading
 COMMENT: Final = b": \n\n"  # a sign of life that clients pass over
 
 
@@ -111,3 +112,7 @@ def sse_data(data: str, *, id: int | None = None, event: str | None = None) -> b
 async def _write(send: Send, body: bytes) -> None:
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
+    if len(body) > LONG_BYTES_MIN:
+        # The server waits for the client to read before it sends, not after. So here too the next piece is asked for
+        # only when this one has been read.
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
