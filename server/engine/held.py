@@ -1,4 +1,4 @@
-"""What was read from Postgres for a user's followers and is not sent yet: so many pieces of it at once, not more.
+"""What was read from Postgres for a user's followers and is not sent yet, bounded.
 
 A piece is a snapshot or a part of the journal, and may have some megabytes. A client that follows a thousand
 conversations and reads nothing would otherwise have as many pieces wait in memory. Followers beyond the bound wait

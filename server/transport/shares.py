@@ -33,7 +33,7 @@ class Shares:
 
 
 class ReadBytes:
-    """The bytes of bodies that are being read: so many in all, and a part of them for one user."""
+    """The bytes of bodies that are being read: at most `total_max`, and at most `per_user_max` of one user."""
 
     def __init__(self, total_max: int, per_user_max: int) -> None:
         self._total_max = total_max

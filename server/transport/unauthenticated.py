@@ -35,8 +35,8 @@ class Unauthenticated(Generic[Socket]):
         return len(self._addresses)
 
     def add(self, socket: Socket, address: str) -> str | None:
-        """Add a socket. Where its address has as many as it may, or where there are as many as there may be, the one
-        that has waited longest gives way. Returns the name of the limit that was reached, None where none was."""
+        """Add a socket. Where its address or the node is at its limit, the one of them that has waited longest gives
+        way. Returns the name of the limit, None where none was reached."""
         of_address = self._by_address.get(address, ())
         reached = None
         if len(of_address) >= self._per_address_max:
