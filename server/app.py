@@ -34,7 +34,8 @@ from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors, require_url
 from anynode.server.store.store import Store
-from anynode.server.transport.http import Slots, refuse_route, routes_of
+from anynode.server.transport.http import refuse_route, routes_of
+from anynode.server.transport.shares import Shares
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
@@ -73,18 +74,19 @@ class Anynode:
         self.node = node
         self.running = running
         self.extra_routes = extra_routes
-        self.sockets = Sockets(settings, node)
+        self.shares = Shares(settings)
+        self.sockets = Sockets(settings, node, self.shares)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
         settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
-        tickets, slots = Tickets(database), Slots(settings.connections_max)
-        anynode = partial(AnynodeConnection, settings, node, authenticator)
-        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, tickets=tickets)
+        tickets, sessions = Tickets(database, settings.user_limits), self.shares.sessions
+        anynode = partial(AnynodeConnection, settings, node, authenticator, self.shares)
+        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, self.shares, tickets=tickets)
         apis = [
-            (REST, Rest(settings, node, slots)),
-            (AI_SDK, AiSdk(settings, node, slots, tickets)),
-            (RESPONSES, Responses(settings, node, slots)),
+            (REST, Rest(settings, node, sessions)),
+            (AI_SDK, AiSdk(settings, node, sessions, tickets)),
+            (RESPONSES, Responses(settings, node, sessions)),
         ]
         app = Starlette(
             routes=[
@@ -96,6 +98,7 @@ class Anynode:
                     apis,
                     authenticator,
                     node.conversations.find,
+                    self.shares,
                     body_bytes_max=settings.frame_bytes_max,
                 ),
                 *reference_routes(),

@@ -15,6 +15,7 @@ from anynode.models.tickets import add_ticket, redeem_ticket
 from anynode.server.auth import Identity
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import RateLimited, Unauthorized
+from anynode.server.limits import UserLimits
 
 TICKET_SECONDS: Final = 30.0
 TICKETS_MAX: Final = 100  # of one user at once
@@ -23,8 +24,9 @@ TICKETS_MAX: Final = 100  # of one user at once
 class Tickets:
     """Issues and redeems tickets; the database holds their hashes."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, limits: UserLimits) -> None:
         self._database = database
+        self._limits = limits  # of every user
 
     async def issue(self, identity: Identity) -> tuple[str, float]:
         """Return a new ticket, and when it expires (Unix seconds). Raises RateLimited or DatabaseUnavailable."""
@@ -39,7 +41,11 @@ class Tickets:
                 tickets_max=TICKETS_MAX,
             )
         if expires_at is None:
-            raise RateLimited(f"You have {TICKETS_MAX} unused tickets; use one, or wait {TICKET_SECONDS:g} seconds.")
+            raise RateLimited(
+                f"You have {TICKETS_MAX} unused tickets; use one, or wait {TICKET_SECONDS:g} seconds.",
+                limit="tickets_per_user_max",
+                limit_max=TICKETS_MAX,
+            )
         return ticket, expires_at
 
     async def redeem(self, ticket: str) -> Identity:
@@ -49,7 +55,7 @@ class Tickets:
             redeemed = await redeem_ticket(self._database, _hash(ticket))
         if redeemed is None:
             raise Unauthorized("the ticket is unknown, expired or used")
-        return Identity(*redeemed)
+        return Identity(*redeemed, limits=self._limits)
 
 
 def _hash(ticket: str) -> str:
