@@ -93,7 +93,7 @@ class Anynode:
                 *self.extra_routes(authenticator),  # first, so that they may replace one of ours
                 WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, anynode)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
-                *health_routes(node, database.is_reachable),
+                *health_routes(node, database.is_reachable, lambda: authenticator.has_keys),
                 *routes_of(
                     apis,
                     authenticator,
@@ -128,6 +128,7 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
         database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
     emails = Emails(database)
     authenticator = Authenticator(settings, on_verified=emails.note)
+    fetching_keys = asyncio.create_task(authenticator.run())
     try:
         try:
             with explain_database_errors():
@@ -145,6 +146,8 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
                 await asyncio.wait((running,))
                 await store.close()
     finally:
+        fetching_keys.cancel()
+        await asyncio.wait((fetching_keys,))
         await authenticator.close()
         await database.close()
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import runpy
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -14,8 +15,9 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import platformdirs
 
-from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, make_token
-from anynode.server.errors import ClientError, ConfigurationError
+from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, limits_of, make_token
+from anynode.server.errors import ClientError, ConfigurationError, Unauthorized
+from anynode.server.limits import UNLIMITED
 from anynode.server.settings import Settings, read_settings
 from anynode.server.startup import on_database, one_line_errors
 
@@ -90,15 +92,16 @@ def migrate_command() -> None:
     "--ttl", type=Duration(), default="1h", show_default=True, help="How long it is good for: 90s, 15m, 8h, 7d."
 )
 @click.option("--email", help="The user's e-mail address: the token's `email`.  [default: none]")
+@click.option("--limits", help="""The user's own limits, as JSON: '{"turns": 5}'.  [default: those of the settings]""")
 @data_directory
-def token(user: str, ttl: float, email: str | None, data_dir: Path) -> None:
+def token(user: str, ttl: float, email: str | None, limits: str | None, data_dir: Path) -> None:
     """Print a token signed with JWT_SECRET, or with the secret of `anynode dev` where that is not set."""
     settings = read_settings(os.environ)
     if not user or len(user) > USER_ID_CHARACTERS_MAX or not user.isprintable():
         raise ConfigurationError(f"--user takes from 1 to {USER_ID_CHARACTERS_MAX} printable characters")
     if email is not None and not is_email(email):
         raise ConfigurationError(f"--email takes an address with one @, of at most {EMAIL_CHARACTERS_MAX} characters")
-    click.echo(_token(settings, data_dir, user, ttl, email))
+    click.echo(_token(settings, data_dir, user, ttl, email, None if limits is None else _limits(limits)))
 
 
 @cli.command(name="export")
@@ -192,7 +195,26 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: float, email: str | None = None) -> str:
+def _limits(text: str) -> Mapping[str, int]:
+    """Return the limits of an option. Raises ConfigurationError."""
+    try:
+        limits: Mapping[str, int] = json.loads(text)
+        limits_of(limits, UNLIMITED)
+    except (ValueError, RecursionError):
+        raise ConfigurationError('--limits takes a JSON object such as {"turns": 5}') from None
+    except Unauthorized as error:
+        raise ConfigurationError(f"--limits: {error.message}") from None
+    return limits
+
+
+def _token(
+    settings: Settings,
+    data_directory: Path,
+    user: str,
+    ttl_seconds: float,
+    email: str | None = None,
+    limits: Mapping[str, int] | None = None,
+) -> str:
     if settings.jwt_jwks_url is not None:
         raise ConfigurationError("tokens are signed elsewhere (JWT_JWKS_URL): ask there for one")
     from anynode.server.dev.run import dev_secret
@@ -204,7 +226,9 @@ def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: flo
         audience=settings.jwt_audience,
         issuer=settings.jwt_issuer,
         ttl_seconds=ttl_seconds,
+        audience_claim=settings.jwt_audience_claim,
         email=email,
+        limits=limits,
     )
 
 

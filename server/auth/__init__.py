@@ -10,22 +10,26 @@ from anynode.server.auth.headers import bearer_of, token_of_subprotocols
 from anynode.server.auth.jwks import signing_keys
 from anynode.server.auth.tokens import (
     EMAIL_CHARACTERS_MAX,
+    LIMITS_CLAIM,
     TOKEN_CHARACTERS_MAX,
     USER_ID_CHARACTERS_MAX,
     Authenticator,
     Identity,
     is_email,
+    limits_of,
     make_token,
 )
 
 __all__ = [
     "EMAIL_CHARACTERS_MAX",
+    "LIMITS_CLAIM",
     "TOKEN_CHARACTERS_MAX",
     "USER_ID_CHARACTERS_MAX",
     "Authenticator",
     "Identity",
     "bearer_of",
     "is_email",
+    "limits_of",
     "make_token",
     "signing_keys",
     "token_of_subprotocols",

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from anynode.server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
 from anynode.server.engine.node import Node
-from anynode.server.errors import ClientError, CloseCode, RateLimited, Unauthorized
+from anynode.server.errors import ClientError, CloseCode, KeysUnavailable, RateLimited, Unauthorized
 from anynode.server.settings import Settings
 from anynode.server.transport.allowance import Allowance, NotSlowingDown, size_of
 from anynode.server.transport.refusals import count_refusal
@@ -188,6 +188,8 @@ class Connection:
             raise Closed(CloseCode.AUTHENTICATION_TIMEOUT, "no authentication in time") from None
         except Unauthorized as error:
             raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
+        except KeysUnavailable as error:
+            raise Closed(CloseCode.OVERLOADED, error.message) from None
 
     async def _identify(self) -> Identity:
         token = bearer_of(self._scope["headers"]) or token_of_subprotocols(self._scope.get("subprotocols") or [])
@@ -207,6 +209,8 @@ class Connection:
         """Count the connection towards its user's from now on, and no more to those that have not authenticated."""
         try:
             self._session = self._shares.sessions.open(identity, self._end_revoked)
+        except Unauthorized as error:  # it was revoked while a ticket was redeemed
+            raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
         except RateLimited as error:
             count_refusal(error)
             await self._turn_away(error)

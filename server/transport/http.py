@@ -222,6 +222,7 @@ class _Resource:
         body = None
         if operation.bodies:
             body = await self._read_body(identity.user_id, operation, headers, receive)
+            self._authenticator.check(identity)  # it may have taken half a minute
         request = ApiRequest(identity, ids, texts, query, body, headers, receive)
         if CONVERSATION in scope["path_params"]:
             return await self._answer_in(scope["path_params"][CONVERSATION], operation, request)

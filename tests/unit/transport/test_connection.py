@@ -14,7 +14,7 @@ import pytest
 from starlette.types import Message
 
 from anynode.server.auth import Authenticator, Identity
-from anynode.server.errors import ClientError, InvalidFrame, RateLimited, Unauthorized
+from anynode.server.errors import ClientError, InvalidFrame, KeysUnavailable, RateLimited, Unauthorized
 from anynode.server.settings import Settings
 from anynode.server.transport import allowance
 from anynode.server.transport import connection as module
@@ -207,6 +207,20 @@ async def test_a_first_frame_without_a_token_is_refused_and_another_may_follow()
 
 async def test_a_token_that_proves_nothing_closes_the_connection() -> None:
     assert await closed(Peer(CONNECT, frame("token bad"))) == (3000, "the token is malformed")
+
+
+@pytest.mark.parametrize("value", ["Basic good", "Bearer ", ""])
+async def test_a_header_that_holds_no_token_closes_the_connection_though_a_subprotocol_has_one(value: str) -> None:
+    closed_with = await closed(Peer(CONNECT), headers={"Authorization": value}, subprotocols=["bearer.good"])
+    assert closed_with == (3000, "The Authorization header must be `Bearer` and a token.")
+
+
+async def test_where_no_token_can_be_verified_now_the_client_is_told_to_come_back() -> None:
+    class NoKeys(Tokens):
+        async def authenticate(self, token: str) -> Identity:
+            raise KeysUnavailable("no keys")
+
+    assert await closed(Peer(CONNECT), headers=WITH_TOKEN, tokens=NoKeys()) == (1013, "no keys")
 
 
 async def test_a_client_that_does_not_authenticate_in_time_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,11 +58,17 @@ GONE: Message = {"type": "http.disconnect"}
 class Tokens:
     """Knows two users' tokens."""
 
+    is_revoked = False
+
     async def authenticate(self, token: str) -> Identity:
         users = {"good": USER, "other": "user-2"}
         if token not in users:
             raise Unauthorized("the token is malformed")
         return Identity(users[token], 4e9)
+
+    def check(self, identity: Identity) -> None:
+        if self.is_revoked:
+            raise Unauthorized("the token was revoked")
 
 
 class Query(Body, frozen=True):
@@ -156,7 +162,7 @@ async def test_a_request_is_answered_with_what_it_was_decoded_to(served: Served)
     ("headers", "message"),
     [
         ({}, "There is no Authorization: Bearer header."),
-        ({"Authorization": "Basic good"}, "There is no Authorization: Bearer header."),
+        ({"Authorization": "Basic good"}, "The Authorization header must be `Bearer` and a token."),
         ({"Authorization": "Bearer bad"}, "the token is malformed"),
     ],
 )
@@ -167,6 +173,15 @@ async def test_a_request_without_a_good_token_is_refused(
     assert peer.status == 401
     assert peer.headers["www-authenticate"] == "Bearer"
     assert peer.json == {"error": {"code": "unauthorized", "message": message}}
+
+
+async def test_a_token_that_is_revoked_while_its_body_comes_does_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokens, "is_revoked", True)
+    assert (await served.ask("GET", f"/things/{ID}")).status == 200  # there is no body, and it was looked at already
+    peer = await served.ask("POST", "/texts", *body_of(b'"text"'))
+    assert (peer.status, peer.json["error"]["message"]) == (401, "the token was revoked")
 
 
 async def test_a_head_request_is_answered_as_a_get(served: Served) -> None:
