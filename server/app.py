@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, WebSocketRoute
 
 from anynode.models.database import Database, Unavailable
+from anynode.models.revocations import load_revocations
 from anynode.models.schema_version import check_schema
 from anynode.server.agents.load import open_agent
 from anynode.server.api.ai_sdk.connection import AiSdkConnection
@@ -28,6 +29,7 @@ from anynode.server.api.page import page_routes
 from anynode.server.api.rest import Rest
 from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Authenticator
+from anynode.server.auth.revocations import Revocations
 from anynode.server.engine.node import Node
 from anynode.server.engine.users import Emails
 from anynode.server.reference.page import reference_routes
@@ -66,6 +68,7 @@ class Anynode:
         authenticator: Authenticator,
         node: Node,
         running: asyncio.Task[None],
+        revocations: Revocations,
         extra_routes: ExtraRoutes = no_routes,
     ) -> None:
         self.settings = settings
@@ -74,8 +77,9 @@ class Anynode:
         self.node = node
         self.running = running
         self.extra_routes = extra_routes
-        self.shares = Shares(settings)
+        self.shares = Shares(settings, revocations.is_revoked)
         self.sockets = Sockets(settings, node, self.shares)
+        revocations.on_news = partial(self.shares.sessions.end_if, revocations.is_revoked)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
@@ -123,11 +127,17 @@ class Anynode:
 async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes) -> AsyncIterator[Anynode]:
     """Open a node with its database and agent. Postgres need not be there yet. `extra_routes` makes routes that are
     served before the node's own. Raises ConfigurationError."""
+    revocations = Revocations()
+
+    async def check(url: str) -> None:
+        await check_schema(url)
+        await load_revocations(url, revocations.hear)
+
     with explain_database_errors():
         url = require_url(settings.database_url)
-        database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
+        database = await Database.connect(url, pool_max=settings.database_pool_max, check=check)
     emails = Emails(database)
-    authenticator = Authenticator(settings, on_verified=emails.note)
+    authenticator = Authenticator(settings, on_verified=emails.note, is_revoked=revocations.is_revoked)
     fetching_keys = asyncio.create_task(authenticator.run())
     try:
         try:
@@ -137,10 +147,10 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
         async with open_agent(settings) as agent:
             store = Store.in_node(settings, database, agent)
-            node = Node(settings, database, agent, store=store, emails=emails)
+            node = Node(settings, database, agent, store=store, emails=emails, revocations=revocations)
             running = asyncio.create_task(_run(node, database))
             try:
-                yield Anynode(settings, database, authenticator, node, running, extra_routes)
+                yield Anynode(settings, database, authenticator, node, running, revocations, extra_routes)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anynode.server import metrics
 from anynode.server.auth import Identity
-from anynode.server.errors import RateLimited
+from anynode.server.errors import RateLimited, Unauthorized
 
 if TYPE_CHECKING:
     from anynode.server.transport.http import AnyApiRequest
@@ -39,10 +39,15 @@ class Session:
 
 
 class Sessions:
-    """All sessions of a node, at most `connections_max`, and of each user at most what the user's limits say."""
+    """All sessions of a node, at most `connections_max`, and of each user at most what the user's limits say.
 
-    def __init__(self, connections_max: int) -> None:
+    `is_revoked` says whether a token was revoked since it was verified: a session is opened only after the last word
+    about it was heard, or is ended by `end_if`.
+    """
+
+    def __init__(self, connections_max: int, is_revoked: Callable[[Identity], bool] = lambda identity: False) -> None:
         self._connections_max = connections_max
+        self._is_revoked = is_revoked
         self._sessions: set[Session] = set()
         self._of_user: Counter[str] = Counter()
 
@@ -61,7 +66,9 @@ class Sessions:
 
     def open(self, identity: Identity, end: Callable[[], object]) -> Session:
         """Count a session from now on, until it is closed. `end` is called, at most once, when its token is revoked.
-        Raises RateLimited."""
+        Raises RateLimited, or Unauthorized where the token is revoked by now."""
+        if self._is_revoked(identity):
+            raise Unauthorized("the token was revoked")
         if self.is_full:
             raise RateLimited(
                 "This node is at its limit of connections; try again, or ask another node.",

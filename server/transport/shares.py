@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from anynode.server.auth import Identity
 from anynode.server.errors import RateLimited
 from anynode.server.settings import Settings
 from anynode.server.transport.allowance import FrameBytes
@@ -22,8 +24,8 @@ READ_BYTES_PER_USER_MAX: Final = 16_777_216  # … and of one user's: an eighth,
 class Shares:
     """All shares of a node: one object, for everything that it serves."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.sessions = Sessions(settings.connections_max)
+    def __init__(self, settings: Settings, is_revoked: Callable[[Identity], bool] = lambda identity: False) -> None:
+        self.sessions = Sessions(settings.connections_max, is_revoked)
         self.unauthenticated: Unauthenticated[Connection] = Unauthenticated(
             total_max=settings.unauthenticated_max, per_address_max=settings.unauthenticated_per_address_max
         )

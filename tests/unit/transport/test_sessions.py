@@ -6,7 +6,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from anynode.server.auth import Identity
-from anynode.server.errors import RateLimited
+from anynode.server.errors import RateLimited, Unauthorized
 from anynode.server.limits import UNLIMITED, UserLimits
 from anynode.server.transport.sessions import Sessions
 from tests.kit.asgi import Peer, answered, http_scope
@@ -49,6 +49,14 @@ def test_without_a_limit_a_user_may_have_any_number_up_to_the_nodes() -> None:
         session.close()
     assert len(sessions) == sessions.count_of("ada") == 0
     assert not sessions.is_full
+
+
+def test_no_session_is_opened_with_a_token_that_was_revoked_while_something_was_on_its_way() -> None:
+    sessions = Sessions(5, lambda identity: identity.issued_at < 7.0)
+    with pytest.raises(Unauthorized, match="revoked"):
+        sessions.open(identity("ada", issued_at=6.0), nothing)
+    assert len(sessions) == 0
+    assert sessions.open(identity("ada", issued_at=7.0), nothing)
 
 
 def test_a_newer_token_brings_its_own_limits() -> None:
