@@ -129,15 +129,35 @@ def export_command(user: str, output: Path | None, force: bool) -> None:
 def forget_command(user: str, yes: bool) -> None:
     """Delete all that is stored of a user, whose running turns are stopped.
 
-    It may be interrupted and run again. A token of the user that is still good stores the user again when it is used:
-    take the user's tokens away first.
+    It may be interrupted and run again. All tokens of the user that were issued before now are refused from then on, as
+    by `anynode revoke`. A newer token stores the user again: take away first what lets the user get one.
     """
     from anynode.server.store.forget import run_forget
 
     settings = read_settings(os.environ)
     _check_stored_user(user)
     if not _run(run_forget(settings, user, may_ask=not yes)):
-        _fail("the user goes on writing, so there is always more: take the user's tokens away, and run it again")
+        _fail("the user goes on writing, so there is always more: let the user get no newer token, and run it again")
+
+
+@cli.command(name="revoke")
+@click.option("--user", help="The user's id: the token's `sub`.")
+@click.option("--all", "is_all", is_flag=True, help="All users.")
+@click.option("--stop-turns", is_flag=True, help="Stop the running turns too.  [default: they go on]")
+def revoke_command(user: str | None, is_all: bool, stop_turns: bool) -> None:
+    """Refuse all tokens of a user that were issued before now, on every node, and end what is open with them.
+
+    Sockets and streams end within 2 seconds. A token that is issued a second later is good again, so take away first
+    what lets the user get one. Tickets are refused with their tokens.
+    """
+    from anynode.server.store.revoke import run_revoke
+
+    settings = read_settings(os.environ)
+    if is_all == (user is not None):
+        raise ConfigurationError("revoke takes either --user ID or --all")
+    if user is not None:
+        _check_stored_user(user)
+    _run(run_revoke(settings, user, stops_turns=stop_turns))
 
 
 @cli.command(name="chat")
