@@ -151,7 +151,7 @@ class Settings:
     )
     jwt_secret: str | None = _setting(None, _text, "Secret of HS256 tokens, at least 32 bytes; this or `JWT_JWKS_URL`.")
     jwt_jwks_url: str | None = _setting(
-        None, _http_url, "URL of the public keys (JWKS) of RS256 and ES256 tokens; this or `JWT_SECRET`."
+        None, _http_url, "URL of the public keys (JWKS) of the issuer of your tokens; this or `JWT_SECRET`."
     )
     jwt_audience: str = _setting("anynode", _text, "The `aud` that a token must have.")
     jwt_audience_claim: str = _setting(

@@ -343,6 +343,6 @@ def test_a_message_has_exactly_the_fields_of_the_design() -> None:
 def test_the_error_codes_are_those_of_the_design() -> None:
     assert [error.code for error in CLIENT_ERRORS] == [
         *("invalid_frame", "not_found", "conversation_busy", "role_order", "message_too_large", "rate_limited"),
-        *("unauthorized", "forbidden", "draining", "database_unavailable", "agent_failed"),
+        *("unauthorized", "forbidden", "draining", "database_unavailable", "keys_unavailable", "agent_failed"),
         "internal_error",  # over HTTP, where a socket is closed with 1011
     ]
