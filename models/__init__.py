@@ -6,7 +6,8 @@ Owned here:
   file each. `migrate` applies migrations, and `schema_version` says which ones a database has seen. `tables` describes
   the tables to Tortoise.
 - `queries.sql` holds every statement of the serving path by name; `queries` reads it. Statements are called by the
-  functions of `conversations`, `client_chats`, `messages`, `events`, `turns` and `tickets`, and run by `database`.
+  functions of `conversations`, `client_chats`, `messages`, `events`, `turns`, `tickets`, `users` and `revocations`,
+  and run by `database`.
 - `rules`, `ids` and `text` are pure: role order and what an agent sees, UUIDs, and text that Postgres can hold.
 
 Concurrency. A statement is one transaction, and nothing is kept in a session between two of them. So a pooler of

@@ -148,14 +148,14 @@ LEFT JOIN LATERAL (
 ORDER BY w.number, e.seq;
 
 -- name: watch
--- Read what a node must hear of: its turns that are to be cancelled, and the conversations in which turns have begun,
--- or that were deleted, since the horizon of an earlier watch (null: none). All transactions before a horizon have
--- ended, so no change is missed; some are reported twice. After a restore from another cluster, rows may carry later
--- transactions; the upper bound skips them.
+-- Read what a node must hear of: its turns that are to be cancelled, the conversations in which turns have begun, or
+-- that were deleted, and revocations, since the horizon of an earlier watch (null: none). All transactions before a
+-- horizon have ended, so no change is missed; some are reported twice. After a restore from another cluster, rows may
+-- carry later transactions; the upper bound skips them.
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint AS horizon,
        ARRAY(SELECT id FROM turns WHERE node = :node AND status = 'running' AND cancel_requested_at IS NOT NULL)
            AS cancelled,
-       changed.ids, changed.last_seqs
+       changed.ids, changed.last_seqs, revoked.hashes, revoked.not_befores
 FROM (
     SELECT array_agg(c.id) AS ids, array_agg(c.last_seq) AS last_seqs
     FROM ((SELECT id, last_seq FROM conversations
@@ -165,7 +165,12 @@ FROM (
           (SELECT conversation_id, 9223372036854775807 FROM deletions
            WHERE changed_xid >= :horizon AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
            ORDER BY changed_xid DESC LIMIT :changes_max)) c
-) changed;
+) changed, (
+    SELECT array_agg(r.user_hash) AS hashes, array_agg(r.not_before) AS not_befores
+    FROM (SELECT user_hash, not_before FROM revocations
+          WHERE changed_xid >= :horizon AND changed_xid < pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+          ORDER BY changed_xid DESC LIMIT :changes_max) r
+) revoked;
 
 -- name: snapshot
 -- Read the newest messages, the running turn with its text so far, and the cursor, all of one instant.
@@ -475,20 +480,55 @@ SELECT conversation_id, content, is_appended, turn_id IS NOT DISTINCT FROM coale
 FROM sent s;
 
 -- name: add_ticket
--- Keep a ticket, and return when it expires. No row: the user has `tickets_max` already.
-INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
-SELECT :hash, :user_id, :token_expires_at, clock_timestamp() + make_interval(secs => :lasts_seconds)
+-- Keep a ticket, and return when it expires. No row: the user has `tickets_max` already. Requests at the same instant do
+-- not see one another's tickets, so a user may have a few more: an exact count would take a lock.
+INSERT INTO tickets (hash, user_id, token_expires_at, issued_at, limits, expires_at)
+SELECT :hash, :user_id, :token_expires_at, :issued_at, :limits, clock_timestamp() + make_interval(secs => :lasts_seconds)
 WHERE (SELECT count(*) FROM tickets WHERE user_id = :user_id AND expires_at > now()) < :tickets_max
 ON CONFLICT (hash) DO UPDATE SET hash = excluded.hash
 RETURNING extract(epoch FROM expires_at)::double precision AS expires_at;
 
 -- name: redeem_ticket
--- Take a ticket: it is deleted, so it is good for one connection.
-DELETE FROM tickets WHERE hash = :hash RETURNING user_id, token_expires_at, expires_at > clock_timestamp() AS is_fresh;
+-- Take a ticket: it is deleted, so it is good for one connection. It is worth no more than its token: nothing after the
+-- token's end, or if the token was revoked. Where a node of an older release has issued it, that cannot be known.
+DELETE FROM tickets t WHERE hash = :hash
+RETURNING user_id, token_expires_at, issued_at, limits,
+          expires_at > clock_timestamp() AND token_expires_at > extract(epoch FROM clock_timestamp()) AS is_fresh,
+          EXISTS (SELECT FROM revocations r
+                  WHERE r.user_hash IN ('*', encode(sha256(convert_to(t.user_id, 'UTF8')), 'hex'))
+                      AND r.not_before > coalesce(t.issued_at, 0)) AS is_revoked;
 
 -- name: delete_expired_tickets
 -- Delete the tickets that nobody used in time.
 DELETE FROM tickets WHERE expires_at < now();
+
+-- name: revoke
+-- Refuse the tokens of a user (`*`: of all users) that were issued before now. See server/auth/revocations.py.
+INSERT INTO revocations AS r (user_hash, not_before)
+VALUES (:user_hash, extract(epoch FROM clock_timestamp())::double precision)
+ON CONFLICT (user_hash) DO UPDATE
+    SET not_before = greatest(r.not_before, excluded.not_before), changed_xid = excluded.changed_xid
+RETURNING not_before;
+
+-- name: read_revocations
+-- Read a page of all revocations, in the order of their hashes.
+SELECT user_hash, not_before FROM revocations WHERE user_hash > :after ORDER BY user_hash LIMIT :rows_max;
+
+-- name: forget_revocations
+-- Forget the revocations of single users from long enough ago: tokens of that age have expired.
+DELETE FROM revocations
+WHERE user_hash <> '*' AND not_before < extract(epoch FROM now()) - :after_seconds::double precision;
+
+-- name: stop_turns
+-- Ask all running turns of a user (null: of all users) to stop. For the order of locks see `append_events`.
+WITH asked AS MATERIALIZED (
+    SELECT t.id FROM turns t JOIN conversations c ON c.id = t.conversation_id
+    WHERE t.status = 'running' AND t.cancel_requested_at IS NULL AND (:user_id::text IS NULL OR c.user_id = :user_id)
+    ORDER BY t.id
+    FOR NO KEY UPDATE OF t
+)
+UPDATE turns t SET cancel_requested_at = clock_timestamp() FROM asked WHERE t.id = asked.id
+RETURNING t.id;
 
 -- name: read_usage
 -- Read what turns have used, where they say so.
@@ -524,10 +564,14 @@ RETURNING u.conversations, u.bytes;
 -- name: write_emails
 -- Store users' e-mail addresses, and the users who are new. Rows that say the same already are not locked. The others
 -- are locked in the order of their ids, so that two nodes that write the same users never wait for each other. Each
--- user is looked up by id for the reason that `append_events` gives.
+-- user is looked up by id for the reason that `append_events` gives. An address of a token that was revoked meanwhile
+-- is not stored: it would make a deleted user again.
 INSERT INTO users (id, email)
-SELECT n.id, n.email FROM unnest(:user_ids::text[], :emails::text[]) AS n (id, email)
+SELECT n.id, n.email
+FROM unnest(:user_ids::text[], :emails::text[], :issued_ats::double precision[]) AS n (id, email, issued_at)
 WHERE (SELECT email FROM users WHERE id = n.id) IS DISTINCT FROM n.email
+    AND coalesce((SELECT not_before FROM revocations
+                  WHERE user_hash = encode(sha256(convert_to(n.id, 'UTF8')), 'hex')), 0) <= n.issued_at
 ORDER BY n.id
 ON CONFLICT (id) DO UPDATE SET email = excluded.email WHERE users.email IS DISTINCT FROM excluded.email;
 

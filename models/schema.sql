@@ -109,7 +109,19 @@ CREATE TABLE tickets (
     hash text PRIMARY KEY, -- SHA-256 of the ticket, in hexadecimal
     user_id text NOT NULL,
     token_expires_at double precision NOT NULL, -- Unix seconds
-    expires_at timestamptz NOT NULL
+    expires_at timestamptz NOT NULL,
+    issued_at double precision, -- of the token; null from a node of a release before migration 0010
+    limits jsonb -- of the token's user
 );
 CREATE INDEX tickets_user ON tickets (user_id, expires_at);
 CREATE INDEX tickets_expired ON tickets (expires_at);
+
+-- From when on the tokens of a user must have been issued. The trigger `users_revoke_deleted`, which stands beside its
+-- function, writes a row for each user who is deleted; nothing else is left of that user.
+CREATE TABLE revocations (
+    user_hash text PRIMARY KEY, -- SHA-256 of the user's id, in hexadecimal; `*`: of all users
+    not_before double precision NOT NULL, -- Unix seconds, by the database's clock
+    changed_xid bigint NOT NULL DEFAULT pg_current_xact_id()::text::bigint
+);
+CREATE INDEX revocations_changed ON revocations (changed_xid);
+CREATE INDEX revocations_expired ON revocations (not_before);

@@ -240,17 +240,38 @@ class Deletion(Model):
 class Ticket(Model):
     """A ticket that nobody has used yet. `hash` is its SHA-256, in hexadecimal.
 
-    `token_expires_at` (Unix seconds) is when the token expires that it was exchanged for.
+    `token_expires_at` and `issued_at` (Unix seconds) are those of the token that it was exchanged for, `limits` what
+    that token allows; the last two are null from a node of a release before migration 0010.
     """
 
     hash = fields.CharField(64, primary_key=True)
     user_id = fields.TextField()
     token_expires_at = fields.FloatField()
     expires_at = fields.DatetimeField()
+    issued_at = fields.FloatField(null=True)
+    limits: fields.JSONField[Any] = fields.JSONField(null=True)
 
     class Meta:
         table = "tickets"
         indexes = (
             Index(fields=("user_id", "expires_at"), name="tickets_user"),
             Index(fields=("expires_at",), name="tickets_expired"),
+        )
+
+
+class Revocation(Model):
+    """The time (`not_before`, Unix seconds) since when the tokens of a user must have been issued.
+
+    `user_hash` is SHA-256 of the user's id, in hexadecimal; `*` stands for all users.
+    """
+
+    user_hash = fields.CharField(64, primary_key=True)
+    not_before = fields.FloatField()
+    changed_xid = fields.BigIntField(db_default=_THIS_TRANSACTION)
+
+    class Meta:
+        table = "revocations"
+        indexes = (
+            Index(fields=("changed_xid",), name="revocations_changed"),
+            Index(fields=("not_before",), name="revocations_expired"),
         )

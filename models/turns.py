@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 import asyncpg
@@ -45,11 +45,13 @@ class TakenTurn:
 @dataclass(frozen=True, slots=True)
 class News:
     """The findings of a watch: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
-    `begun` or that were deleted, and the `horizon` from which the next watch goes on."""
+    `begun` or that were deleted, revocations (hash of the user's id → not before), and the `horizon` from which the
+    next watch goes on."""
 
     horizon: int
     to_cancel: Sequence[UUID]
     begun: Mapping[UUID, int]
+    revoked: Mapping[str, float] = field(default_factory=dict)
 
 
 async def watch(database: Database, *, node: str, since: int | None, limit: int, within_seconds: float) -> News:
@@ -57,7 +59,8 @@ async def watch(database: Database, *, node: str, since: int | None, limit: int,
     news = bind("watch", node=node, horizon=since, changes_max=limit)
     (row,) = await database.run(news, within_seconds=within_seconds, line="watch")
     begun = dict(zip(row["ids"] or (), row["last_seqs"] or (), strict=True))
-    return News(row["horizon"], row["cancelled"], begun)
+    revoked = dict(zip(row["hashes"] or (), row["not_befores"] or (), strict=True))
+    return News(row["horizon"], row["cancelled"], begun, revoked)
 
 
 async def renew_leases(

@@ -10,9 +10,17 @@ from anynode.models.database import Database
 from anynode.models.queries import bind
 
 
-async def write_emails(database: Database, emails: Mapping[str, str], *, within_seconds: float) -> None:
-    """Store e-mail addresses by their users' ids; users who are new are made. Raises Unavailable."""
-    written = bind("write_emails", user_ids=list(emails), emails=list(emails.values()))
+async def write_emails(
+    database: Database, emails: Mapping[str, str], *, issued_at: Mapping[str, float], within_seconds: float
+) -> None:
+    """Store e-mail addresses by their users' ids; users who are new are made. An address is left out where the token
+    that told it, issued at that time (Unix seconds), was revoked. Raises Unavailable."""
+    written = bind(
+        "write_emails",
+        user_ids=list(emails),
+        emails=list(emails.values()),
+        issued_ats=[issued_at[user_id] for user_id in emails],
+    )
     await database.run(written, within_seconds=within_seconds)
 
 

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, WebSocketRoute
 
 from anynode.models.database import Database, Unavailable
+from anynode.models.revocations import load_revocations
 from anynode.models.schema_version import check_schema
 from anynode.server.agents.load import open_agent
 from anynode.server.api.ai_sdk.connection import AiSdkConnection
@@ -28,6 +29,7 @@ from anynode.server.api.page import page_routes
 from anynode.server.api.rest import Rest
 from anynode.server.api.tickets import Tickets
 from anynode.server.auth import Authenticator
+from anynode.server.auth.revocations import Revocations
 from anynode.server.engine.node import Node
 from anynode.server.engine.users import Emails
 from anynode.server.origins import pattern_of
@@ -35,7 +37,8 @@ from anynode.server.reference.page import reference_routes
 from anynode.server.settings import Settings
 from anynode.server.startup import explain_database_errors, require_url
 from anynode.server.store.store import Store
-from anynode.server.transport.http import Slots, refuse_route, routes_of
+from anynode.server.transport.http import refuse_route, routes_of
+from anynode.server.transport.shares import Shares
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 
 logger = logging.getLogger("anynode")
@@ -66,6 +69,7 @@ class Anynode:
         authenticator: Authenticator,
         node: Node,
         running: asyncio.Task[None],
+        revocations: Revocations,
         extra_routes: ExtraRoutes = no_routes,
     ) -> None:
         self.settings = settings
@@ -74,29 +78,32 @@ class Anynode:
         self.node = node
         self.running = running
         self.extra_routes = extra_routes
-        self.sockets = Sockets(settings, node)
+        self.shares = Shares(settings, revocations.is_revoked)
+        self.sockets = Sockets(settings, node, self.shares)
+        revocations.on_news = partial(self.shares.sessions.end_if, revocations.is_revoked)
 
     def app(self) -> Starlette:
         """Return the ASGI application."""
         settings, node, database, authenticator = self.settings, self.node, self.database, self.authenticator
-        tickets, slots = Tickets(database), Slots(settings.connections_max)
-        anynode = partial(AnynodeConnection, settings, node, authenticator)
-        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, tickets=tickets)
+        tickets, sessions = Tickets(database, settings.user_limits), self.shares.sessions
+        anynode = partial(AnynodeConnection, settings, node, authenticator, self.shares)
+        ai_sdk = partial(AiSdkConnection, settings, node, authenticator, self.shares, tickets=tickets)
         apis = [
-            (REST, Rest(settings, node, slots)),
-            (AI_SDK, AiSdk(settings, node, slots, tickets)),
-            (RESPONSES, Responses(settings, node, slots)),
+            (REST, Rest(settings, node, sessions)),
+            (AI_SDK, AiSdk(settings, node, sessions, tickets)),
+            (RESPONSES, Responses(settings, node, sessions)),
         ]
         app = Starlette(
             routes=[
                 *self.extra_routes(authenticator),  # first, so that they may replace one of ours
                 WebSocketRoute("/ws", WebSocketEndpoint(self.sockets, anynode)),
                 WebSocketRoute(AI_SDK_PATH, WebSocketEndpoint(self.sockets, ai_sdk)),
-                *health_routes(node, database.is_reachable),
+                *health_routes(node, database.is_reachable, lambda: authenticator.has_keys),
                 *routes_of(
                     apis,
                     authenticator,
                     node.conversations.find,
+                    self.shares,
                     body_bytes_max=settings.frame_bytes_max,
                 ),
                 *reference_routes(),
@@ -121,11 +128,18 @@ class Anynode:
 async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes) -> AsyncIterator[Anynode]:
     """Open a node with its database and agent. Postgres need not be there yet. `extra_routes` makes routes that are
     served before the node's own. Raises ConfigurationError."""
+    revocations = Revocations()
+
+    async def check(url: str) -> None:
+        await check_schema(url)
+        await load_revocations(url, revocations.hear)
+
     with explain_database_errors():
         url = require_url(settings.database_url)
-        database = await Database.connect(url, pool_max=settings.database_pool_max, check=check_schema)
+        database = await Database.connect(url, pool_max=settings.database_pool_max, check=check)
     emails = Emails(database)
-    authenticator = Authenticator(settings, on_verified=emails.note)
+    authenticator = Authenticator(settings, on_verified=emails.note, is_revoked=revocations.is_revoked)
+    fetching_keys = asyncio.create_task(authenticator.run())
     try:
         try:
             with explain_database_errors():
@@ -134,15 +148,17 @@ async def open_anynode(settings: Settings, extra_routes: ExtraRoutes = no_routes
             logger.warning("Postgres cannot be reached at DATABASE_URL; the node will work when it can: %s", error)
         async with open_agent(settings) as agent:
             store = Store.in_node(settings, database, agent)
-            node = Node(settings, database, agent, store=store, emails=emails)
+            node = Node(settings, database, agent, store=store, emails=emails, revocations=revocations)
             running = asyncio.create_task(_run(node, database))
             try:
-                yield Anynode(settings, database, authenticator, node, running, extra_routes)
+                yield Anynode(settings, database, authenticator, node, running, revocations, extra_routes)
             finally:
                 running.cancel()
                 await asyncio.wait((running,))
                 await store.close()
     finally:
+        fetching_keys.cancel()
+        await asyncio.wait((fetching_keys,))
         await authenticator.close()
         await database.close()
 

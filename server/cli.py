@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import runpy
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
@@ -14,8 +15,9 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import platformdirs
 
-from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, make_token
-from anynode.server.errors import ClientError, ConfigurationError
+from anynode.server.auth import EMAIL_CHARACTERS_MAX, USER_ID_CHARACTERS_MAX, is_email, limits_of, make_token
+from anynode.server.errors import ClientError, ConfigurationError, Unauthorized
+from anynode.server.limits import UNLIMITED
 from anynode.server.logs import show_uncaught
 from anynode.server.settings import Settings, read_settings
 from anynode.server.startup import on_database, one_line_errors
@@ -91,15 +93,16 @@ def migrate_command() -> None:
     "--ttl", type=Duration(), default="1h", show_default=True, help="How long it is good for: 90s, 15m, 8h, 7d."
 )
 @click.option("--email", help="The user's e-mail address: the token's `email`.  [default: none]")
+@click.option("--limits", help="""The user's own limits, as JSON: '{"turns": 5}'.  [default: those of the settings]""")
 @data_directory
-def token(user: str, ttl: float, email: str | None, data_dir: Path) -> None:
+def token(user: str, ttl: float, email: str | None, limits: str | None, data_dir: Path) -> None:
     """Print a token signed with JWT_SECRET, or with the secret of `anynode dev` where that is not set."""
     settings = read_settings(os.environ)
     if not user or len(user) > USER_ID_CHARACTERS_MAX or not user.isprintable():
         raise ConfigurationError(f"--user takes from 1 to {USER_ID_CHARACTERS_MAX} printable characters")
     if email is not None and not is_email(email):
         raise ConfigurationError(f"--email takes an address with one @, of at most {EMAIL_CHARACTERS_MAX} characters")
-    click.echo(_token(settings, data_dir, user, ttl, email))
+    click.echo(_token(settings, data_dir, user, ttl, email, None if limits is None else _limits(limits)))
 
 
 @cli.command(name="export")
@@ -127,15 +130,35 @@ def export_command(user: str, output: Path | None, force: bool) -> None:
 def forget_command(user: str, yes: bool) -> None:
     """Delete all that is stored of a user, whose running turns are stopped.
 
-    It may be interrupted and run again. A token of the user that is still good stores the user again when it is used:
-    take the user's tokens away first.
+    It may be interrupted and run again. All tokens of the user that were issued before now are refused from then on, as
+    by `anynode revoke`. A newer token stores the user again: take away first what lets the user get one.
     """
     from anynode.server.store.forget import run_forget
 
     settings = read_settings(os.environ)
     _check_stored_user(user)
     if not _run(run_forget(settings, user, may_ask=not yes)):
-        _fail("the user goes on writing, so there is always more: take the user's tokens away, and run it again")
+        _fail("the user goes on writing, so there is always more: let the user get no newer token, and run it again")
+
+
+@cli.command(name="revoke")
+@click.option("--user", help="The user's id: the token's `sub`.")
+@click.option("--all", "is_all", is_flag=True, help="All users.")
+@click.option("--stop-turns", is_flag=True, help="Stop the running turns too.  [default: they go on]")
+def revoke_command(user: str | None, is_all: bool, stop_turns: bool) -> None:
+    """Refuse all tokens of a user that were issued before now, on every node, and end what is open with them.
+
+    Sockets and streams end within 2 seconds. A token that is issued a second later is good again, so take away first
+    what lets the user get one. Tickets are refused with their tokens.
+    """
+    from anynode.server.store.revoke import run_revoke
+
+    settings = read_settings(os.environ)
+    if is_all == (user is not None):
+        raise ConfigurationError("revoke takes either --user ID or --all")
+    if user is not None:
+        _check_stored_user(user)
+    _run(run_revoke(settings, user, stops_turns=stop_turns))
 
 
 @cli.command(name="chat")
@@ -194,7 +217,26 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: float, email: str | None = None) -> str:
+def _limits(text: str) -> Mapping[str, int]:
+    """Return the limits of an option. Raises ConfigurationError."""
+    try:
+        limits: Mapping[str, int] = json.loads(text)
+        limits_of(limits, UNLIMITED)
+    except (ValueError, RecursionError):
+        raise ConfigurationError('--limits takes a JSON object such as {"turns": 5}') from None
+    except Unauthorized as error:
+        raise ConfigurationError(f"--limits: {error.message}") from None
+    return limits
+
+
+def _token(
+    settings: Settings,
+    data_directory: Path,
+    user: str,
+    ttl_seconds: float,
+    email: str | None = None,
+    limits: Mapping[str, int] | None = None,
+) -> str:
     if settings.jwt_jwks_url is not None:
         raise ConfigurationError("tokens are signed elsewhere (JWT_JWKS_URL): ask there for one")
     from anynode.server.dev.run import dev_secret
@@ -206,7 +248,9 @@ def _token(settings: Settings, data_directory: Path, user: str, ttl_seconds: flo
         audience=settings.jwt_audience,
         issuer=settings.jwt_issuer,
         ttl_seconds=ttl_seconds,
+        audience_claim=settings.jwt_audience_claim,
         email=email,
+        limits=limits,
     )
 
 

@@ -154,6 +154,14 @@ class DatabaseUnavailable(ClientError):
     retryable = True
 
 
+class KeysUnavailable(ClientError):
+    """The keys that verify tokens cannot be fetched at the moment; try again."""
+
+    code = "keys_unavailable"
+    http_status = 503
+    retryable = True
+
+
 class AgentFailed(ClientError):
     """The agent could not produce an answer."""
 
@@ -180,6 +188,7 @@ CLIENT_ERRORS: tuple[type[ClientError], ...] = (
     Forbidden,
     Draining,
     DatabaseUnavailable,
+    KeysUnavailable,
     AgentFailed,
     InternalError,
 )

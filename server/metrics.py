@@ -10,6 +10,8 @@ __all__ = ["CONTENT_TYPE", "exposition"]
 registry = CollectorRegistry()
 
 connections = Gauge("anynode_connections", "Open WebSocket connections.", registry=registry)
+sessions = Gauge("anynode_sessions", "Sockets, streams and waiting requests of users.", registry=registry)
+refused = Counter("anynode_refused", "Requests, frames and sockets refused, by limit.", ["limit"], registry=registry)
 turns_running = Gauge("anynode_turns_running", "Turns that this node runs.", registry=registry)
 turns_ended = Counter("anynode_turns_ended", "Turns that ended here, by status.", ["status"], registry=registry)
 turns_taken_over = Counter("anynode_turns_taken_over", "Turns taken over from nodes that died.", registry=registry)

@@ -150,7 +150,7 @@ class Settings:
     )
     jwt_secret: str | None = _setting(None, _text, "Secret of HS256 tokens, at least 32 bytes; this or `JWT_JWKS_URL`.")
     jwt_jwks_url: str | None = _setting(
-        None, _http_url, "URL of the public keys (JWKS) of RS256 and ES256 tokens; this or `JWT_SECRET`."
+        None, _http_url, "URL of the public keys (JWKS) of the issuer of your tokens; this or `JWT_SECRET`."
     )
     jwt_audience: str = _setting("anynode", _text, "The `aud` that a token must have.")
     jwt_audience_claim: str = _setting(
@@ -235,7 +235,10 @@ class Settings:
         "Seconds between heartbeats; a client that hears nothing for twice as long reconnects elsewhere.",
     )
     connections_max: int = _setting(
-        20_000, _whole(1, 1_000_000), "WebSocket connections of this node; further ones are closed with 1013."
+        20_000,
+        _whole(1, 1_000_000),
+        "Sockets, streams and waiting requests of this node; further ones are refused with `rate_limited`, and sockets "
+        "closed with 1013.",
     )
     turns_max: int = _setting(
         5_000, _whole(1, 1_000_000), "Turns that this node runs at once; further ones are refused with `rate_limited`."
@@ -272,12 +275,14 @@ class Settings:
         "Sockets of this node that have not authenticated yet; a further one takes the place of the one that has "
         "waited longest.",
     )
-    unauthenticated_per_address_max: int = _setting(500, _whole(1, 1_000_000), "The same for one address.")
+    unauthenticated_per_address_max: int = _setting(
+        500, _whole(1, 1_000_000), "The same for one address, or one /64 network of IPv6."
+    )
     trusted_proxies: tuple[IPNetwork, ...] = _setting(
         (),
         _networks,
-        "Addresses and networks of the proxies in front, separated by commas (`10.0.0.0/8, 192.0.2.7`); only they are "
-        "believed an `X-Forwarded-For`.",
+        "Addresses and networks of the proxies in front, separated by commas (`10.0.0.0/8, 192.0.2.7`); only from them "
+        "is an `X-Forwarded-For` believed.",
     )
 
     @property

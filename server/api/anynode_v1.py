@@ -64,7 +64,7 @@ class AnynodeConnection(Connection):
         await self._send(encode(ready))
 
     async def _obey(self, text: str) -> None:
-        frame = decode_frame(text)
+        frame = await self._decode(decode_frame, text)
         node, user_id = self._node, self._user_id
         match frame:
             case MessageSend():
@@ -92,6 +92,9 @@ class AnynodeConnection(Connection):
     async def _refuse(self, error: ClientError, text: str) -> None:
         await self._send(error_frame(error, request_id_of(text)))
 
+    async def _turn_away(self, error: RateLimited) -> None:
+        await self._send(error_frame(error, None))
+
     def _warn_of_expiry(self, expires_at: float) -> None:
         self.send_soon(encode(AuthExpiring(expires_at)))
 
@@ -103,7 +106,11 @@ class AnynodeConnection(Connection):
 
     def _may_follow(self, conversation_id: UUID | None) -> None:
         if len(self._follows) >= FOLLOWS_MAX and conversation_id not in self._follows:
-            raise RateLimited(f"A connection follows at most {FOLLOWS_MAX} conversations: unfollow one.")
+            raise RateLimited(
+                f"A connection follows at most {FOLLOWS_MAX} conversations: unfollow one.",
+                limit="follows_per_connection_max",
+                limit_max=FOLLOWS_MAX,
+            )
 
     async def _follow_admitted(self, admitted: Admitted) -> None:
         turn = admitted.turn

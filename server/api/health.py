@@ -12,7 +12,9 @@ from anynode.server import metrics
 from anynode.server.engine.node import Node
 
 
-def health_routes(node: Node, is_database_reachable: Callable[[], Awaitable[bool]]) -> list[Route]:
+def health_routes(
+    node: Node, is_database_reachable: Callable[[], Awaitable[bool]], has_keys: Callable[[], bool]
+) -> list[Route]:
     """Return the routes of `/livez`, `/readyz` and `/metrics`."""
 
     async def livez(request: Request) -> Response:
@@ -25,6 +27,8 @@ def health_routes(node: Node, is_database_reachable: Callable[[], Awaitable[bool
             return JSONResponse({"status": "draining", "node_id": node.node_id}, status_code=503)
         if not await is_database_reachable():
             return JSONResponse({"status": "database_unavailable", "node_id": node.node_id}, status_code=503)
+        if not has_keys():
+            return JSONResponse({"status": "keys_unavailable", "node_id": node.node_id}, status_code=503)
         return JSONResponse({"status": "ready", "node_id": node.node_id})
 
     async def show_metrics(request: Request) -> Response:

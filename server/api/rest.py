@@ -46,7 +46,8 @@ from anynode.server.protocol.conversation_fields import stored_fields
 from anynode.server.protocol.encoding import encode, error_frame, message_of, numbered_frames, snapshot_frame
 from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
-from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, refusal, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, no_content, refusal, reply
+from anynode.server.transport.sessions import Sessions
 from anynode.server.transport.sse import EventStream, sse_data
 from anynode.server.transport.turn_end import answer_of
 
@@ -60,12 +61,12 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Rest:
-    """Serves the operations on conversations; `slots` bounds the requests that wait or stream."""
+    """Serves the operations on conversations; `sessions` counts the requests that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, slots: Slots) -> None:
+    def __init__(self, settings: Settings, node: Node, sessions: Sessions) -> None:
         self._settings = settings
         self._node = node
-        self._slots = slots
+        self._sessions = sessions
 
     # Conversations.
 
@@ -152,7 +153,7 @@ class Rest:
         if body.content is None:
             return await self._answer_appended(request)
         frame = MessageSend(body.message_id or new_message_id(), body.content, request.conversation_id, body.if_busy)
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             admitted = await self._node.send(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted, frame.message_id) if body.wait else _started(admitted)
 
@@ -165,13 +166,13 @@ class Rest:
         if request.body.message_id is not None:
             problem = "is the id of a new question, so it needs content; leave both out to answer an appended one"
             raise InvalidFrame(problems=[Problem("message_id", problem)])
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             admitted = await self._node.answer(request.user_id, request.conversation_id, limits=request.identity.limits)
             return await self._answer(request, admitted) if request.body.wait else _started(admitted)
 
     async def regenerate(self, request: ApiRequest[NoQuery, Regenerate]) -> ASGIApp:
         """`POST /conversations/{conversation_id}/regenerate`."""
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             frame = TurnRegenerate(request.conversation_id, request.body.message_id)
             admitted = await self._node.regenerate(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted) if request.body.wait else _started(admitted)
@@ -180,7 +181,7 @@ class Rest:
         """`POST /api/{user_id}/chat`."""
         body = request.body
         frame = MessageSend(body.message_id or new_message_id(), body.message, body.conversation_id, body.if_busy)
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             admitted = await self._node.send(request.user_id, frame, limits=request.identity.limits)
             return await self._answer(request, admitted, frame.message_id, is_short=True)
 
@@ -211,7 +212,7 @@ class Rest:
             heartbeat_seconds=self._settings.heartbeat_seconds,
             must_be_whole=False,
         )
-        return self._slots.streaming(stream)
+        return self._sessions.streaming(request, stream)
 
     async def _frames(self, request: AnyApiRequest, after: int | None) -> AsyncGenerator[bytes, None]:
         """Yield the frames of the socket, each with its seq as `id`."""

@@ -21,6 +21,7 @@ from anynode.models.conversations import Snapshot, read_snapshot
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event, Reading, read_events, read_running
 from anynode.server.engine.cursor import Channel, Cursor, Log, outcome_of
+from anynode.server.engine.held import Held
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.errors import DatabaseUnavailable, NotFound
 
@@ -70,6 +71,7 @@ class Follows:
         self._channels: dict[UUID, LiveChannel] = {}
         self._remote: dict[UUID, Log] = {}  # the logs of turns that run on other nodes
         self._has_remote = asyncio.Event()
+        self._held = Held()
 
     # Turns that run here.
 
@@ -204,18 +206,20 @@ class Follows:
                 elif update == "change":
                     await channel.wait_change()
                 elif update == "reading":
-                    assert cursor.after is not None
-                    changes = channel.changes
-                    reading = await self._read(channel, user_id, conversation_id, cursor.after)
-                    events = cursor.take_reading(reading, changes)
-                    if channel.needs_log(reading):
-                        self._open_remote(conversation_id, channel, cursor.after)
-                    if events:
-                        yield events
+                    async with self._held.piece(user_id):  # until it has been sent, and the next one is asked for
+                        assert cursor.after is not None
+                        changes = channel.changes
+                        reading = await self._read(channel, user_id, conversation_id, cursor.after)
+                        events = cursor.take_reading(reading, changes)
+                        if channel.needs_log(reading):
+                            self._open_remote(conversation_id, channel, cursor.after)
+                        if events:
+                            yield events
                 elif update == "snapshot":
-                    snapshot = await self._snapshot(user_id, conversation_id)
-                    cursor.take_snapshot(snapshot.seq)
-                    yield snapshot
+                    async with self._held.piece(user_id):
+                        snapshot = await self._snapshot(user_id, conversation_id)
+                        cursor.take_snapshot(snapshot.seq)
+                        yield snapshot
                 else:
                     assert_never(update)
         finally:

@@ -1,4 +1,4 @@
-"""What a node deletes when its time is over: events of the journal, tickets, and the memory of deletions."""
+"""What a node deletes when its time is over: events of the journal, tickets, the memory of deletions, revocations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from typing import Final
 
 from anynode.models.database import Database, Unavailable
+from anynode.models.revocations import forget_revocations
 from anynode.models.tickets import delete_expired_tickets
 from anynode.models.turns import delete_expired_events, delete_expired_messages, forget_deletions
 from anynode.server.engine.postgres_errors import warn_of_wait
@@ -16,6 +17,7 @@ logger = logging.getLogger("anynode.node")
 
 EXPIRIES_AT_ONCE: Final = 100  # turns
 EXPIRED_MESSAGES_AT_ONCE: Final = 1000
+REVOCATIONS_KEPT_SECONDS: Final = 366 * 86_400.0  # of single users; a token that lives longer is good again after that
 
 
 async def delete_expired(database: Database, *, retention_seconds: float) -> None:
@@ -24,6 +26,7 @@ async def delete_expired(database: Database, *, retention_seconds: float) -> Non
         try:
             await forget_deletions(database, after_seconds=DELETIONS_KNOWN_SECONDS)
             await delete_expired_tickets(database)
+            await forget_revocations(database, after_seconds=REVOCATIONS_KEPT_SECONDS)
             for delete, limit in (
                 (delete_expired_events, EXPIRIES_AT_ONCE),
                 (delete_expired_messages, EXPIRED_MESSAGES_AT_ONCE),

@@ -22,6 +22,7 @@ from anynode.models.messages import append_messages
 from anynode.models.turns import request_cancel
 from anynode.models.usage import measure_stored
 from anynode.server.agents.agent import Agent, Turn
+from anynode.server.auth.revocations import Revocations
 from anynode.server.engine.admission import (
     Admitted,
     admitted_by,
@@ -73,7 +74,7 @@ class Node:
     serves no clients: `send` brings the agent of each turn, and a turn is taken over only where `take_over_turn` asks
     for it. Its id begins with `store:`, by which other nodes know that they do not have the agents of its turns.
 
-    `emails` are written while the node runs, if there are any to write.
+    `emails` are written while the node runs, if there are any to write. `revocations` are heard with the watch.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Node:
         *,
         store: Any = None,
         emails: Emails | None = None,
+        revocations: Revocations | None = None,
     ) -> None:
         name = f"{settings.node_name or socket.gethostname()}-{secrets.token_hex(4)}"
         self.node_id = name if agent is not None else f"store:{name}"
@@ -98,6 +100,7 @@ class Node:
         self._agent = agent
         self._store = store
         self._emails = emails
+        self._revocations = revocations
         self._running = RunningTurns(settings, database, self.follows)
         self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent, store=store)
 
@@ -110,7 +113,9 @@ class Node:
                 group.create_task(self._leases.beat())
                 group.create_task(self._leases.drop_lapsed())
                 group.create_task(self.follows.read_remote(self._leases.take_over_soon))
-                group.create_task(hear_cluster(self._database, self.node_id, self._running, self.follows))
+                group.create_task(
+                    hear_cluster(self._database, self.node_id, self._running, self.follows, self._revocations)
+                )
                 if self._emails is not None:
                     group.create_task(self._emails.run())
                 if self._agent is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -36,19 +37,23 @@ class EmailNotes:
         self._noted: dict[str, str] = {}  # user → address, the first noted first
         self._writing: dict[str, str] = {}
         self._written: OrderedDict[str, tuple[str, float]] = OrderedDict()  # … and since when; the last used last
+        self._issued_at: dict[str, float] = {}  # of the newest token of each user in the first two
 
     @property
     def has_new(self) -> bool:
         """Whether there is something to write."""
         return bool(self._noted)
 
-    def note(self, user_id: str, email: str, now: float) -> None:
+    def note(self, user_id: str, email: str, now: float, issued_at: float = math.inf) -> None:
         """Note the address of a user's newest token, unless it is the last that was noted or written."""
+        if user_id in self._issued_at:
+            self._issued_at[user_id] = max(self._issued_at[user_id], issued_at)
         if self._last(user_id, now) == email:
             if user_id in self._written:
                 self._written.move_to_end(user_id)
         elif user_id in self._noted or len(self._noted) < NOTED_MAX:
             self._noted[user_id] = email
+            self._issued_at.setdefault(user_id, issued_at)
 
     def _last(self, user_id: str, now: float) -> str | None:
         """Return the address that a user has, once what waits is written; None where that is not known."""
@@ -63,6 +68,10 @@ class EmailNotes:
         self._writing = {user_id: self._noted.pop(user_id) for user_id in users}
         return self._writing
 
+    def issued_at(self) -> Mapping[str, float]:
+        """Return when the newest tokens were issued that told what was taken (Unix seconds)."""
+        return {user_id: self._issued_at[user_id] for user_id in self._writing}
+
     def keep(self, now: float) -> None:
         """Remember what was taken: it is written since `now`."""
         for user_id, email in self._writing.items():
@@ -70,7 +79,7 @@ class EmailNotes:
             self._written.move_to_end(user_id)
         while len(self._written) > REMEMBERED_MAX:
             self._written.popitem(last=False)
-        self._writing = {}
+        self.drop()
 
     def put_back(self) -> None:
         """Write what was taken later, unless a newer token has told another address by now."""
@@ -79,6 +88,9 @@ class EmailNotes:
 
     def drop(self) -> None:
         """Forget what was taken: it cannot be written."""
+        for user_id in self._writing:
+            if user_id not in self._noted:
+                del self._issued_at[user_id]
         self._writing = {}
 
 
@@ -93,7 +105,7 @@ class Emails:
     def note(self, identity: Identity) -> None:
         """Note the address of a token that was verified, if it tells one."""
         if identity.email is not None:
-            self._notes.note(identity.user_id, identity.email, time.monotonic())
+            self._notes.note(identity.user_id, identity.email, time.monotonic(), identity.issued_at)
             if self._notes.has_new:
                 self._has_new.set()
 
@@ -109,7 +121,12 @@ class Emails:
     async def _write(self) -> None:
         started = time.monotonic()
         try:
-            await write_emails(self._database, self._notes.take(), within_seconds=WRITE_SECONDS_MAX)
+            await write_emails(
+                self._database,
+                self._notes.take(),
+                issued_at=self._notes.issued_at(),
+                within_seconds=WRITE_SECONDS_MAX,
+            )
         except Unavailable as error:
             warn_of_wait(logger, "e-mail addresses wait", error)
             self._notes.put_back()

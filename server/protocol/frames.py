@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Literal, TypeAlias, TypeGuard
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from anynode.server.protocol.strict_json import strict_json
 
 SUBPROTOCOL = "anynode.v1"
 SEQ_MAX = 2**63 - 1
+LONG_CHARACTERS_MIN = 16_384  # of a frame that is checked, or whose request_id is found, in a quicker way first
 ID_CHARACTERS_MAX = 128  # printable characters of an id that a client chose
 # A character that is no space in Python, in JavaScript, or in a JSON schema.
 NOT_BLANK = re.compile(r"[^\s\u001c-\u001f\u0085\ufeff]")
@@ -97,6 +99,8 @@ AnyClientFrame: TypeAlias = (
 
 def decode_frame(text: str) -> AnyClientFrame:
     """Decode one text frame. Raises InvalidFrame for anything else."""
+    if len(text) > LONG_CHARACTERS_MIN:
+        _check_fit(text)
     value = strict_json(text, "the frame")
     if not isinstance(value, dict):
         raise InvalidFrame("a frame is a JSON object")
@@ -113,13 +117,36 @@ def decode_frame(text: str) -> AnyClientFrame:
     return frame
 
 
+def _check_fit(text: str) -> None:
+    """Check that a long text is a frame, before strict decoding makes all of its values: many small ones take a hundred
+    times as long as one long content. Raises InvalidFrame."""
+    try:
+        msgspec.json.decode(text, type=AnyClientFrame)
+    except msgspec.ValidationError as error:
+        raise InvalidFrame(str(error)) from None
+    except RecursionError:
+        raise InvalidFrame("the frame is nested too deeply") from None
+    except ValueError as error:
+        raise InvalidFrame(f"the frame is not JSON: {error}") from None
+
+
 def request_id_of(text: str, name: str = "request_id") -> str | None:
     """Return the `request_id` of a refused frame, if it has one, so that its sender knows which frame it was."""
     try:
-        request_id = json.loads(text)[name]
+        if len(text) > LONG_CHARACTERS_MIN:  # it must not cost the time that was refused to it
+            request_id = msgspec.json.decode(_id_decoder(name).decode(text).id)
+        else:
+            request_id = json.loads(text)[name]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return request_id if is_client_id(request_id) else None
+
+
+@cache
+def _id_decoder(name: str) -> msgspec.json.Decoder[Any]:
+    """Return a decoder that looks at one field only, which takes a fortieth of the time."""
+    fields = [("id", msgspec.Raw, msgspec.field(name=name, default=msgspec.Raw(b"null")))]
+    return msgspec.json.Decoder(msgspec.defstruct("Identified", fields))
 
 
 def is_client_id(value: object) -> TypeGuard[str]:

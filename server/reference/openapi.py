@@ -18,6 +18,7 @@ from anynode.server.errors import (
     DatabaseUnavailable,
     InternalError,
     InvalidFrame,
+    KeysUnavailable,
     MessageTooLarge,
     Unauthorized,
 )
@@ -27,7 +28,7 @@ from anynode.server.reference.examples import BODIES
 from anynode.server.transport.http import RETRY_SECONDS, Operation
 
 _REFERENCE: Final = "#/components/schemas/{name}"
-_ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable)
+_ALWAYS: Final = (Unauthorized, InternalError, DatabaseUnavailable, KeysUnavailable)
 _CLIENTS: Final = {"type": "string", "minLength": 1, "maxLength": ID_CHARACTERS_MAX, "format": "printable"}
 _NAMED: Final[Mapping[str, dict[str, Any]]] = {
     "user_id": {"type": "string", "minLength": 1, "description": "The token's `sub`."},

@@ -4,12 +4,17 @@ Each conversation goes as by DELETE over HTTP: its running turn is asked to stop
 the nodes and followers hear of it. So no lock is held for longer than one conversation takes, and the command may be
 killed between any two: what is gone is gone, and the next run goes on with what is left. The user's row goes last, with
 the tickets. It cannot go while there is a conversation, so a user who writes meanwhile is seen.
+
+The user's tokens are revoked first, so that what is open ends and no old token makes the user again. Only the hash of
+the user's id stays, in `revocations`. The row goes when every node that works has heard: what a node had admitted by
+then is deleted too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +24,7 @@ from uuid import UUID
 import click
 
 from anynode.models.database import Database
+from anynode.models.revocations import revoke
 from anynode.models.users import delete_user
 from anynode.server.engine.node import Node
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
@@ -27,6 +33,8 @@ from anynode.server.settings import Settings
 from anynode.server.startup import open_database
 from anynode.server.store.rows import Rows
 
+HEARD_SECONDS: Final = 0.6  # by then every node that works has had the answers to two watches
+REVOKED: Final = "the user's older tokens are refused"
 ROUNDS_MAX: Final = 5  # the first deletes what is there; the others what was written meanwhile, …
 ROUND_CONVERSATIONS_MAX: Final = 200  # … and each of those at most this much: a user may write faster than we delete
 
@@ -54,7 +62,7 @@ async def run_forget(settings: Settings, user_id: str, *, may_ask: bool) -> bool
         if stored is None:
             # A ticket may be there all the same.
             await forgetting.run()
-            click.echo(f"nothing is stored of the user {user_id}")
+            click.echo(f"nothing is stored of the user {user_id}; {REVOKED}")
             return True
         if may_ask:
             click.confirm(f"Delete the user {user_id} and all that is stored of them: {stored}?", abort=True, err=True)
@@ -67,7 +75,7 @@ async def run_forget(settings: Settings, user_id: str, *, may_ask: bool) -> bool
         except asyncio.CancelledError:
             click.echo(f"interrupted; {forgetting.told()}; run it again to delete what is left", err=True)
             raise
-        click.echo(forgetting.told() + (", and the user" if is_gone else ""))
+        click.echo(f"{forgetting.told()}{', and the user' if is_gone else ''}; {REVOKED}")
         return is_gone
 
 
@@ -99,9 +107,13 @@ class Forgetting:
     async def run(self, on_deleted: Callable[[], object] = lambda: None) -> bool:
         """Delete everything; `on_deleted` is called after each conversation. Return False where the user has written
         something more by the end of each of ROUNDS_MAX rounds."""
+        with unavailable_as_client_error():
+            await revoke(self._database, self._user_id)
+        heard_at = time.monotonic() + HEARD_SECONDS
         at_most = await self._rows.conversation_count(self._user_id)
         for _ in range(ROUNDS_MAX):
             await self._delete_oldest(at_most, on_deleted)
+            await asyncio.sleep(heard_at - time.monotonic())
             at_most = ROUND_CONVERSATIONS_MAX
             with unavailable_as_client_error():
                 is_gone, tickets = await delete_user(self._database, self._user_id)

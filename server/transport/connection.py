@@ -9,53 +9,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
-from typing import Any, ClassVar, Final
+from collections.abc import Callable, Coroutine
+from typing import Any, ClassVar, Final, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
 from anynode.server.auth import Authenticator, Identity, bearer_of, token_of_subprotocols
 from anynode.server.engine.node import Node
-from anynode.server.errors import ClientError, CloseCode, RateLimited, Unauthorized
+from anynode.server.errors import ClientError, CloseCode, KeysUnavailable, RateLimited, Unauthorized
 from anynode.server.limits import UserLimits
 from anynode.server.settings import Settings
+from anynode.server.transport.allowance import Allowance, NotSlowingDown, size_of
+from anynode.server.transport.refusals import count_refusal
+from anynode.server.transport.sessions import Session
+from anynode.server.transport.shares import Shares
 
 logger = logging.getLogger("anynode.websocket")
+
+Decoded = TypeVar("Decoded")
 
 AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
 FOLLOWS_MAX: Final = 1000  # conversations, or turns, that one connection follows
-FRAMES_BURST: Final = 500  # frames that may come at once …
-FRAMES_PER_SECOND: Final = 100  # … and in the long run; more are refused
-REFUSALS_MAX: Final = 1000  # a client that sends this many refused frames without a pause is disconnected
 _TIMER_SECONDS_MAX: Final = 86_400.0  # a timer further off than this is set again later
 _TIMER_SECONDS_MIN: Final = 0.001  # a timer may ring this much early
-
-
-class Allowance:
-    """How many frames a client may still send: a bucket that fills up again with time. Given the time; no I/O."""
-
-    __slots__ = ("_at", "_left", "_refusals")
-
-    def __init__(self, now: float) -> None:
-        self._left = float(FRAMES_BURST)
-        self._at = now
-        self._refusals = 0
-
-    def take(self, now: float) -> None:
-        """Spend the allowance for one frame. Raises RateLimited where there is none left, and Closed for a client that
-        goes on all the same."""
-        self._left = min(FRAMES_BURST, self._left + (now - self._at) * FRAMES_PER_SECOND)
-        self._at = now
-        if self._left == FRAMES_BURST:
-            self._refusals = 0
-        if self._left >= 1:
-            self._left -= 1
-            return
-        self._refusals += 1
-        if self._refusals > REFUSALS_MAX:
-            raise Closed(CloseCode.LIMITS, "too many frames")
-        raise RateLimited(f"More than {FRAMES_PER_SECOND} frames a second.")
 
 
 def heartbeat_due_in(now: float, sent_at: float, interval_seconds: float) -> float:
@@ -99,7 +76,9 @@ class Connection:
         "_send_asgi",
         "_sending",
         "_sent_at",
+        "_session",
         "_settings",
+        "_shares",
     )
 
     subprotocol: ClassVar[str]
@@ -109,6 +88,7 @@ class Connection:
         settings: Settings,
         node: Node,
         authenticator: Authenticator,
+        shares: Shares,
         scope: Scope,
         receive: Receive,
         send: Send,
@@ -118,12 +98,14 @@ class Connection:
         self._settings = settings
         self._node = node
         self._authenticator = authenticator
+        self._shares = shares
         self._refusal = refusal
         self._scope = scope
         self._receive = receive
         self._send_asgi = send
         self._loop = asyncio.get_running_loop()
         self._identity: Identity | None = None
+        self._session: Session | None = None
         self._background: set[asyncio.Task[None]] = set()
         self._expiry_timer: asyncio.TimerHandle | None = None
         self._heartbeat_timer: asyncio.TimerHandle | None = None
@@ -161,6 +143,9 @@ class Connection:
         """Tell the client that a frame is refused."""
         raise NotImplementedError
 
+    async def _turn_away(self, error: RateLimited) -> None:
+        """Tell a client that has authenticated why it may not connect now, where the API has words for it."""
+
     def _warn_of_expiry(self, expires_at: float) -> None:
         """Tell the client that its token expires soon."""
 
@@ -172,6 +157,7 @@ class Connection:
         try:
             await self._accept()
             self._identity = await self._authenticate()
+            await self._enter(self._identity)
             self._watch_expiry()
             await self._welcome()
             while True:
@@ -187,6 +173,8 @@ class Connection:
         finally:
             self._is_closed = True
             await self._end_tasks()
+            if self._session is not None:
+                self._session.close()
 
     # The handshake.
 
@@ -207,6 +195,8 @@ class Connection:
             raise Closed(CloseCode.AUTHENTICATION_TIMEOUT, "no authentication in time") from None
         except Unauthorized as error:
             raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
+        except KeysUnavailable as error:
+            raise Closed(CloseCode.OVERLOADED, error.message) from None
 
     async def _identify(self) -> Identity:
         token = bearer_of(self._scope["headers"]) or token_of_subprotocols(self._scope.get("subprotocols") or [])
@@ -216,10 +206,30 @@ class Connection:
         while True:
             text = await self._receive_text()
             try:
-                self._allowance.take(self._loop.time())
+                self._take_allowance(text)
                 return self._token_in(text)
             except ClientError as error:
+                count_refusal(error)
                 await self._refuse(error, text)
+
+    async def _enter(self, identity: Identity) -> None:
+        """Count the connection towards its user's from now on, and no more to those that have not authenticated."""
+        try:
+            self._session = self._shares.sessions.open(identity, self._end_revoked)
+        except Unauthorized as error:  # it was revoked while a ticket was redeemed
+            raise Closed(CloseCode.UNAUTHORIZED, error.message) from None
+        except RateLimited as error:
+            count_refusal(error)
+            await self._turn_away(error)
+            raise Closed(CloseCode.OVERLOADED, error.message) from None
+        self._shares.unauthenticated.discard(self)
+
+    def _end_revoked(self) -> None:
+        self.close_soon(CloseCode.UNAUTHORIZED, "the token was revoked")
+
+    def give_way(self) -> None:
+        """Close the connection, which has not authenticated yet, in favour of a newer one."""
+        self.close_soon(CloseCode.OVERLOADED, "too many sockets without a token; send it at once")
 
     # What comes in.
 
@@ -234,10 +244,24 @@ class Connection:
 
     async def _handle(self, text: str) -> None:
         try:
-            self._allowance.take(self._loop.time())
+            self._take_allowance(text)
             await self._obey(text)
         except ClientError as error:
+            count_refusal(error)
             await self._refuse(error, text)
+
+    def _take_allowance(self, text: str) -> None:
+        now = self._loop.time()
+        try:
+            self._allowance.take(now)
+        except NotSlowingDown:
+            raise Closed(CloseCode.LIMITS, "too many frames") from None
+        if self._identity is not None:
+            self._shares.frame_bytes.take(self._identity.user_id, now, size_of(text))
+
+    async def _decode(self, decode: Callable[[str], Decoded], text: str) -> Decoded:
+        """Return what `decode` makes of a frame. The next frame waits for it, and a long one for other users' turns."""
+        return await self._shares.decoding.decode(self._user_id, text, decode)
 
     async def _renew(self, token: str) -> None:
         """Go on with a newer token of the same user. Raises Unauthorized."""
@@ -246,6 +270,8 @@ class Connection:
         if identity.user_id != self._identity.user_id:
             raise Closed(CloseCode.FORBIDDEN, "a connection cannot become another user's")
         self._identity = identity
+        if self._session is not None:
+            self._session.identity = identity
         self._watch_expiry()
 
     # What goes out.

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from anynode.server.errors import ClientError, InternalError
 from anynode.server.transport.connection import Closed
+from anynode.server.transport.refusals import count_refusal
 
 
 async def show_to_end(
@@ -26,6 +27,7 @@ async def show_to_end(
     except (OSError, Closed):
         return False
     except ClientError as refused:
+        count_refusal(refused)
         error = refused
     except Exception:
         logger.exception("showing %s failed", what)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Generic, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 from uuid import UUID
@@ -39,13 +38,12 @@ from anynode.server.protocol.encoding import limit_fields
 from anynode.server.protocol.frames import is_client_id
 from anynode.server.transport.cut_short import CutShort, run_unless
 from anynode.server.transport.paths import CONVERSATION, as_id, named, route_of
+from anynode.server.transport.refusals import count_refusal
+from anynode.server.transport.shares import Shares
 
 logger = logging.getLogger("anynode.http")
 
 BODY_SECONDS_MAX: Final = 30.0  # for a whole body to come
-AT_ONCE_BYTES_MAX: Final = 16_384  # a longer body is decoded in a thread: turns must not stop for it
-DECODED_AT_ONCE: Final = 2  # of those; others wait
-READ_BYTES_MAX: Final = 134_217_728  # of all bodies that are on their way to this process; more are refused
 RETRY_SECONDS: Final = 1  # what 503 says in `Retry-After`
 BREAK_OFF: Final = "anynode.break_off"  # in the scope: closes the connection
 AnyQuery = TypeVar("AnyQuery", bound=Body)
@@ -65,7 +63,7 @@ class ApiRequest(Generic[AnyQuery, AnyBody]):
     """A request that has been authenticated and decoded.
 
     `ids` are the UUIDs in its path, by their names there, and `texts` what else its path names: ids that clients have
-    given, and names of models.
+    given, and names of models. `revoked` is set when its token is revoked while it waits or streams.
     """
 
     identity: Identity
@@ -75,6 +73,7 @@ class ApiRequest(Generic[AnyQuery, AnyBody]):
     body: AnyBody
     headers: Headers
     receive: Receive
+    revoked: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def user_id(self) -> str:
@@ -92,10 +91,13 @@ class ApiRequest(Generic[AnyQuery, AnyBody]):
             pass
 
     async def while_connected(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Return the result of `work`, which is cancelled when the client goes. Raises ClientGone."""
+        """Return the result of `work`, which is cancelled when the client goes or its token is revoked. Raises
+        ClientGone or Unauthorized."""
         try:
-            return await run_unless(work, self.wait_disconnected())
+            return await run_unless(work, self.wait_disconnected(), self.revoked.wait())
         except CutShort:
+            if self.revoked.is_set():
+                raise Unauthorized("The token was revoked.") from None
             raise ClientGone from None
 
 
@@ -140,6 +142,7 @@ def refusal(
     message_id: str | UnsetType = UNSET,
 ) -> Response:
     """Return the answer that tells of an error, with the ids of what was admitted before it came."""
+    count_refusal(error)
     all_headers = dict(headers or {})
     if isinstance(error, RateLimited):
         all_headers["Retry-After"] = str(math.ceil(error.retry_after_ms / 1000))
@@ -157,18 +160,18 @@ def routes_of(
     apis: Sequence[tuple[Sequence[Operation], object]],
     authenticator: Authenticator,
     find_conversation: FindConversation,
+    shares: Shares,
     *,
     body_bytes_max: int,
 ) -> list[BaseRoute]:
     """Return a route for each path of the operations of these APIs."""
-    bodies = _Bodies()
     routes: list[BaseRoute] = []
     for operations, api in apis:
         by_path: dict[str, dict[str, Operation]] = {}
         for operation in operations:
             by_path.setdefault(operation.path, {})[operation.method] = operation
         for path, methods in by_path.items():
-            resource = _Resource(methods, api, authenticator, find_conversation, bodies, body_bytes_max)
+            resource = _Resource(methods, api, authenticator, find_conversation, shares, body_bytes_max)
             routes.append(route_of(path, resource))
     return routes
 
@@ -182,10 +185,10 @@ class _Resource:
         api: object,
         authenticator: Authenticator,
         find_conversation: FindConversation,
-        bodies: _Bodies,
+        shares: Shares,
         body_bytes_max: int,
     ) -> None:
-        self._bodies = bodies
+        self._shares = shares
         self._find_conversation = find_conversation
         self._operations = operations
         self._api = api
@@ -218,13 +221,37 @@ class _Resource:
         headers = Headers(scope=scope)
         body = None
         if operation.bodies:
-            bytes_max = operation.body_bytes_max or self._body_bytes_max
-            data = await self._bodies.read(headers, receive, bytes_max)
-            body = await self._bodies.decode(data, operation)
+            body = await self._read_body(identity.user_id, operation, headers, receive)
+            self._authenticator.check(identity)  # it may have taken half a minute
         request = ApiRequest(identity, ids, texts, query, body, headers, receive)
         if CONVERSATION in scope["path_params"]:
             return await self._answer_in(scope["path_params"][CONVERSATION], operation, request)
         return await operation.handler(self._api, request)
+
+    async def _read_body(self, user_id: str, operation: Operation, headers: Headers, receive: Receive) -> Any:
+        """Read and decode a body. Its bytes count towards the user's share until it is decoded. Raises MessageTooLarge,
+        RateLimited, BodyTimeout, InvalidFrame or ClientGone."""
+        bytes_max = operation.body_bytes_max or self._body_bytes_max
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length[:20]) > bytes_max:
+            raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                is_more = True
+                while is_more:
+                    piece, is_more = await _piece_of_body(receive)
+                    self._shares.reading.take(user_id, len(piece))
+                    body += piece
+                    if len(body) > bytes_max:
+                        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
+            return await self._shares.decoding.decode(
+                user_id, bytes(body), lambda data: operation.decode(data, operation.bodies)
+            )
+        except TimeoutError:
+            raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
+        finally:
+            self._shares.reading.give_back(user_id, len(body))
 
     async def _answer_in(self, text: str, operation: Operation, request: AnyApiRequest) -> ASGIApp:
         """Do an operation on the conversation that a path names, by our id of it or else by the client's own.
@@ -253,6 +280,14 @@ def _in(conversation_id: UUID, request: AnyApiRequest) -> AnyApiRequest:
     return replace(request, ids={**request.ids, CONVERSATION: conversation_id})
 
 
+async def _piece_of_body(receive: Receive) -> tuple[bytes, bool]:
+    """Return the next piece of a body, and whether more are to come. Raises ClientGone."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message.get("body", b""), message.get("more_body", False)
+
+
 def _query(scope: Scope, kind: type[Body]) -> Any:
     text = scope["query_string"]
     try:
@@ -260,81 +295,6 @@ def _query(scope: Scope, kind: type[Body]) -> Any:
     except ValueError:
         raise InvalidFrame(problems=[Problem("query", "cannot be read")]) from None
     return decode_query(parameters, kind)
-
-
-class _Bodies:
-    """All bodies that are being read and decoded, bounded in time, in size and in sum."""
-
-    def __init__(self) -> None:
-        self._read_bytes = 0
-        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
-
-    async def read(self, headers: Headers, receive: Receive, bytes_max: int) -> bytes:
-        """Read a whole body. Raises MessageTooLarge, RateLimited, BodyTimeout or ClientGone."""
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > bytes_max:
-            raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
-        body = bytearray()
-        try:
-            async with asyncio.timeout(BODY_SECONDS_MAX):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGone
-                    piece = message.get("body", b"")
-                    body += piece
-                    self._read_bytes += len(piece)
-                    if len(body) > bytes_max:
-                        raise MessageTooLarge(f"The body is longer than {bytes_max} bytes.")
-                    if self._read_bytes > READ_BYTES_MAX:
-                        raise RateLimited("This node is at its limit of bytes that are being received; try again.")
-                    if not message.get("more_body", False):
-                        return bytes(body)
-        except TimeoutError:
-            raise BodyTimeout(f"the body did not come within {BODY_SECONDS_MAX:g} seconds") from None
-        finally:
-            self._read_bytes -= len(body)
-
-    async def decode(self, data: bytes, operation: Operation) -> Any:
-        """Decode a body as the operation takes it. Raises InvalidFrame."""
-        if len(data) <= AT_ONCE_BYTES_MAX:
-            return operation.decode(data, operation.bodies)
-        async with self._decoding:
-            return await asyncio.to_thread(operation.decode, data, operation.bodies)
-
-
-class Slots:
-    """Room for requests that wait or stream: at most `slots_max` of them at once."""
-
-    def __init__(self, slots_max: int) -> None:
-        self._slots_max = slots_max
-        self._taken = 0
-
-    @contextmanager
-    def acquire(self) -> Iterator[None]:
-        """Hold a slot while the context lasts. Raises RateLimited."""
-        self._take()
-        try:
-            yield
-        finally:
-            self._taken -= 1
-
-    def streaming(self, stream: ASGIApp) -> ASGIApp:
-        """Return a response that holds a slot from now on until it ends. Raises RateLimited."""
-        self._take()
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            try:
-                await stream(scope, receive, send)
-            finally:
-                self._taken -= 1
-
-        return app
-
-    def _take(self) -> None:
-        if self._taken >= self._slots_max:
-            raise RateLimited("This node is at its limit of waiting requests; try again.")
-        self._taken += 1
 
 
 async def break_off(scope: Scope, request: AnyApiRequest) -> None:

@@ -26,6 +26,7 @@ HEADERS: Final = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would collect events before it hands them on
 ]
+LONG_BYTES_MIN: Final = 65_536  # of a piece that a server does not take without the client's reading
 COMMENT: Final = b": \n\n"  # a sign of life that clients pass over
 
 
@@ -33,10 +34,11 @@ COMMENT: Final = b": \n\n"  # a sign of life that clients pass over
 class EventStream:
     """The ASGI application that writes `pieces` to the client, and `heartbeat` when none came for `heartbeat_seconds`.
 
-    It is cut short when the client goes, when the token runs out and when the node goes down. `last_words` are written
-    where it ends with an error. A stream that `must_be_whole` shows one turn: where it does not come to its end the
-    connection breaks off, so that no client takes it for whole, and it may go on until no turn runs on this node any
-    more. Other streams end when the node begins to drain, and their clients come back with the last `id`.
+    It is cut short when the client goes, when the token runs out or is revoked, and when the node goes down.
+    `last_words` are written where it ends with an error. A stream that `must_be_whole` shows one turn: where it does
+    not come to its end the connection breaks off, so that no client takes it for whole, and it may go on until no turn
+    runs on this node any more. Other streams end when the node begins to drain, and their clients come back with the
+    last `id`.
     """
 
     node: Node
@@ -70,6 +72,7 @@ class EventStream:
                 is_going_down.wait(),
                 self.request.wait_disconnected(),
                 asyncio.sleep(expiry_seconds),
+                self.request.revoked.wait(),
                 grace_seconds=LAST_WORDS_SECONDS if self.must_be_whole else 0.0,
             )
         except CutShort:
@@ -109,3 +112,7 @@ def sse_data(data: str, *, id: int | None = None, event: str | None = None) -> b
 async def _write(send: Send, body: bytes) -> None:
     if body:
         await send({"type": "http.response.body", "body": body, "more_body": True})
+    if len(body) > LONG_BYTES_MIN:
+        # The server waits for the client to read before it sends, not after. So here too the next piece is asked for
+        # only when this one has been read.
+        await send({"type": "http.response.body", "body": b"", "more_body": True})

@@ -13,15 +13,18 @@ from anynode.server.engine.node import Node
 from anynode.server.errors import CloseCode
 from anynode.server.origins import is_own, pattern_of
 from anynode.server.settings import Settings
+from anynode.server.transport.addresses import address_of
 from anynode.server.transport.connection import Connection
+from anynode.server.transport.shares import Shares
 
 
 class Sockets:
     """All open connections of a node."""
 
-    def __init__(self, settings: Settings, node: Node) -> None:
+    def __init__(self, settings: Settings, node: Node, shares: Shares) -> None:
         self.settings = settings
         self.node = node
+        self.shares = shares
         self.connections: set[Connection] = set()
         self._allowed = re.compile(pattern_of(settings.allowed_origins))
 
@@ -41,9 +44,26 @@ class Sockets:
             return CloseCode.FORBIDDEN, "pages of this origin may not connect (ALLOWED_ORIGINS)"
         if self.node.is_draining:
             return CloseCode.RESTARTING, "restarting"
-        if len(self.connections) >= self.settings.connections_max:
+        if self.shares.sessions.is_full:  # so it would be refused once it has authenticated
             return CloseCode.OVERLOADED, "this node is at its limit of connections"
         return None
+
+    def enter(self, connection: Connection, scope: Scope) -> None:
+        """Count a connection that begins. Until it has authenticated, it may have to give way to newer ones."""
+        self.connections.add(connection)
+        metrics.connections.inc()
+        headers = scope["headers"]
+        forwarded_for = [value.decode("latin-1") for name, value in headers if name == b"x-forwarded-for"]
+        peer = (scope.get("client") or ("",))[0]
+        address = address_of(peer, forwarded_for, self.settings.trusted_proxies)
+        if (reached := self.shares.unauthenticated.add(connection, address)) is not None:
+            metrics.refused.labels(limit=reached).inc()
+
+    def leave(self, connection: Connection) -> None:
+        """Forget a connection that has ended."""
+        self.shares.unauthenticated.discard(connection)
+        self.connections.discard(connection)
+        metrics.connections.dec()
 
     def _is_origin_allowed(self, scope: Scope) -> bool:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"origin", b"host")}
@@ -62,12 +82,9 @@ class WebSocketEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection to its end."""
-        connections = self._sockets.connections
         connection = self._connect(scope, receive, send, refusal=self._sockets.refusal(scope))
-        connections.add(connection)
-        metrics.connections.inc()
+        self._sockets.enter(connection, scope)
         try:
             await connection.run()
         finally:
-            connections.discard(connection)
-            metrics.connections.dec()
+            self._sockets.leave(connection)

@@ -12,6 +12,7 @@ OF_THE_NODE = {
     *("read_running", "delete_expired_events", "delete_expired_messages", "forget_deletions"),
     *("delete_expired_tickets", "read_usage"),  # of turns that were read with their user
     "write_emails",  # of users whose tokens were verified
+    *("revoke", "read_revocations", "forget_revocations", "stop_turns"),  # an operator's orders, and the memory of them
 }
 FUNCTIONS = {
     "admit",

@@ -19,8 +19,9 @@ from anynode.server.api.ai_sdk import wire as ai_sdk
 from anynode.server.api.ai_sdk.stops import STOP_SECONDS
 from anynode.server.api.ai_sdk.wire import AnyFrame
 from anynode.server.api.operations import AI_SDK, OPERATIONS, RESPONSES, REST
+from anynode.server.engine.held import HELD_PER_USER_MAX
 from anynode.server.errors import CLIENT_ERRORS, HTTP_ERRORS, AgentFailed
-from anynode.server.protocol import bodies, conversation_fields
+from anynode.server.protocol import bodies, conversation_fields, decoding
 from anynode.server.protocol.bodies import AnyPostedMessage
 from anynode.server.protocol.encoding import encode
 from anynode.server.protocol.frames import (
@@ -35,7 +36,7 @@ from anynode.server.protocol.frames import (
 )
 from anynode.server.reference.examples import FRAMES
 from anynode.server.settings import Settings
-from anynode.server.transport import connection, http
+from anynode.server.transport import allowance, connection, http, shares
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)
@@ -201,14 +202,23 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
     assert limits["`metadata`"].startswith(f"{conversation_fields.METADATA_BYTES_MAX} bytes of JSON")
     assert limits["messages that are read at once"].startswith(f"{messages.PAGE_BYTES_MAX:,} bytes of content")
     assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
+    bodies_at_once = limits["bytes of a user's bodies that a node receives at once"]
+    assert bodies_at_once.startswith(f"{shares.READ_BYTES_PER_USER_MAX:,}, then")
+    assert f"of all users {shares.READ_BYTES_MAX:,}" in bodies_at_once
+    assert f"of a body above {decoding.LONG_BYTES_MIN:,} bytes" in unwrapped(PROTOCOL)
 
 
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in rows(sections(2)["Limits"])}
     assert limits["fragments of a frame"] == f"{listener.FRAGMENTS_MAX}"
-    assert limits["frames in a burst"] == f"{connection.FRAMES_BURST}"
-    assert limits["frames per second"] == f"{connection.FRAMES_PER_SECOND}"
-    assert limits["refused frames of that kind"] == f"{connection.REFUSALS_MAX}"
+    assert limits["frames in a burst"] == f"{allowance.FRAMES_BURST}"
+    assert limits["frames per second"] == f"{allowance.FRAMES_PER_SECOND}"
+    burst = limits["bytes of a user's frames in a burst, all sockets of a node together"]
+    assert burst == f"{allowance.FRAME_BYTES_BURST:,}"
+    rate = limits["bytes of a user's frames per second, all sockets of a node together"]
+    assert rate == f"{allowance.FRAME_BYTES_PER_SECOND:,}"
+    assert f"For one user {HELD_PER_USER_MAX} snapshots" in unwrapped(PROTOCOL)
+    assert limits["refused frames of that kind"] == f"{allowance.REFUSALS_MAX}"
     assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
     assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
     assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{listener.KEEPALIVE_SECONDS:g}"

@@ -16,7 +16,7 @@ import pytest
 from anynode.models.queries import Bound, bind, statements
 from tests.kit.databases import fresh_database
 
-TABLES = ("users", "user_usage", "conversations", "messages", "turns", "events", "tickets")
+TABLES = ("users", "user_usage", "conversations", "messages", "turns", "events", "tickets", "revocations")
 # 2,000 conversations of 10 users, each with 50 ended turns of a question, an answer and two events; in every
 # twentieth another turn runs. Around them 60,000 empty ones: of a small table, reading all of it is right.
 # `md5` makes ids that are the same in every run, in no order.
@@ -57,6 +57,8 @@ INSERT INTO events (conversation_id, seq, epoch, type, payload, written_at)
 INSERT INTO tickets (hash, user_id, token_expires_at, expires_at)
     SELECT 'ticket' || n, 'other' || n % 1000, 0, now() + make_interval(secs => 9000 + n)
     FROM generate_series(1, 20000) n;
+INSERT INTO revocations (user_hash, not_before)
+    SELECT encode(sha256(convert_to('gone' || n, 'UTF8')), 'hex'), 2000000000 + n FROM generate_series(1, 20000) n;
 ANALYZE;
 """
 
@@ -66,6 +68,7 @@ def id_of(name: str) -> uuid.UUID:
     return uuid.UUID(hashlib.md5(name.encode()).hexdigest())
 
 
+GONE = hashlib.sha256(b"gone7").hexdigest()
 MINE, RUNNING = id_of("c20"), id_of("r20")
 NEW = [uuid.UUID(int=number) for number in range(1, 10)]
 NOW = datetime.now(UTC)
@@ -319,6 +322,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "hash": "new",
             "user_id": "other7",
             "token_expires_at": 0.0,
+            "issued_at": 0.0,
+            "limits": "{}",
             "lasts_seconds": 30.0,
             "tickets_max": 100,
         },
@@ -330,13 +335,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {
             "user_ids": [f"other{number}" for number in range(100)] + [f"new{number}" for number in range(100)],
             "emails": [f"{number}@example.org" for number in range(200)],
+            "issued_ats": [0.0] * 200,
         },
         {"users": 400},
     ),
     "claim_measurement": ({"user_id": "idle7"}, {"user_usage": 3}),
     # Everything of a user with 200 conversations of 100 messages.
     "measure_stored": ({"user_id": "user0"}, {"conversations": 200, "messages": 20_000, "user_usage": 4}),
-    "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25, "user_usage": 2}),
+    "revoke": ({"user_hash": GONE}, {"revocations": 2}),
+    "read_revocations": ({"after": GONE, "rows_max": 100}, {"revocations": 100}),
+    "forget_revocations": ({"after_seconds": 0.0}, {}),
+    "stop_turns": ({"user_id": "user0"}, {"turns": 220, "conversations": 310}),
+    "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25, "user_usage": 2, "revocations": 2}),
 }
 FUNCTIONS = {
     *("admit", "admit_to_chat", "answer", "append", "delete_conversation", "find_chat", "find_chat_end", "regenerate"),
@@ -403,7 +413,7 @@ async def test_every_statement_has_a_case_here() -> None:
     assert set(CASES) == set(statements())
 
 
-@pytest.mark.parametrize("name", sorted(set(CASES) - FUNCTIONS - {"create_conversation", "forget_deletions"}))
+@pytest.mark.parametrize("name", sorted(set(CASES) - FUNCTIONS - {"create_conversation", "forget_deletions", "revoke"}))
 async def test_a_statement_finds_its_rows_by_an_index(connection: asyncpg.Connection, name: str) -> None:
     rows = await fetch(connection, case(name), before="EXPLAIN (FORMAT JSON) ")
     plan = json.loads(rows[0][0])[0]["Plan"]

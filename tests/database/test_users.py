@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
 import asyncpg
 import pytest
 
 from anynode.models.database import Database
 from anynode.models.tickets import add_ticket
-from anynode.models.users import delete_user, write_emails
+from anynode.models.users import delete_user
+from anynode.models.users import write_emails as write
 from tests.agents.scripted import eventually
 from tests.kit.harness import sql
+
+NOW = 1e9  # seconds, long ago
 
 
 @pytest.fixture
@@ -20,6 +24,12 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     opened = await Database.connect(database_url, pool_max=4)
     yield opened
     await opened.close()
+
+
+async def write_emails(
+    database: Database, emails: Mapping[str, str], *, issued_at: float = NOW, within_seconds: float = 5.0
+) -> None:
+    await write(database, emails, issued_at=dict.fromkeys(emails, issued_at), within_seconds=within_seconds)
 
 
 async def emails(database_url: str) -> dict[str, str | None]:
@@ -36,15 +46,15 @@ async def test_addresses_are_stored_for_users_who_are_new_and_for_those_who_are_
     database: Database, database_url: str
 ) -> None:
     await sql(database_url, "INSERT INTO users (id, email) VALUES ('ada', NULL), ('bob', 'old@b'), ('eve', 'eve@b')")
-    await write_emails(database, {"zoe": "zoe@b", "ada": "ada@b", "bob": "bob@b"}, within_seconds=5.0)
+    await write_emails(database, {"zoe": "zoe@b", "ada": "ada@b", "bob": "bob@b"})
     assert await emails(database_url) == {"ada": "ada@b", "bob": "bob@b", "eve": "eve@b", "zoe": "zoe@b"}
 
 
 async def test_a_row_that_has_the_address_already_is_not_written(database: Database, database_url: str) -> None:
     statement = "SELECT xmin::text || ' ' || xmax::text AS version FROM users"
-    await write_emails(database, {"ada": "ada@b"}, within_seconds=5.0)
+    await write_emails(database, {"ada": "ada@b"})
     before = await sql(database_url, statement)
-    await write_emails(database, {"ada": "ada@b"}, within_seconds=5.0)
+    await write_emails(database, {"ada": "ada@b"})
     assert await sql(database_url, statement) == before
 
 
@@ -53,7 +63,7 @@ async def test_two_nodes_that_write_the_same_users_never_wait_for_each_other_in_
 ) -> None:
     """The first waits for the first user's row, which a third transaction holds: it must hold none of the others."""
     users = [f"user{number}" for number in range(20)]
-    await write_emails(database, dict.fromkeys(users, "old@b"), within_seconds=5.0)
+    await write_emails(database, dict.fromkeys(users, "old@b"))
     third = await asyncpg.connect(database_url)
     free = await asyncpg.connect(database_url)
     try:
@@ -79,11 +89,13 @@ async def make_conversation(database_url: str, user_id: str) -> None:
 
 
 async def make_ticket(database: Database, hash: str, user_id: str) -> None:
-    await add_ticket(database, hash, user_id, token_expires_at=4e9, lasts_seconds=30.0, tickets_max=10)
+    await add_ticket(
+        database, hash, user_id, token_expires_at=4e9, issued_at=NOW, limits="{}", lasts_seconds=30.0, tickets_max=10
+    )
 
 
 async def test_a_user_goes_with_the_tickets_and_nobody_else(database: Database, database_url: str) -> None:
-    await write_emails(database, {"ada": "ada@b", "bob": "bob@b"}, within_seconds=5.0)
+    await write_emails(database, {"ada": "ada@b", "bob": "bob@b"})
     for hash, user_id in (("1", "ada"), ("2", "ada"), ("3", "bob")):
         await make_ticket(database, hash, user_id)
     assert await delete_user(database, "ada") == (True, 2)
@@ -101,7 +113,7 @@ async def test_a_user_who_has_a_conversation_stays(database: Database, database_
 async def test_a_conversation_that_is_made_while_its_user_is_deleted_keeps_the_user(
     database: Database, database_url: str
 ) -> None:
-    await write_emails(database, {"ada": "ada@b"}, within_seconds=5.0)
+    await write_emails(database, {"ada": "ada@b"})
     await make_ticket(database, "1", "ada")
     connection = await asyncpg.connect(database_url)
     try:
@@ -115,3 +127,14 @@ async def test_a_conversation_that_is_made_while_its_user_is_deleted_keeps_the_u
     finally:
         await connection.close()
     assert list(await emails(database_url)) == ["ada"]
+
+
+async def test_an_address_of_a_token_that_was_revoked_makes_no_deleted_user_again(
+    database: Database, database_url: str
+) -> None:
+    await write_emails(database, {"ada": "ada@b", "bob": "bob@b"})
+    await sql(database_url, "DELETE FROM users WHERE id = 'ada'")
+    await write_emails(database, {"ada": "ada@b", "bob": "new@b"})
+    assert await emails(database_url) == {"bob": "new@b"}
+    await write_emails(database, {"ada": "ada@b"}, issued_at=time.time() + 1)
+    assert await emails(database_url) == {"ada": "ada@b", "bob": "new@b"}

@@ -41,8 +41,9 @@ class Reply:
         assert self.headers["Content-Type"] == "application/json", self
         error = self.json["error"]
         assert self.json.keys() == {"error"}
-        # With ids where the question had been admitted by then.
-        assert {"code", "message"} <= error.keys() <= {"code", "message", "details", "conversation_id", "message_id"}
+        ids = {"conversation_id", "message_id"}  # where the question had been admitted by then
+        limits = {"limit", "limit_max", "retry_after_ms"} if error["code"] == "rate_limited" else set()
+        assert {"code", "message"} <= error.keys() <= {"code", "message", "details"} | ids | limits
         assert isinstance(error["message"], str)
         assert error["message"]
         return self.status, error["code"]

@@ -360,18 +360,48 @@ MUTATIONS: Final = (
         [
             Change(
                 QUERIES,
-                "DELETE FROM tickets WHERE hash = :hash RETURNING user_id, token_expires_at,",
+                "DELETE FROM tickets t WHERE hash = :hash\nRETURNING user_id, token_expires_at,",
                 "SELECT user_id, token_expires_at,",
                 within="redeem_ticket",
             ),
-            Change(QUERIES, "AS is_fresh;", "AS is_fresh FROM tickets WHERE hash = :hash;", within="redeem_ticket"),
+            Change(
+                QUERIES, "AS is_revoked;", "AS is_revoked FROM tickets t WHERE hash = :hash;", within="redeem_ticket"
+            ),
         ],
         ["system/test_tickets.py"],
     ),
     Mutation(
         "an old ticket lets in",
-        [Change("models/tickets.py", 'if not rows or not rows[0]["is_fresh"]:', "if not rows:")],
-        ["system/test_tickets.py"],
+        [Change("models/tickets.py", 'or not rows[0]["is_fresh"]', "")],
+        ["database/test_revocations.py", "system/test_tickets.py"],
+    ),
+    Mutation(
+        "a ticket outlives its token",
+        [Change(QUERIES, "token_expires_at > extract(epoch FROM clock_timestamp())", "true", within="redeem_ticket")],
+        ["database/test_revocations.py"],
+    ),
+    Mutation(
+        "a ticket outlives the revocation of its token",
+        [Change("models/tickets.py", ' or rows[0]["is_revoked"]', "")],
+        ["database/test_revocations.py"],
+    ),
+    Mutation(
+        "a revocation that is repeated is not heard of",
+        [Change(QUERIES, ", changed_xid = excluded.changed_xid", "", within="-- name: revoke")],
+        ["database/test_revocations.py"],
+    ),
+    Mutation(
+        "a deleted user leaves no revocation",
+        [
+            Change("models/functions/revoke_deleted.sql", "AFTER DELETE ON users", "AFTER TRUNCATE ON users"),
+            Change("models/functions/revoke_deleted.sql", "FOR EACH ROW EXECUTE", "FOR EACH STATEMENT EXECUTE"),
+        ],
+        ["database/test_revocations.py"],
+    ),
+    Mutation(
+        "the address of a revoked token makes a deleted user again",
+        [Change(QUERIES, "'UTF8')), 'hex')), 0) <= n.issued_at", "'UTF8')), 'hex')), 0) <= n.issued_at + 1e10")],
+        [USERS],
     ),
     Mutation(
         "a response is found for anybody",

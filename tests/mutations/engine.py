@@ -169,6 +169,11 @@ MUTATIONS: Final = (
         ["unit/engine/test_watch.py", "system/test_cancel.py"],
     ),
     Mutation(
+        "revocations are not read again after a gap",
+        [Change(WATCH, "await _hear_all(database, revocations)", "pass")],
+        ["unit/engine/test_watch.py"],
+    ),
+    Mutation(
         "a drain does not hand its turns over",
         [Change(NODE, "                await self._leases.release(left)\n", "")],
         [

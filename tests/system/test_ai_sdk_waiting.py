@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from anynode.server.transport.connection import FOLLOWS_MAX, FRAMES_BURST, FRAMES_PER_SECOND
+from anynode.server.transport.allowance import FRAMES_BURST, FRAMES_PER_SECOND
+from anynode.server.transport.connection import FOLLOWS_MAX
 from tests.agents.scripted import DIRECTORY, Strings, eventually
 from tests.agents.stepping import AGENT
 from tests.conftest import StartNode

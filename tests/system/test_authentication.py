@@ -7,6 +7,8 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
@@ -17,8 +19,10 @@ from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
+from tests.agents.scripted import eventually
 from tests.conftest import StartNode
-from tests.kit.harness import Frame, NodeProcess, Socket, socket_to, token_for
+from tests.kit.harness import Frame, NodeProcess, Socket, running_node, socket_to, token_for
+from tests.kit.rest import rest_to
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 
@@ -339,10 +343,13 @@ def public_entry(kid: str, key: PrivateKey) -> dict[str, Any]:
 
 
 @pytest.fixture
-async def jwks_url() -> AsyncIterator[str]:
-    """A real HTTP server that publishes the public keys."""
+async def issuer() -> AsyncIterator[SimpleNamespace]:
+    """A real HTTP server that publishes the public keys while `is_open`, at `url`."""
+    state = SimpleNamespace(is_open=True)
 
     async def keys(request: web.Request) -> web.Response:
+        if not state.is_open:
+            return web.Response(status=503)
         return web.json_response({"keys": [public_entry(kid, key) for kid, key in KEYS.items()]})
 
     application = web.Application()
@@ -350,14 +357,45 @@ async def jwks_url() -> AsyncIterator[str]:
     runner = web.AppRunner(application)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
-    yield f"http://127.0.0.1:{runner.addresses[0][1]}/jwks"
+    state.url = f"http://127.0.0.1:{runner.addresses[0][1]}/jwks"
+    yield state
     await runner.cleanup()
 
 
-async def test_tokens_of_an_issuer_are_verified_with_its_public_keys(
-    start_node: StartNode, jwks_url: str, user: str
+async def test_a_node_without_keys_is_not_ready_and_tells_clients_to_come_back(
+    database_url: str, tmp_path: Path, issuer: SimpleNamespace, user: str
 ) -> None:
-    node = start_node(JWT_JWKS_URL=jwks_url, JWT_SECRET="")
+    issuer.is_open = False
+    settings = {"JWT_JWKS_URL": issuer.url, "JWT_SECRET": ""}
+    token = issued(KEYS["curve"], "curve", user)
+    starting = running_node(database_url, tmp_path, settings, until="/livez")
+    node = await asyncio.to_thread(starting.__enter__)  # the keys are served by this very loop
+    try:
+        status, body = await asyncio.to_thread(node.get, "/readyz")
+        assert (status, json.loads(body)["status"]) == (503, "keys_unavailable")
+        assert await close_code(node, headers=bearer(token)) == 1013
+        async with socket_to(node, ready=False) as socket:
+            await socket.send(auth(token))
+            assert await socket.closed() == 1013
+        async with rest_to(node, None, token=token) as rest:
+            reply = await rest.get("/conversations")
+            assert reply.refusal == (503, "keys_unavailable")
+            assert reply.headers["Retry-After"]
+            issuer.is_open = True
+
+            async def is_ready() -> bool:  # nobody comes with a token: the node asks by itself
+                return (await rest.get("/readyz")).status == 200
+
+            await eventually(is_ready)
+            assert (await rest.get("/conversations")).status == 200
+    finally:
+        await asyncio.to_thread(starting.__exit__, None, None, None)
+
+
+async def test_tokens_of_an_issuer_are_verified_with_its_public_keys(
+    start_node: StartNode, issuer: SimpleNamespace, user: str
+) -> None:
+    node = await asyncio.to_thread(start_node, JWT_JWKS_URL=issuer.url, JWT_SECRET="")  # it fetches keys from this loop
     for kid, key in KEYS.items():  # RS256 and ES256
         async with socket_to(node, token=issued(key, kid, user)) as socket:
             assert (await socket.answer("hello"))[-1]["type"] == "turn.completed"

@@ -153,6 +153,19 @@ def test_a_printed_token_tells_an_address_if_one_is_given() -> None:
         assert claims.get("email") == told
 
 
+def test_a_printed_token_carries_limits_if_some_are_given() -> None:
+    for arguments, told in (((), None), (("--limits", '{"turns": 5}'), {"turns": 5})):
+        printed = anynode("token", "--user", "grace", *arguments, JWT_SECRET=SECRET).stdout.strip()
+        claims = jwt.decode(printed, SECRET, algorithms=["HS256"], audience="anynode", issuer="anynode")
+        assert claims.get("anynode_limits") == told
+
+
+@pytest.mark.parametrize("limits", ["", "turns", '{"turns": -1}', "[]", "null"])
+def test_token_refuses_limits_that_no_node_would_take(limits: str) -> None:
+    result = anynode("token", "--user", "grace", "--limits", limits, JWT_SECRET=SECRET)
+    assert_refused_in_one_line(result, "--limits")
+
+
 @pytest.mark.parametrize("email", ["", "grace", "a@b@c", "x" * 253 + "@b"])
 def test_token_refuses_an_address_that_would_not_be_stored(email: str) -> None:
     result = anynode("token", "--user", "grace", "--email", email, JWT_SECRET=SECRET)

@@ -15,20 +15,24 @@ import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jwt.algorithms import ECAlgorithm, RSAAlgorithm
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
 
-import anynode.server.auth
+import anynode.server.auth.jwks
 from anynode.server.auth import Authenticator, make_token
-from anynode.server.errors import Unauthorized
+from anynode.server.errors import KeysUnavailable, Unauthorized
 from anynode.server.settings import Settings
 
-PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
+PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | Ed25519PrivateKey
 
 RSA_1, RSA_2 = (rsa.generate_private_key(65537, 2048) for _ in range(2))
 EC_1 = ec.generate_private_key(ec.SECP256R1())
-UNREACHABLE = "the signing keys cannot be fetched at the moment"
+EC_384, ED_1 = ec.generate_private_key(ec.SECP384R1()), Ed25519PrivateKey.generate()
+RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+UNREACHABLE = "The signing keys cannot be fetched at the moment; try again."
+NOT_YET = "The signing key is not known yet; try again."
 UNKNOWN = "the signing key is unknown"
 
 
@@ -76,6 +80,8 @@ class Issuer:
 def jwk(key: PrivateKey, kid: str | None) -> dict[str, Any]:
     if isinstance(key, rsa.RSAPrivateKey):
         entry = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True)
+    elif isinstance(key, Ed25519PrivateKey):
+        entry = OKPAlgorithm.to_jwk(key.public_key(), as_dict=True)
     else:
         entry = ECAlgorithm.to_jwk(key.public_key(), as_dict=True)
     return entry if kid is None else {**entry, "kid": kid}
@@ -114,9 +120,46 @@ async def user_of(authenticator: Authenticator, token: str) -> str:
 
 
 async def refusal(authenticator: Authenticator, token: str) -> str:
-    with pytest.raises(Unauthorized) as refused:
+    with pytest.raises((Unauthorized, KeysUnavailable)) as refused:
         await authenticator.authenticate(token)
+    assert isinstance(refused.value, KeysUnavailable) == (refused.value.message in (UNREACHABLE, NOT_YET))
     return refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("key", "alg", "header"),
+    [
+        *((RSA_1, alg, alg) for alg in RSA_ALGORITHMS),
+        (EC_1, None, "ES256"),
+        (EC_384, None, "ES384"),
+        (ED_1, None, "EdDSA"),
+        (ED_1, "EdDSA", "Ed25519"),  # one algorithm with two names (RFC 9864)
+        (ED_1, "Ed25519", "EdDSA"),
+    ],
+)
+async def test_a_key_verifies_the_algorithm_that_it_is_for_and_no_other(
+    authenticator: Authenticator, issuer: Issuer, key: PrivateKey, alg: str | None, header: str
+) -> None:
+    issuer.publish({**jwk(key, "key"), **({} if alg is None else {"alg": alg})})
+    assert await user_of(authenticator, signed_with(key, header)) == "ada"
+    for other in set(RSA_ALGORITHMS) - {header} if isinstance(key, rsa.RSAPrivateKey) else ():
+        message = await refusal(authenticator, signed_with(key, other))
+        assert message == "the token is signed with an algorithm that its key is not for (alg)"
+    # The signature is right, and the header calls it another one.
+    for other in ("RS256", "ES256", "EdDSA", "Ed25519", "none", "HS256"):
+        if {other, header} - {"EdDSA", "Ed25519"} and other != header:
+            message = await refusal(authenticator, signed_with(key, header, called=other))
+            assert message == "the token is signed with an algorithm that its key is not for (alg)"
+
+
+def signed_with(key: PrivateKey, algorithm: str, called: str | None = None) -> str:
+    """A token signed with an algorithm, which its header may call by another name."""
+    signer = jwt.get_algorithm_by_name("EdDSA" if algorithm == "Ed25519" else algorithm)
+    encode = jwt.utils.base64url_encode
+    claims = jwt.decode(token_of(EC_1, None), options={"verify_signature": False})
+    parts = [{"alg": called or algorithm, "kid": "key"}, claims]
+    signing_input = b".".join(encode(json.dumps(part).encode()) for part in parts)
+    return (signing_input + b"." + encode(signer.sign(signing_input, key))).decode()
 
 
 @pytest.mark.parametrize(("key", "kid"), [(RSA_1, "one"), (EC_1, "curve")])
@@ -198,7 +241,7 @@ async def test_a_token_without_kid_is_refused_when_there_are_several_keys(authen
     assert await refusal(authenticator, token_of(RSA_1, None)) == message
 
 
-async def test_a_new_key_is_found_at_once_and_unknown_ones_are_fetched_every_30_seconds(
+async def test_a_new_key_is_found_at_once_and_the_next_one_ten_seconds_later(
     authenticator: Authenticator, issuer: Issuer, clock: Clock
 ) -> None:
     await authenticator.authenticate(token_of(RSA_1, "one"))
@@ -207,14 +250,73 @@ async def test_a_new_key_is_found_at_once_and_unknown_ones_are_fetched_every_30_
     assert issuer.requests == 2
 
     issuer.publish(jwk(RSA_2, "two"), jwk(EC_1, "three"))
-    clock.now += 29.9
-    assert await refusal(authenticator, token_of(EC_1, "three")) == UNKNOWN
+    clock.now += 9.9
+    assert await refusal(authenticator, token_of(EC_1, "three")) == NOT_YET
     assert await user_of(authenticator, token_of(RSA_2, "two")) == "ada"
     assert issuer.requests == 2
     clock.now += 0.2
     assert await user_of(authenticator, token_of(EC_1, "three")) == "ada"
-    assert await refusal(authenticator, token_of(RSA_1, "one")) == UNKNOWN  # withdrawn
     assert issuer.requests == 3
+    assert await refusal(authenticator, token_of(RSA_1, "one")) == NOT_YET  # withdrawn, which is looked up …
+    clock.now += 10
+    assert await refusal(authenticator, token_of(RSA_1, "one")) == UNKNOWN
+    assert await refusal(authenticator, token_of(RSA_1, "one")) == UNKNOWN  # … once
+    assert issuer.requests == 4
+
+
+async def test_made_up_keys_do_not_keep_a_new_one_waiting_and_cost_the_issuer_a_request_in_ten_seconds(
+    authenticator: Authenticator, issuer: Issuer, clock: Clock
+) -> None:
+    await authenticator.authenticate(token_of(RSA_1, "one"))
+    await refusal(authenticator, token_of(RSA_2, "made up"))
+    issuer.publish(jwk(RSA_1, "one"), jwk(RSA_2, "two"))
+    assert await refusal(authenticator, token_of(RSA_2, "two")) == NOT_YET
+    for number in range(50):
+        clock.now += 0.2
+        await refusal(authenticator, token_of(RSA_2, f"made up {number}"))
+    assert await user_of(authenticator, token_of(RSA_2, "two")) == "ada"
+    assert issuer.requests == 3
+
+
+async def test_the_key_that_was_asked_for_is_fetched_by_itself_when_the_node_may_ask_again(
+    authenticator: Authenticator, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anynode.server.auth.jwks, "JWKS_COOLDOWN_SECONDS", 0.3)
+    ticking = Authenticator(Settings(jwt_jwks_url=f"http://127.0.0.1:{issuer.port}/jwks"))
+    keeping = asyncio.create_task(ticking.run())
+    try:
+        assert not ticking.has_keys
+        await issuer.asked.wait()  # nobody has come with a token
+        await user_of(ticking, token_of(RSA_1, "one"))
+        assert ticking.has_keys
+        await refusal(ticking, token_of(RSA_2, "made up"))
+        issuer.publish(jwk(RSA_1, "one"), jwk(RSA_2, "two"))
+        assert await refusal(ticking, token_of(RSA_2, "two")) == NOT_YET
+        issuer.asked.clear()
+        await issuer.asked.wait()
+        assert issuer.requests == 3
+        assert await user_of(ticking, token_of(RSA_2, "two")) == "ada"
+    finally:
+        keeping.cancel()
+        await asyncio.wait((keeping,))
+        await ticking.close()
+
+
+async def test_keys_that_cannot_be_confirmed_for_a_day_are_trusted_no_more(
+    authenticator: Authenticator, issuer: Issuer, clock: Clock
+) -> None:
+    await authenticator.authenticate(token_of(RSA_1, "one"))
+    issuer.status = 500
+    clock.now += 86_399
+    assert await user_of(authenticator, token_of(RSA_1, "one")) == "ada"
+    assert await refusal(authenticator, token_of(RSA_2, "two")) == NOT_YET  # waits for the fetch
+    clock.now += 2
+    assert not authenticator.has_keys
+    assert await refusal(authenticator, token_of(RSA_1, "one")) == UNREACHABLE
+    issuer.status = 200
+    clock.now += 1
+    assert await user_of(authenticator, token_of(RSA_1, "one")) == "ada"
+    assert authenticator.has_keys
 
 
 async def test_concurrent_callers_share_the_fetch_for_a_new_key(authenticator: Authenticator, issuer: Issuer) -> None:
@@ -264,7 +366,7 @@ async def test_keys_go_on_serving_when_the_issuer_is_gone(
     for _ in range(3):
         clock.now += 601
         assert await user_of(authenticator, token_of(RSA_1, "one")) == "ada"
-        assert await refusal(authenticator, token_of(RSA_2, "two")) == UNKNOWN  # waits for the refresh to fail
+        assert await refusal(authenticator, token_of(RSA_2, "two")) == NOT_YET  # waits for the refresh to fail
     assert await user_of(authenticator, token_of(RSA_1, "one")) == "ada"
 
 
@@ -274,14 +376,14 @@ async def test_an_issuer_that_breaks_does_not_spoil_the_keys(
     await authenticator.authenticate(token_of(RSA_1, "one"))
     issuer.body = b'{"keys": []}'
     clock.now += 601
-    assert await refusal(authenticator, token_of(RSA_2, "two")) == UNKNOWN
+    assert await refusal(authenticator, token_of(RSA_2, "two")) == NOT_YET  # waits for the fetch to fail
     assert issuer.requests == 2
     assert await user_of(authenticator, token_of(RSA_1, "one")) == "ada"
-    clock.now += 29  # a failed refresh is repeated after 30 seconds
+    clock.now += 9.9  # a failed one is repeated after 10 seconds where a key is wanted
     tasks = asyncio.all_tasks()
     await authenticator.authenticate(token_of(RSA_1, "one"))
     assert asyncio.all_tasks() == tasks
-    clock.now += 2
+    clock.now += 0.2
     issuer.asked.clear()
     await authenticator.authenticate(token_of(RSA_1, "one"))
     await issuer.asked.wait()
@@ -345,7 +447,7 @@ async def test_a_redirect_is_not_followed(authenticator: Authenticator, issuer: 
 async def test_an_issuer_that_does_not_answer_is_left(
     authenticator: Authenticator, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(anynode.server.auth, "JWKS_SECONDS_MAX", 0.05)
+    monkeypatch.setattr(anynode.server.auth.jwks, "JWKS_SECONDS_MAX", 0.05)
     issuer.open_gate.clear()
     async with asyncio.timeout(2):
         assert await refusal(authenticator, token_of(RSA_1, "one")) == UNREACHABLE
@@ -399,7 +501,9 @@ async def test_the_algorithm_follows_from_the_key_and_not_from_the_token(
 
 
 @pytest.mark.parametrize("algorithm", ["RS384", "RS512", "PS256"])
-async def test_an_rsa_key_is_used_with_rs256_only(authenticator: Authenticator, algorithm: str) -> None:
+async def test_an_rsa_key_without_an_algorithm_is_used_with_rs256_only(
+    authenticator: Authenticator, algorithm: str
+) -> None:
     claims = jwt.decode(token_of(RSA_1, "one"), options={"verify_signature": False})
     token = jwt.encode(claims, RSA_1, algorithm=algorithm, headers={"kid": "one"})
     message = await refusal(authenticator, token)
@@ -450,7 +554,7 @@ async def test_any_signed_token_is_accepted_or_unauthorized(
     token = signed_by_hand(RSA_1, changes, {"alg": "RS256", "kid": "one", **header})
     try:
         identity = await authenticator.authenticate(token)
-    except Unauthorized:
+    except (Unauthorized, KeysUnavailable):
         return
     assert identity.user_id.isprintable()
 

@@ -117,7 +117,7 @@ class AiSdkConnection(Connection):
     # What comes in.
 
     async def _obey(self, text: str) -> None:
-        frame = decode_frame(text)
+        frame = await self._decode(decode_frame, text)
         match frame:
             case SendFrame():
                 await self._renew_by(frame.headers)
@@ -142,6 +142,10 @@ class AiSdkConnection(Connection):
         if request_id is None:  # there is nothing in this wire to say it with
             raise Closed(CloseCode.LIMITS, error.message.encode()[:120].decode(errors="ignore"))
         await self._send(error_frame(request_id, error.message))
+
+    async def _turn_away(self, error: RateLimited) -> None:
+        if self._unheard is not None:
+            await self._refuse(error, self._unheard)
 
     async def _send_message(self, frame: SendFrame) -> None:
         self._may_show()
@@ -199,7 +203,11 @@ class AiSdkConnection(Connection):
 
     def _may_show(self) -> None:
         if len(self._requests) + self._stops.asking >= FOLLOWS_MAX:
-            raise RateLimited(f"A connection shows at most {FOLLOWS_MAX} turns at once.")
+            raise RateLimited(
+                f"A connection shows at most {FOLLOWS_MAX} turns at once.",
+                limit="follows_per_connection_max",
+                limit_max=FOLLOWS_MAX,
+            )
 
     # Stopping.
 

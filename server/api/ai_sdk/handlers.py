@@ -16,22 +16,23 @@ from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import NotFound
 from anynode.server.protocol.bodies import NoQuery
 from anynode.server.settings import Settings
-from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, no_content, reply
+from anynode.server.transport.sessions import Sessions
 from anynode.server.transport.turn_end import wait_stopped
 
 
 class AiSdk:
-    """Serves the operations of the AI SDK's clients; `slots` bounds the requests that wait or stream."""
+    """Serves the operations of the AI SDK's clients; `sessions` counts the requests that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, slots: Slots, tickets: Tickets) -> None:
+    def __init__(self, settings: Settings, node: Node, sessions: Sessions, tickets: Tickets) -> None:
         self._settings = settings
         self._node = node
-        self._slots = slots
+        self._sessions = sessions
         self._tickets = tickets
 
     async def send(self, request: ApiRequest[NoQuery, ChatRequest]) -> ASGIApp:
         """`POST /api/chat`."""
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             admitted = await ask(self._node, request.user_id, request.identity.limits, request.body)
         return self._stream(request, admitted.turn, is_new=admitted.is_new)
 
@@ -49,7 +50,7 @@ class AiSdk:
             raise NotFound("There is no such chat.")
         turn_id = await self._node.cancel(request.user_id, chat.conversation_id, None)
         if chat.turn is not None and turn_id == chat.turn.turn_id:
-            with self._slots.acquire():
+            with self._sessions.waiting(request):
                 await request.while_connected(wait_stopped(self._node, chat.turn))
         return reply(Stopped(chat.conversation_id, turn_id))
 
@@ -80,4 +81,4 @@ class AiSdk:
         stream = chunk_stream(
             self._node, request, turn, is_new=is_new, heartbeat_seconds=self._settings.heartbeat_seconds
         )
-        return self._slots.streaming(stream)
+        return self._sessions.streaming(request, stream)

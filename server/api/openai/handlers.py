@@ -26,7 +26,8 @@ from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame
 from anynode.server.protocol.bodies import NoQuery
 from anynode.server.protocol.frames import ID_CHARACTERS_MAX, MessageSend, is_client_id
 from anynode.server.settings import Settings
-from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, refusal, reply
+from anynode.server.transport.http import AnyApiRequest, ApiRequest, refusal, reply
+from anynode.server.transport.sessions import Sessions
 from anynode.server.transport.turn_end import wait_end, wait_stopped
 
 CANCEL_SECONDS: Final = 5.0  # how long a cancelled turn is waited for; its node may be dead
@@ -34,19 +35,19 @@ NO_RESPONSE: Final = "There is no such response."
 
 
 class Responses:
-    """Serves the operations of the Responses API; `slots` bounds the requests that wait or stream."""
+    """Serves the operations of the Responses API; `sessions` counts the requests that wait or stream."""
 
-    def __init__(self, settings: Settings, node: Node, slots: Slots) -> None:
+    def __init__(self, settings: Settings, node: Node, sessions: Sessions) -> None:
         self._settings = settings
         self._node = node
-        self._slots = slots
+        self._sessions = sessions
         self._model = model_of(settings)
 
     async def create(self, request: ApiRequest[NoQuery, CreateResponse]) -> ASGIApp:
         """`POST /v1/responses`."""
         body = request.body
         key = _idempotency_key(request)
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             try:
                 admitted = await self._admit(request, key)
             except DatabaseUnavailable as error:  # it may have been admitted
@@ -56,7 +57,7 @@ class Responses:
                 return await self._answer(request, turn, key)
         # Without an await in between, so that there is room for the stream.
         if body.stream:
-            return self._slots.streaming(self._stream(request, turn, None))
+            return self._sessions.streaming(request, self._stream(request, turn, None))
         if admitted.is_new:
             return reply(Fold(turn.turn_id, turn.conversation_id, self._model).response())
         return reply(await self._load_stored(turn))
@@ -70,12 +71,12 @@ class Responses:
         if after is not None and turn.first_seq is None:
             problem = "the events of this response are no longer kept: get it without `stream`, or from its start"
             raise InvalidFrame(problems=[Problem("query.starting_after", problem)])
-        return self._slots.streaming(self._stream(request, turn, after))
+        return self._sessions.streaming(request, self._stream(request, turn, after))
 
     async def cancel(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /v1/responses/{response_id}/cancel`; a turn that does not end in time is answered as in progress."""
         turn = await self._find(request)
-        with self._slots.acquire():
+        with self._sessions.waiting(request):
             await self._node.cancel(turn.user_id, turn.conversation_id, turn.turn_id)
             await request.while_connected(wait_stopped(self._node, turn, within_seconds=CANCEL_SECONDS))
             return reply(await self._load_stored(turn))

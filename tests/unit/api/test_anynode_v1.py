@@ -23,6 +23,7 @@ from anynode.server.errors import ConversationBusy, DatabaseUnavailable, NotFoun
 from anynode.server.limits import UserLimits
 from anynode.server.protocol.frames import MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
+from anynode.server.transport.shares import Shares
 from tests.kit.asgi import Peer, connected, websocket_scope
 from tests.kit.turns import CONVERSATION, STARTED, TURN, USER, journal, node_with, said, turn_ref
 
@@ -103,6 +104,7 @@ async def talking(asked: Asked, *said: Message, **settings: Any) -> AsyncIterato
         Settings(**settings),
         asked.node,
         cast(Authenticator, Tokens()),
+        Shares(Settings(**settings)),
         websocket_scope(headers={"Authorization": "Bearer good"}),
         peer.receive,
         peer.send,
@@ -132,8 +134,9 @@ def asked() -> Asked:
 async def test_the_first_frame_is_auth(asked: Asked) -> None:
     first = [frame("ping", request_id="r-1"), frame("auth", token="good")]
     peer = Peer({"type": "websocket.connect"}, *first)
+    authenticator, shares = cast(Authenticator, Tokens()), Shares(Settings())
     connection = AnynodeConnection(
-        Settings(), asked.node, cast(Authenticator, Tokens()), websocket_scope(), peer.receive, peer.send, refusal=None
+        Settings(), asked.node, authenticator, shares, websocket_scope(), peer.receive, peer.send, refusal=None
     )
     async with connected(peer, connection.run()):
         await peer.wait_sent(lambda sent: len(peer.frames) == 2)
@@ -310,3 +313,12 @@ async def test_a_message_that_is_refused_is_told_with_its_conversation(asked: As
             "conversation_id": ID,
         }
     ]
+
+
+async def test_a_client_that_may_not_have_one_more_connection_is_told_in_an_error_and_closed(asked: Asked) -> None:
+    async with talking(asked, connections_max=0) as (peer, _):
+        pass
+    error = {"type": "error", "code": "rate_limited", "retryable": True, "limit": "connections_max", "limit_max": 0}
+    said = "This node is at its limit of connections; try again, or ask another node."
+    assert peer.frames == [{**error, "message": said, "retry_after_ms": 1000}]
+    assert peer.closed == (1013, said)

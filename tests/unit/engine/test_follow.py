@@ -15,6 +15,7 @@ from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event, Reading
 from anynode.server.engine import follow as module
 from anynode.server.engine.follow import Follows, Update
+from anynode.server.engine.held import HELD_PER_USER_MAX
 from anynode.server.errors import NotFound
 
 CONVERSATION = UUID("018f0000-0000-7000-8000-000000000001")
@@ -226,6 +227,26 @@ async def test_where_the_journal_does_not_hold_the_cursor_a_snapshot_comes(postg
     postgres.events = events(9)
     follower = follow(4)
     assert await follower.next() == Snapshot(50, None, "", [])
+
+
+@pytest.mark.parametrize("after", [None, 4])
+async def test_what_one_user_has_read_and_not_taken_is_bounded_and_the_rest_is_read_later(
+    follows: Follows, postgres: Postgres, follow: Follow, after: int | None
+) -> None:
+    postgres.events = events(5)
+    followed = [follows.follow("user", UUID(int=number), after, is_own=True) for number in range(HELD_PER_USER_MAX + 1)]
+    for following in followed[:-1]:  # each takes its first update, and does not ask for the next
+        await anext(following)
+    last = asyncio.ensure_future(anext(followed[-1]))
+    await asyncio.sleep(0)
+    assert not last.done()
+    stranger = follow(after, "stranger", is_own=False)
+    with pytest.raises(NotFound):  # another user has its own bound
+        await stranger.task
+    await followed[0].aclose()
+    await last
+    for following in followed:
+        await following.aclose()
 
 
 async def test_followers_that_ask_the_same_share_one_reading(postgres: Postgres, follow: Follow) -> None:

@@ -61,9 +61,11 @@ async def test_all_that_expires_is_deleted(monkeypatch: pytest.MonkeyPatch) -> N
         "delete_expired_messages",
         "delete_expired_tickets",
         "forget_deletions",
+        "forget_revocations",
     ]
     arguments = {name: list(given.values()) for name, given in kept.asked}
     assert arguments["forget_deletions"] == [60.0]
+    assert arguments["forget_revocations"] == [366 * 86_400.0]
     assert arguments["delete_expired_events"] == [40.0, 100]
     assert arguments["delete_expired_messages"] == [40.0, 1000]
 

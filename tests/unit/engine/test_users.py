@@ -222,3 +222,29 @@ async def test_addresses_that_postgres_refuses_are_dropped_and_later_ones_are_wr
         await emails.run()
     assert users.emails == {"bob": "bob@example.org"}
     assert [record.getMessage() for record in caplog.records] == ["e-mail addresses could not be written"]
+
+
+def test_an_address_waits_with_the_time_of_the_newest_token_that_told_it() -> None:
+    notes = EmailNotes()
+    for issued_at in (5.0, 7.0, 6.0):
+        notes.note("ada", "ada@example.org", NOW, issued_at)
+    notes.take()
+    assert notes.issued_at() == {"ada": 7.0}
+    notes.note("ada", "ada@example.org", NOW, 8.0)  # the same address, with a newer token
+    notes.put_back()
+    notes.take()
+    assert notes.issued_at() == {"ada": 8.0}
+    notes.keep(NOW)
+    assert notes.issued_at() == {}
+    notes.note("ada", "new@example.org", NOW, 9.0)
+    notes.take()
+    assert notes.issued_at() == {"ada": 9.0}
+
+
+@pytest.mark.parametrize("ending", ["keep", "drop"])
+def test_nothing_is_remembered_of_tokens_whose_address_was_written_or_dropped(ending: str) -> None:
+    notes = notes_of(("ada", "ada@example.org"), ("bob", "bob@example.org"))
+    notes.take()
+    notes.note("bob", "new@example.org", NOW, 3.0)
+    notes.keep(NOW) if ending == "keep" else notes.drop()
+    assert notes._issued_at.keys() == {"bob"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any, cast
 from uuid import UUID
@@ -10,7 +11,10 @@ from uuid import UUID
 import pytest
 
 from anynode.models.database import Database, Unavailable
+from anynode.models.revocations import user_hash
 from anynode.models.turns import News
+from anynode.server.auth import Identity
+from anynode.server.auth.revocations import Revocations
 from anynode.server.engine import watch as module
 from anynode.server.engine.follow import Follows
 from anynode.server.engine.running_turns import RunningTurns
@@ -21,8 +25,13 @@ BEGUN = {CONVERSATION: 7}
 MANY = {UUID(int=number): number for number in range(BEGUN_MAX)}
 
 
-def news(horizon: int, begun: dict[UUID, int] | None = None, to_cancel: tuple[UUID, ...] = ()) -> News:
-    return News(horizon, to_cancel, BEGUN if begun is None else begun)
+def news(
+    horizon: int,
+    begun: dict[UUID, int] | None = None,
+    to_cancel: tuple[UUID, ...] = (),
+    revoked: dict[str, float] | None = None,
+) -> News:
+    return News(horizon, to_cancel, BEGUN if begun is None else begun, revoked or {})
 
 
 def heard(horizon: int = 100, at: float = 1000.0) -> Horizon:
@@ -67,6 +76,13 @@ def test_more_news_than_one_answer_tells_is_a_gap() -> None:
     assert horizon.hear(news(102, fewer), 1000.5) == fewer
 
 
+def test_more_revocations_than_one_answer_tells_are_a_gap() -> None:
+    many = {str(number): 1.0 for number in range(BEGUN_MAX)}
+    assert heard(100).hear(news(101, revoked=many), 1000.25) is None
+    many.popitem()
+    assert heard(100).hear(news(101, revoked=many), 1000.25) == BEGUN
+
+
 @pytest.mark.parametrize(("seconds", "since"), [(29.9, 100), (30.0, 100), (30.1, None), (3600.0, None)])
 def test_a_process_that_was_frozen_asks_from_nowhere(seconds: float, since: int | None) -> None:
     horizon = heard(100, 1000.0)
@@ -106,7 +122,10 @@ class Cluster:
         self.pauses: list[float] = []
         self.now = 1000.0
         self.took = 0.0  # seconds, of each watch
+        self.pages: list[dict[str, float] | Exception] = []  # of all revocations
+        self.revocations = Revocations()
         monkeypatch.setattr(module, "watch", self._watch)
+        monkeypatch.setattr(module, "read_revocations", self._read_revocations)
         monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=self._sleep))
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
 
@@ -116,7 +135,13 @@ class Cluster:
         turns = SimpleNamespace(get=lambda turn_id: running if turn_id == TURN else None)
         follows = SimpleNamespace(hear=self.did.append, look_again=lambda: self.did.append("look again"))
         with pytest.raises(Done):
-            await hear_cluster(cast(Database, None), "node-1", cast(RunningTurns, turns), cast(Follows, follows))
+            await hear_cluster(
+                cast(Database, SimpleNamespace(run=print)),
+                "node-1",
+                cast(RunningTurns, turns),
+                cast(Follows, follows),
+                self.revocations,
+            )
 
     async def _watch(self, database: Database, *, node: str, since: int | None, **bounds: Any) -> News:
         assert (node, bounds) == ("node-1", {"limit": BEGUN_MAX, "within_seconds": 2.0})
@@ -126,6 +151,17 @@ class Cluster:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    async def _read_revocations(self, fetch: object) -> AsyncIterator[dict[str, float]]:
+        pages, self.pages = self.pages, []
+        for page in pages:
+            if isinstance(page, Exception):
+                raise page
+            yield page
+
+    def refuses(self, *user_ids: str) -> list[bool]:
+        """Whether tokens of these users, issued at 99, are revoked."""
+        return [self.revocations.is_revoked(Identity(user_id, 4e9, issued_at=99.0)) for user_id in user_ids]
 
     async def _sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -168,3 +204,18 @@ async def test_watches_begin_four_times_a_second_where_they_can(cluster: Cluster
     cluster.took = took
     await cluster.hear(news(100), news(101))
     assert cluster.pauses == pytest.approx([pause, pause])
+
+
+async def test_all_revocations_are_read_first_and_then_heard_of_one_by_one(cluster: Cluster) -> None:
+    cluster.pages = [{user_hash("ada"): 100.0}, {user_hash("bob"): 100.0}]
+    await cluster.hear(news(100))
+    assert cluster.refuses("ada", "bob", "eve") == [True, True, False]
+    await cluster.hear(news(101), news(102, revoked={user_hash("eve"): 100.0}))
+    assert cluster.refuses("ada", "bob", "eve") == [True] * 3
+
+
+async def test_where_they_cannot_be_read_after_a_gap_the_next_watch_begins_anew(cluster: Cluster) -> None:
+    cluster.pages = [{user_hash("ada"): 100.0}, Unavailable("OSError: refused")]
+    await cluster.hear(news(100), news(101), news(102))
+    assert cluster.asked_since == [None, None, 101]
+    assert cluster.refuses("ada") == [True]

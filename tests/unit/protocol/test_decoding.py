@@ -254,6 +254,51 @@ def test_what_is_not_a_strict_json_object_is_refused_with_its_reason(data: bytes
     assert said in refusal(data)
 
 
+# Long bodies.
+
+
+LONG: Final = "x" * 300_000
+
+
+def test_a_long_body_is_decoded_as_a_short_one() -> None:
+    parts = [{"type": "text", "text": LONG}, {"type": "text", "text": "y"}]
+    message = {"role": "user", "content": parts}
+    expected = UserMessage([TextPart(LONG), TextPart("y")])
+    assert decoded(message, *APPENDED) == expected
+    assert decoded({"messages": [message]}, *APPENDED) == NewMessages([expected])
+    assert decoded({"metadata": {"a": [LONG, 1e20, 10**30]}}, NewConversation).metadata == {"a": [LONG, 1e20, 10**30]}
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ({"messages": ["x"] * 100_000}, {"messages[0]": "Expected `object`, got `str`"}),
+        ({"messages": [{"role": "user", "content": 1}] * 9, "x": LONG}, {"messages[0].content": "Expected"}),
+        ({"role": "user", "content": LONG, "more": 1}, {"": "Object contains unknown field `more`"}),
+        ([LONG], {"": "Expected `object`, got `array`"}),
+    ],
+)
+def test_the_first_fault_of_a_long_body_is_named(body: Any, expected: dict[str, str]) -> None:
+    found = problems(body, *APPENDED)
+    assert found.keys() == expected.keys()
+    assert all(found[path].startswith(said) for path, said in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (f'{{"title": null, "metadata": {{"a": "{LONG}"}}, "title": null}}', "duplicate key"),
+        (f'{{"metadata": {{"a": "{LONG}\\u0000"}}}}', "NUL"),
+        (f'{{"metadata": {{"a": "{LONG}\\ud800"}}}}', "not JSON"),
+        (f'{{"metadata": {{"a": "{LONG}"}}', "not JSON"),
+        (f'{{"metadata": {{"a": "{LONG}", "b": NaN}}}}', "not JSON"),
+        (f'{{"metadata": {{"a": {"[" * 200_000}{"]" * 200_000}}}}}', "deep"),
+    ],
+)
+def test_a_long_body_is_decoded_strictly(body: str, said: str) -> None:
+    assert said in refusal(body.encode())
+
+
 # Queries.
 
 

@@ -246,6 +246,35 @@ def test_the_request_id_of_a_refused_frame_is_found() -> None:
 
 
 @pytest.mark.parametrize(
+    ("rest", "said"),
+    [
+        ('"content":"y","x":1', "unknown field `x`"),
+        ('"content":1', "Expected `str`"),
+        ('"content":"y","content":"z"', "duplicate key"),
+        ('"content":"\\u0000"', "NUL"),
+        ('"content":"y', "not JSON"),
+        ('"content":NaN', "not JSON"),
+    ],
+)
+def test_a_long_frame_is_decoded_strictly(rest: str, said: str) -> None:
+    with pytest.raises(InvalidFrame, match=said):
+        decode_frame(f'{{"type":"message.send","message_id":"m-1",{" " * 20_000}{rest}}}')
+
+
+def test_a_long_frame_is_decoded_as_a_short_one() -> None:
+    frame = decode_frame(json.dumps({"type": "message.send", "message_id": "m-1", "content": "é" * 20_000}))
+    assert frame == MessageSend("m-1", "é" * 20_000)
+
+
+def test_the_request_id_of_a_long_frame_is_found_without_decoding_the_rest() -> None:
+    more = ",".join(['{"a":1}'] * 5000)
+    assert request_id_of(f'{{"more":[{more}],"request_id":"r1"}}') == "r1"
+    assert request_id_of(f'{{"more":[{more}],"requestId":"r1"}}', "requestId") == "r1"
+    for rest in ('"request_id":1', '"request_id":"\ud800"', '"request_id":[' + more + "]", '"requestId":"r1"', "junk"):
+        assert request_id_of(f'{{"more":[{more}],{rest}}}') is None
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "",
@@ -314,6 +343,6 @@ def test_a_message_has_exactly_the_fields_of_the_design() -> None:
 def test_the_error_codes_are_those_of_the_design() -> None:
     assert [error.code for error in CLIENT_ERRORS] == [
         *("invalid_frame", "not_found", "conversation_busy", "role_order", "message_too_large", "rate_limited"),
-        *("unauthorized", "forbidden", "draining", "database_unavailable", "agent_failed"),
+        *("unauthorized", "forbidden", "draining", "database_unavailable", "keys_unavailable", "agent_failed"),
         "internal_error",  # over HTTP, where a socket is closed with 1011
     ]

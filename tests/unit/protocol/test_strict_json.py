@@ -12,6 +12,10 @@ def test_what_json_can_say_is_decoded() -> None:
     assert strict_json('{"a": [1, 2.5, true, null, "\\ud83d\\ude00"]}', "it") == {"a": [1, 2.5, True, None, "😀"]}
 
 
+def test_what_only_looks_like_half_a_surrogate_pair_is_decoded() -> None:
+    assert strict_json('["\\\\u0000", "\\\\ud83d", "\\ud83d\\ude00"]', "it") == ["\\u0000", "\\ud83d", "😀"]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -21,6 +25,8 @@ def test_what_json_can_say_is_decoded() -> None:
         ('{"a": 1e999}', "it has a number that is too large: 1e999"),
         ('{"a": ["\\u0000"]}', "it has a NUL or half a surrogate pair in 'a'"),
         ('{"\\ud83d": 1}', "it has a NUL or half a surrogate pair in '\\ud83d'"),
+        ('{"a": {"b": "\\uDEAD"}}', "it has a NUL or half a surrogate pair in 'b'"),
+        ('{"a": "\ud83d"}', "it has a NUL or half a surrogate pair in 'a'"),  # in the text itself
         ('["\\ud83d"]', "it has a NUL or half a surrogate pair in a text"),
         ("[" * 100_000, "it is nested too deeply"),
     ],

@@ -1,9 +1,10 @@
-"""One WebSocket connection: its allowance and timers, and with a fake peer its handshake, its frames and its end."""
+"""One WebSocket connection: its timers, and with a fake peer its handshake, its frames and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -13,10 +14,12 @@ import pytest
 from starlette.types import Message
 
 from anynode.server.auth import Authenticator, Identity
-from anynode.server.errors import ClientError, InvalidFrame, RateLimited, Unauthorized
+from anynode.server.errors import ClientError, InvalidFrame, KeysUnavailable, RateLimited, Unauthorized
 from anynode.server.settings import Settings
+from anynode.server.transport import allowance
 from anynode.server.transport import connection as module
-from anynode.server.transport.connection import Allowance, Closed, Connection, expiry_check_in, heartbeat_due_in
+from anynode.server.transport.connection import Connection, expiry_check_in, heartbeat_due_in
+from anynode.server.transport.shares import Shares
 from tests.kit.asgi import Peer, connected, websocket_scope
 from tests.kit.turns import node_with
 
@@ -29,50 +32,6 @@ FAR = 4e9  # a time that no test lives to see, Unix seconds
 
 def frame(text: str) -> Message:
     return {"type": "websocket.receive", "text": text}
-
-
-# How many frames a client may send.
-
-
-def refused(allowance: Allowance, now: float, frames: int) -> int:
-    count = 0
-    for _ in range(frames):
-        try:
-            allowance.take(now)
-        except RateLimited:
-            count += 1
-    return count
-
-
-def test_as_many_frames_as_the_burst_may_come_at_once() -> None:
-    allowance = Allowance(10.0)
-    assert refused(allowance, 10.0, 500) == 0
-    with pytest.raises(RateLimited, match="More than 100 frames a second"):
-        allowance.take(10.0)
-
-
-@pytest.mark.parametrize(("seconds", "more"), [(0.01, 1), (0.5, 50), (1.0, 100), (5.0, 500), (1000.0, 500)])
-def test_the_allowance_fills_up_again_with_time_and_not_beyond_the_burst(seconds: float, more: int) -> None:
-    allowance = Allowance(0.0)
-    refused(allowance, 0.0, 500)
-    assert refused(allowance, seconds, 600) == 600 - more
-
-
-def test_a_client_that_goes_on_sending_after_a_thousand_refusals_is_disconnected() -> None:
-    allowance = Allowance(0.0)
-    assert refused(allowance, 0.0, 1500) == 1000
-    with pytest.raises(Closed) as closed:
-        allowance.take(0.0)
-    assert (closed.value.code, closed.value.reason) == (1008, "too many frames")
-
-
-def test_a_pause_in_which_the_allowance_fills_up_makes_refusals_forgotten_and_a_shorter_one_does_not() -> None:
-    allowance = Allowance(0.0)
-    refused(allowance, 0.0, 1500)
-    assert refused(allowance, 5.0, 1500) == 1000
-    assert refused(allowance, 9.99, 499) == 0
-    with pytest.raises(Closed):
-        refused(allowance, 9.99, 2)
 
 
 # When to look at the heartbeat, and at the token.
@@ -134,6 +93,7 @@ class Recorded(Connection):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.obeyed: list[str] = []
+        self.decoded_in: list[int] = []
         self.background_ended = asyncio.Event()
 
     def _token_in(self, text: str) -> str:
@@ -145,6 +105,7 @@ class Recorded(Connection):
         await self._send(f"welcome {self._user_id}")
 
     async def _obey(self, text: str) -> None:
+        await self._decode(lambda text: self.decoded_in.append(threading.get_ident()), text)
         self.obeyed.append(text)
         match text.split():
             case ["bad"]:
@@ -168,6 +129,9 @@ class Recorded(Connection):
     async def _refuse(self, error: ClientError, text: str) -> None:
         await self._send(f"refused {error.code} {text}")
 
+    async def _turn_away(self, error: RateLimited) -> None:
+        await self._send(f"turned away {error.limit}")
+
     def _warn_of_expiry(self, expires_at: float) -> None:
         self.send_soon(f"expiring {expires_at:.0f}")
 
@@ -181,12 +145,15 @@ async def running(
     refusal: tuple[int, str] | None = None,
     tokens: Tokens | None = None,
     heartbeat_seconds: float = 10.0,
+    shares: Shares | None = None,
 ) -> AsyncIterator[Recorded]:
     """A connection that runs meanwhile, and is over afterwards: its peer leaves where it is not closed."""
+    settings = Settings(heartbeat_seconds=heartbeat_seconds)
     connection = Recorded(
-        Settings(heartbeat_seconds=heartbeat_seconds),
+        settings,
         node_with(),
         cast(Authenticator, tokens or Tokens()),
+        shares or Shares(settings),
         websocket_scope(headers=headers, subprotocols=subprotocols or []),
         peer.receive,
         peer.send,
@@ -242,6 +209,20 @@ async def test_a_token_that_proves_nothing_closes_the_connection() -> None:
     assert await closed(Peer(CONNECT, frame("token bad"))) == (3000, "the token is malformed")
 
 
+@pytest.mark.parametrize("value", ["Basic good", "Bearer ", ""])
+async def test_a_header_that_holds_no_token_closes_the_connection_though_a_subprotocol_has_one(value: str) -> None:
+    closed_with = await closed(Peer(CONNECT), headers={"Authorization": value}, subprotocols=["bearer.good"])
+    assert closed_with == (3000, "The Authorization header must be `Bearer` and a token.")
+
+
+async def test_where_no_token_can_be_verified_now_the_client_is_told_to_come_back() -> None:
+    class NoKeys(Tokens):
+        async def authenticate(self, token: str) -> Identity:
+            raise KeysUnavailable("no keys")
+
+    assert await closed(Peer(CONNECT), headers=WITH_TOKEN, tokens=NoKeys()) == (1013, "no keys")
+
+
 async def test_a_client_that_does_not_authenticate_in_time_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AUTHENTICATION_SECONDS", 0.0)
     assert await closed(Peer(CONNECT)) == (3008, "no authentication in time")
@@ -292,7 +273,7 @@ async def test_frames_beyond_the_allowance_are_refused_and_many_of_them_close_th
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in (("FRAMES_BURST", 2), ("FRAMES_PER_SECOND", 0), ("REFUSALS_MAX", 3)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(allowance, name, value)
     peer = Peer(CONNECT, *(frame(f"{number}") for number in range(10)))
     assert await closed(peer, headers=WITH_TOKEN) == (1008, "too many frames")
     shown = ["done 0", "done 1", *(f"refused rate_limited {number}" for number in (2, 3, 4))]
@@ -301,7 +282,7 @@ async def test_frames_beyond_the_allowance_are_refused_and_many_of_them_close_th
 
 async def test_frames_before_the_token_count_too(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("FRAMES_BURST", 1), ("FRAMES_PER_SECOND", 0), ("REFUSALS_MAX", 1)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(allowance, name, value)
     peer = Peer(CONNECT, frame("a"), frame("b"), frame("token good"))
     assert await closed(peer) == (1008, "too many frames")
     assert peer.texts == ["refused unauthorized a", "refused rate_limited b"]
@@ -374,6 +355,63 @@ async def test_heartbeats_come_while_nothing_else_is_sent_and_end_with_the_conne
     timer = connection._heartbeat_timer
     assert timer is not None
     assert timer.cancelled()
+
+
+# What a connection counts for.
+
+
+async def test_a_connection_counts_for_its_user_once_it_has_authenticated_and_until_its_end() -> None:
+    shares, peer = Shares(Settings()), Peer(CONNECT)
+    async with running(peer, shares=shares) as connection:
+        shares.unauthenticated.add(connection, "192.0.2.1")
+        await peer.wait_sent(lambda sent: len(sent) == 1)
+        assert (len(shares.sessions), len(shares.unauthenticated)) == (0, 1)
+        peer.say(frame("token good"))
+        await peer.wait_sent(lambda sent: len(peer.texts) == 1)
+        assert (shares.sessions.count_of("user-1"), len(shares.unauthenticated)) == (1, 0)
+    assert len(shares.sessions) == 0
+
+
+async def test_a_client_that_may_not_have_one_more_is_told_why_and_closed() -> None:
+    shares, peer = Shares(Settings(connections_max=1)), Peer(CONNECT, frame("token good"), frame("a"))
+    shares.sessions.open(Identity("user-2", FAR), lambda: None)
+    closing = (1013, "This node is at its limit of connections; try again, or ask another node.")
+    assert await closed(peer, shares=shares) == closing
+    assert peer.texts == ["turned away connections_max"]
+    assert (len(shares.sessions), shares.sessions.count_of("user-1")) == (1, 0)
+
+
+async def test_a_connection_whose_newest_token_is_revoked_is_closed() -> None:
+    shares, peer = Shares(Settings()), Peer(CONNECT, frame("token newer"))
+    tokens = Tokens()
+    async with running(peer, headers=WITH_TOKEN, shares=shares, tokens=tokens):
+        await peer.wait_sent(lambda sent: len(peer.texts) == 2)
+        tokens.expires_at = FAR + 1
+        peer.say(frame("token newer"))
+        await peer.wait_sent(lambda sent: len(peer.texts) == 3)
+        assert shares.sessions.end_if(lambda identity: identity.expires_at == FAR) == 0
+        assert shares.sessions.end_if(lambda identity: identity.expires_at == FAR + 1) == 1
+        await peer.wait_sent(lambda sent: peer.closed is not None)
+    assert peer.closed == (3000, "the token was revoked")
+    assert len(shares.sessions) == 0
+
+
+async def test_a_connection_that_gives_way_is_closed_though_its_peer_says_nothing() -> None:
+    peer = Peer(CONNECT)
+    async with running(peer) as connection:
+        await peer.wait_sent(lambda sent: len(sent) == 1)
+        connection.give_way()
+        await peer.wait_sent(lambda sent: peer.closed is not None)
+    assert peer.closed == (1013, "too many sockets without a token; send it at once")
+
+
+async def test_long_frames_are_decoded_beside_the_loop_and_obeyed_in_their_order() -> None:
+    long = "x" * 20_000
+    peer = Peer(CONNECT, *(frame(text) for text in ("a", long, "b", long, "c")))
+    async with running(peer, headers=WITH_TOKEN) as connection:
+        await peer.wait_sent(lambda sent: len(peer.texts) == 6)
+    assert connection.obeyed == ["a", long, "b", long, "c"]
+    assert [thread == threading.get_ident() for thread in connection.decoded_in] == [True, False, True, False, True]
 
 
 async def test_what_a_connection_does_beside_its_reader_ends_with_it() -> None:

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Router
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message
 
 from anynode.server.auth import Authenticator, Identity
 from anynode.server.errors import (
@@ -29,13 +29,13 @@ from anynode.server.errors import (
     Unauthorized,
 )
 from anynode.server.protocol.bodies import Body, Cancel
+from anynode.server.settings import Settings
 from anynode.server.transport import http as module
 from anynode.server.transport.http import (
     BREAK_OFF,
     ApiRequest,
     ClientGone,
     Operation,
-    Slots,
     break_off,
     method_not_allowed,
     no_content,
@@ -44,7 +44,8 @@ from anynode.server.transport.http import (
     reply,
     routes_of,
 )
-from tests.kit.asgi import Peer, answered, body_of, http_scope
+from anynode.server.transport.shares import ReadBytes, Shares
+from tests.kit.asgi import WAIT_SECONDS_MAX, Peer, answered, body_of, http_scope
 from tests.kit.turns import USER, request_of
 
 ID = UUID("0199aa10-5f3e-7c51-9b1d-2f5b6f0a7c11")
@@ -55,12 +56,19 @@ GONE: Message = {"type": "http.disconnect"}
 
 
 class Tokens:
-    """Knows one user's token."""
+    """Knows two users' tokens."""
+
+    is_revoked = False
 
     async def authenticate(self, token: str) -> Identity:
-        if token != "good":
+        users = {"good": USER, "other": "user-2"}
+        if token not in users:
             raise Unauthorized("the token is malformed")
-        return Identity(USER, 4e9)
+        return Identity(users[token], 4e9)
+
+    def check(self, identity: Identity) -> None:
+        if self.is_revoked:
+            raise Unauthorized("the token was revoked")
 
 
 class Query(Body, frozen=True):
@@ -120,7 +128,9 @@ class Served:
         self.found: dict[str, UUID] = {}  # the conversations that are there, by their ids in a path
         self.looked_up: list[tuple[str, str, UUID | None]] = []
         tokens = cast(Authenticator, Tokens())
-        self.app = Router(routes_of(apis, tokens, self.find_conversation, body_bytes_max=BODY_BYTES_MAX))
+        self.shares = Shares(Settings())
+        routes = routes_of(apis, tokens, self.find_conversation, self.shares, body_bytes_max=BODY_BYTES_MAX)
+        self.app = Router(routes)
 
     async def find_conversation(self, user_id: str, text: str, id: UUID | None) -> UUID | None:
         self.looked_up.append((user_id, text, id))
@@ -152,7 +162,7 @@ async def test_a_request_is_answered_with_what_it_was_decoded_to(served: Served)
     ("headers", "message"),
     [
         ({}, "There is no Authorization: Bearer header."),
-        ({"Authorization": "Basic good"}, "There is no Authorization: Bearer header."),
+        ({"Authorization": "Basic good"}, "The Authorization header must be `Bearer` and a token."),
         ({"Authorization": "Bearer bad"}, "the token is malformed"),
     ],
 )
@@ -163,6 +173,15 @@ async def test_a_request_without_a_good_token_is_refused(
     assert peer.status == 401
     assert peer.headers["www-authenticate"] == "Bearer"
     assert peer.json == {"error": {"code": "unauthorized", "message": message}}
+
+
+async def test_a_token_that_is_revoked_while_its_body_comes_does_nothing(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokens, "is_revoked", True)
+    assert (await served.ask("GET", f"/things/{ID}")).status == 200  # there is no body, and it was looked at already
+    peer = await served.ask("POST", "/texts", *body_of(b'"text"'))
+    assert (peer.status, peer.json["error"]["message"]) == (401, "the token was revoked")
 
 
 async def test_a_head_request_is_answered_as_a_get(served: Served) -> None:
@@ -334,22 +353,42 @@ async def test_a_client_that_goes_before_the_end_of_its_body_is_sent_nothing(ser
     assert (await served.ask("POST", "/texts", begun, GONE)).sent == []
 
 
-async def test_all_bodies_together_are_bounded_and_those_that_are_over_count_no_more(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+async def test_bodies_are_bounded_for_each_user_and_together_and_those_that_are_over_count_no_more(
+    served: Served,
 ) -> None:
-    monkeypatch.setattr(module, "READ_BYTES_MAX", 120)
+    served.shares.reading = ReadBytes(150, 120)
     slow = Peer({"type": "http.request", "body": b"x" * 80, "more_body": True})
     scope = http_scope("POST", "/texts", headers=TOKEN)
     reading = asyncio.create_task(served.app(scope, slow.receive, slow.send))
     await slow.wait_heard()
     refused = await served.ask("POST", "/texts", *body_of(b"x" * 60))
     assert (refused.status, refused.headers["retry-after"]) == (429, "1")
-    assert refused.json["error"]["code"] == "rate_limited"
+    assert refused.json["error"]["limit"] == "read_bytes_per_user_max"
     assert (await served.ask("POST", "/texts", *body_of(b"x" * 40))).status == 201
+    other = {"Authorization": "Bearer other"}
+    assert (await served.ask("POST", "/texts", *body_of(b"x" * 70), headers=other)).status == 201
+    refused = await served.ask("POST", "/texts", *body_of(b"x" * 71), headers=other)
+    assert (refused.status, refused.json["error"]["limit"]) == (429, "read_bytes_max")
     slow.say(GONE)
     await reading
+    assert served.shares.reading.total == 0
     for _ in range(3):
         assert (await served.ask("POST", "/texts", *body_of(b"x" * 60))).status == 201
+
+
+async def test_nothing_is_read_of_a_body_before_its_sender_has_authenticated(served: Served) -> None:
+    for headers in ({}, {"Authorization": "Bearer bad"}):
+        peer = Peer()
+        async with asyncio.timeout(WAIT_SECONDS_MAX):  # it waits for no body, as none is sent
+            await served.app(http_scope("POST", "/texts", headers=headers), peer.receive, peer.send)
+        assert peer.status == 401
+
+
+@pytest.mark.parametrize("data", [b"x" * 101, b"{"])
+async def test_the_bytes_of_a_body_that_is_refused_are_given_back(served: Served, data: bytes) -> None:
+    path = "/texts" if len(data) > 1 else f"/things/{ID}"
+    assert (await served.ask("POST", path, *body_of(data))).status in (413, 422)
+    assert served.shares.reading.total == 0
 
 
 async def test_a_long_body_is_decoded_beside_the_loop_and_a_short_one_at_once(served: Served) -> None:
@@ -404,41 +443,6 @@ async def test_no_content_has_no_body() -> None:
     assert (peer.status, peer.body, peer.is_whole) == (204, b"", True)
 
 
-# Room for requests that wait.
-
-
-def test_slots_are_bounded_and_given_back() -> None:
-    slots = Slots(2)
-    with slots.acquire():
-        with pytest.raises(KeyError), slots.acquire():
-            raise KeyError
-        with slots.acquire(), pytest.raises(RateLimited), slots.acquire():
-            pass
-        with slots.acquire():
-            pass
-
-
-@pytest.mark.parametrize("error", [None, KeyError("broken")])
-async def test_a_stream_holds_its_slot_from_when_it_is_made_until_it_ends(error: Exception | None) -> None:
-    slots = Slots(1)
-
-    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
-        with pytest.raises(RateLimited), slots.acquire():
-            pass
-        if error is not None:
-            raise error
-
-    app = slots.streaming(stream)
-    with pytest.raises(RateLimited):
-        slots.streaming(stream)
-    try:
-        await answered(app, http_scope("GET", "/"))
-    except KeyError:
-        assert error is not None
-    with slots.acquire():
-        pass
-
-
 # A client that goes.
 
 
@@ -455,6 +459,13 @@ async def test_work_for_a_client_is_cancelled_when_it_goes() -> None:
     with pytest.raises(ClientGone):
         await request.while_connected(work())
     assert is_cancelled.is_set()
+
+
+async def test_work_for_a_client_whose_token_is_revoked_is_refused() -> None:
+    request = request_of(Peer())
+    request.revoked.set()
+    with pytest.raises(Unauthorized, match="revoked"):
+        await request.while_connected(asyncio.Event().wait())
 
 
 async def test_work_for_a_client_that_stays_gives_its_result() -> None:

@@ -242,3 +242,11 @@ async def test_the_end_of_a_turn_that_a_drain_has_waited_for_is_still_written() 
     await streaming.ended()
     assert streaming.peer.is_whole
     assert not streaming.broken_off
+
+
+async def test_after_a_long_piece_a_stream_waits_until_its_client_has_read_it() -> None:
+    streaming = Streaming(Pieces(b"x" * 65_537, b"y", stays=True))
+    await streaming.wrote(b"x" * 65_537 + b"y")
+    assert [message["body"][:1] for message in streaming.peer.sent[1:]] == [b"x", b"", b"y"]
+    streaming.peer.say(GONE)
+    await streaming.ended()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from ipaddress import ip_network
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from anynode.server import metrics
+from anynode.server.auth import Identity
 from anynode.server.engine.node import Node
 from anynode.server.settings import Settings
 from anynode.server.transport.connection import Connection
+from anynode.server.transport.shares import Shares
 from anynode.server.transport.websocket import Sockets, WebSocketEndpoint
 from tests.kit.asgi import Peer, websocket_scope
 
@@ -36,7 +39,7 @@ class Leaving:
 
 def sockets_of(*, is_draining: bool = False, **settings: Any) -> Sockets:
     node = cast(Node, SimpleNamespace(is_draining=is_draining))
-    return Sockets(Settings(**settings), node)
+    return Sockets(Settings(**settings), node, Shares(Settings(**settings)))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +88,12 @@ def test_a_node_that_drains_sends_clients_elsewhere() -> None:
 
 def test_a_node_has_as_many_connections_as_it_may() -> None:
     sockets = sockets_of(connections_max=2)
-    for number in range(2):
+    for _ in range(2):
         assert sockets.refusal(websocket_scope()) is None
-        sockets.connections.add(cast(Connection, Leaving([], f"{number}")))
+        session = sockets.shares.sessions.open(Identity("user-1", 4e9), lambda: None)
     assert sockets.refusal(websocket_scope()) == OVERLOADED
+    session.close()
+    assert sockets.refusal(websocket_scope()) is None
 
 
 def test_what_cannot_be_helped_by_another_node_is_said_first() -> None:
@@ -123,37 +128,74 @@ async def test_closings_are_spread_over_a_moment(monkeypatch: pytest.MonkeyPatch
     assert pauses == [0.5] * 4
 
 
+class Running:
+    """A connection that runs until it is told to end, and may be told to give way."""
+
+    def __init__(self, *arguments: Any, refusal: tuple[int, str] | None) -> None:
+        self.refusal = refusal
+        self.has_given_way = False
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        await self.end
+
+    def give_way(self) -> None:
+        self.has_given_way = True
+
+
+class Endpoint:
+    """An endpoint whose connections a test ends."""
+
+    def __init__(self, sockets: Sockets) -> None:
+        self.made: list[Running] = []
+        self._endpoint = WebSocketEndpoint(sockets, self._connect)
+
+    def _connect(self, *arguments: Any, **options: Any) -> Connection:
+        self.made.append(Running(*arguments, **options))
+        return cast(Connection, self.made[-1])
+
+    async def open(self, **scope: Any) -> asyncio.Task[None]:
+        peer = Peer()
+        serving = asyncio.create_task(self._endpoint({**websocket_scope(), **scope}, peer.receive, peer.send))
+        await asyncio.sleep(0)
+        return serving
+
+
 @pytest.mark.parametrize("error", [None, KeyError("broken")])
 async def test_a_connection_is_counted_while_it_runs(error: Exception | None) -> None:
-    sockets = sockets_of(connections_max=1)
-    counted: list[tuple[int, float]] = []
+    sockets = sockets_of(is_draining=True)
     before = metrics.connections._value.get()
-
-    class Counting:
-        """A connection that looks at what is counted, and ends."""
-
-        def __init__(self, *arguments: Any, refusal: tuple[int, str] | None) -> None:
-            self.refusal = refusal
-
-        async def run(self) -> None:
-            counted.append((len(sockets.connections), metrics.connections._value.get() - before))
-            if error is not None:
-                raise error
-
-    made: list[Counting] = []
-
-    def connect(*arguments: Any, **options: Any) -> Connection:
-        made.append(Counting(*arguments, **options))
-        return cast(Connection, made[-1])
-
-    endpoint, peer = WebSocketEndpoint(sockets, connect), Peer()
-    sockets.connections.add(cast(Connection, Leaving([], "first")))
-    try:
-        await endpoint(websocket_scope(), peer.receive, peer.send)
-    except KeyError:
-        assert error is not None
-    assert made[0].refusal == OVERLOADED
-    assert counted == [(2, 1)]
-    assert len(sockets.connections) == 1
+    endpoint = Endpoint(sockets)
+    serving = await endpoint.open()
+    assert endpoint.made[0].refusal == RESTARTING
+    assert (len(sockets.connections), len(sockets.shares.unauthenticated)) == (1, 1)
+    assert metrics.connections._value.get() - before == 1
+    endpoint.made[0].end.set_result(None) if error is None else endpoint.made[0].end.set_exception(error)
+    await asyncio.wait((serving,))
+    assert serving.exception() is error
+    assert (len(sockets.connections), len(sockets.shares.unauthenticated)) == (0, 0)
     assert metrics.connections._value.get() == before
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_sockets_without_a_token_give_way_to_newer_ones_of_their_address_behind_trusted_proxies() -> None:
+    sockets = sockets_of(unauthenticated_per_address_max=1, trusted_proxies=(ip_network("10.0.0.0/8"),))
+    endpoint = Endpoint(sockets)
+    refused = metrics.refused.labels(limit="unauthenticated_per_address_max")
+    before = refused._value.get()
+
+    async def open_from(peer: str, forwarded_for: str) -> asyncio.Task[None]:
+        headers = [(b"x-forwarded-for", forwarded_for.encode())]
+        return await endpoint.open(client=(peer, 4711), headers=headers)
+
+    opened = [
+        await open_from("10.0.0.1", "192.0.2.1"),
+        await open_from("10.0.0.2", "192.0.2.2"),
+        await open_from("10.0.0.2", "192.0.2.1"),  # as the first
+        await open_from("192.0.2.3", "192.0.2.2"),  # nobody believes it
+    ]
+    assert [connection.has_given_way for connection in endpoint.made] == [True, False, False, False]
+    assert refused._value.get() - before == 1
+    for connection in endpoint.made:
+        connection.end.set_result(None)
+    await asyncio.wait(opened)
+    assert len(sockets.shares.unauthenticated) == 0

@@ -25,6 +25,7 @@ from anynode.server.engine.turn_reader import TurnInterrupted
 from anynode.server.errors import ConversationBusy, DatabaseUnavailable, NotFound, Unauthorized
 from anynode.server.protocol.frames import MessageSend
 from anynode.server.settings import Settings
+from anynode.server.transport.shares import Shares
 from tests.kit.asgi import Peer, connected, websocket_scope
 from tests.kit.turns import (
     CONVERSATION,
@@ -138,10 +139,12 @@ async def talking(
 ) -> AsyncIterator[Peer]:
     """The client of a connection that has been sent these frames."""
     peer, tokens = Peer({"type": "websocket.connect"}, *said), Tokens()
+    shares = Shares(Settings(**settings))
     connection = AiSdkConnection(
         Settings(**settings),
         asked.node,
         cast(Authenticator, tokens),
+        shares,
         websocket_scope(headers=headers, query=query),
         peer.receive,
         peer.send,
@@ -440,3 +443,15 @@ async def test_a_chat_that_is_deleted_meanwhile_is_an_error_of_the_request(asked
     async with talking(asked, wait()) as peer:
         (error,) = await frames(peer, 1)
     assert (error["type"], error["requestId"]) == ("error", "r-1")
+
+
+@pytest.mark.parametrize("is_in_frame", [True, False])
+async def test_a_client_that_has_too_many_connections_is_told_in_the_words_of_the_wire(
+    asked: Asked, is_in_frame: bool
+) -> None:
+    options: dict[str, Any] = {"headers": {}} if is_in_frame else {}
+    async with talking(asked, send(headers=TOKEN), connections_max=0, **options) as peer:
+        await peer.wait_sent(lambda sent: peer.closed is not None)
+    said = "This node is at its limit of connections; try again, or ask another node."
+    assert peer.closed == (1013, said)
+    assert peer.frames == ([{"type": "error", "requestId": "r-1", "errorText": said}] if is_in_frame else [])

@@ -1,4 +1,4 @@
-"""Tokens without a network: claims, signatures, headers, and what may not crash the verifier."""
+"""Tokens without a network: claims, signatures, and what may not crash the verifier."""
 
 from __future__ import annotations
 
@@ -8,26 +8,25 @@ import hmac
 import json
 import secrets
 import time
+from dataclasses import replace
 from typing import Any
 
 import jwt
+import msgspec
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given
 from hypothesis import strategies as st
-from jwt.algorithms import ECAlgorithm, RSAAlgorithm
 
 from anynode.server.auth import (
     TOKEN_CHARACTERS_MAX,
     Authenticator,
     Identity,
-    bearer_of,
     make_token,
-    signing_keys,
-    token_of_subprotocols,
 )
 from anynode.server.errors import ConfigurationError, Unauthorized
+from anynode.server.limits import LIMIT_MAX
 from anynode.server.settings import Settings
 
 SECRET = secrets.token_urlsafe(32)
@@ -104,7 +103,7 @@ async def test_a_wrong_claim_is_refused_with_its_name(name: str, value: Any, mes
     assert await refusal(signed(json.dumps(claims(**{name: value})))) == message
 
 
-@pytest.mark.parametrize("name", ["exp", "iat"])
+@pytest.mark.parametrize("name", ["exp", "iat", "nbf"])
 @pytest.mark.parametrize(
     "literal",
     [
@@ -135,9 +134,130 @@ async def test_any_printable_sub_of_up_to_255_characters_is_a_user(user_id: str)
     assert (await authenticator().authenticate(token)).user_id == user_id
 
 
-async def test_an_iat_of_a_clock_that_is_ahead_is_accepted() -> None:
-    token = signed(json.dumps(claims(iat=time.time() + 30)))
-    assert (await authenticator().authenticate(token)).user_id == "ada"
+# In seconds from now, with a leeway of 10; a second is left to the test.
+@pytest.mark.parametrize(
+    ("name", "ahead", "message"),
+    [
+        ("nbf", 9, None),
+        ("nbf", 11, "the token is not valid yet (nbf)"),
+        ("nbf", -1e6, None),
+        ("iat", 9, None),
+        ("iat", 11, "the token was issued in the future (iat): the clock of its issuer is ahead"),
+        ("exp", -0.1, "the token has expired"),  # no leeway
+        ("exp", 1, None),
+    ],
+)
+async def test_a_time_may_be_ahead_of_the_clock_by_the_leeway(name: str, ahead: float, message: str | None) -> None:
+    token = signed(json.dumps(claims(**{name: time.time() + ahead})))
+    if message is None:
+        assert (await authenticator().authenticate(token)).user_id == "ada"
+    else:
+        assert await refusal(token) == message
+
+
+async def test_the_leeway_is_a_setting() -> None:
+    strict = Authenticator(Settings(jwt_secret=SECRET, jwt_leeway_seconds=0.0))
+    for name in ("nbf", "iat"):
+        with pytest.raises(Unauthorized, match=name):
+            await strict.authenticate(signed(json.dumps(claims(**{name: time.time() + 5}))))
+
+
+async def test_a_null_is_no_time() -> None:
+    assert await refusal(signed(json.dumps(claims(nbf=None)))) == "the token's nbf claim must be a time in Unix seconds"
+
+
+@pytest.mark.parametrize(
+    ("claim", "given", "message"),
+    [
+        ("client_id", {"client_id": "anynode"}, None),  # an access token of Amazon Cognito
+        ("azp", {"azp": "anynode"}, None),  # a session token of Clerk
+        ("client_id", {"client_id": "anynode", "aud": "other"}, None),
+        ("client_id", {"aud": "anynode"}, "the token has no client_id claim"),
+        ("client_id", {"client_id": None}, "the token has no client_id claim"),
+        ("client_id", {"client_id": "other"}, "the token is for another audience (client_id)"),
+        ("client_id", {"client_id": ["anynode"]}, "the token is for another audience (client_id)"),
+        ("client_id", {"client_id": {"anynode": 1}}, "the token is for another audience (client_id)"),
+        ("aud", {"aud": ["other", "anynode"]}, None),
+        ("aud", {"aud": []}, "the token is for another audience (aud)"),
+        ("aud", {"aud": [["anynode"]]}, "the token is for another audience (aud)"),
+    ],
+)
+async def test_the_audience_is_in_the_claim_that_the_settings_name(
+    claim: str, given: dict[str, Any], message: str | None
+) -> None:
+    verifier = Authenticator(Settings(jwt_secret=SECRET, jwt_audience_claim=claim))
+    token = signed(json.dumps(claims(**{"aud": MISSING, **given})))
+    if message is None:
+        assert (await verifier.authenticate(token)).user_id == "ada"
+        return
+    with pytest.raises(Unauthorized) as refused:
+        await verifier.authenticate(token)
+    assert refused.value.message == message
+
+
+async def test_a_token_is_made_with_the_audience_in_that_claim() -> None:
+    verifier = Authenticator(Settings(jwt_secret=SECRET, jwt_audience_claim="azp"))
+    token = make_token(
+        SECRET, user_id="ada", audience="anynode", audience_claim="azp", issuer="anynode", ttl_seconds=60
+    )
+    assert (await verifier.authenticate(token)).user_id == "ada"
+
+
+# Limits.
+
+
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [
+        ({}, {}),
+        ({"turns": 5}, {"turns": 5}),
+        ({"turns": 0, "connections": LIMIT_MAX}, {"turns": 0, "connections": LIMIT_MAX}),
+        ({"turns_per_minute": 1, "tokens_per_day": 2}, {"turns_per_minute": 1, "tokens_per_day": 2}),
+    ],
+)
+async def test_a_token_carries_limits_and_the_settings_say_the_others(
+    claim: dict[str, int], expected: dict[str, int]
+) -> None:
+    given = Settings(jwt_secret=SECRET)
+    token = make_token(SECRET, user_id="ada", audience="anynode", issuer="anynode", ttl_seconds=60, limits=claim)
+    identity = await Authenticator(given).authenticate(token)
+    assert identity.limits == msgspec.structs.replace(given.user_limits, **expected)
+
+
+@pytest.mark.parametrize(
+    "literal",
+    [
+        *("null", "[]", "7", '"turns"', "true", '{"turns": null}', '{"turns": "5"}', '{"turns": true}'),
+        *('{"turns": -1}', '{"turns": 1.5}', '{"turns": 1000000000001}', '{"turns": 1%s}' % ("0" * 400)),
+        *('{"turns": NaN}', '{"turns": 1e400}', '{"turn": 5}', '{"turns": 5, "more": 1}', '{"turns": {}}'),
+        '{"connections": [1]}',
+    ],
+)
+async def test_limits_that_are_none_are_refused_with_the_name_of_the_claim(literal: str) -> None:
+    message = await refusal(signed(payload_with("anynode_limits", literal)))
+    assert message == (
+        "the token's anynode_limits claim must be an object with any of turns, turns_per_minute, tokens_per_day, "
+        "connections, each an integer from 0 to 1000000000000"
+    )
+
+
+# Revocations.
+
+
+async def test_a_revoked_token_is_refused_and_told_to_nobody() -> None:
+    told: list[Identity] = []
+    verifier = Authenticator(
+        Settings(jwt_secret=SECRET),
+        on_verified=told.append,
+        is_revoked=lambda identity: identity.issued_at < time.time() - 100,
+    )
+    new = await verifier.authenticate(signed(json.dumps(claims())))
+    with pytest.raises(Unauthorized, match="the token was revoked"):
+        await verifier.authenticate(signed(json.dumps(claims(iat=time.time() - 101))))
+    assert told == [new]
+    verifier.check(new)
+    with pytest.raises(Unauthorized, match="the token was revoked"):
+        verifier.check(replace(new, issued_at=1.0))
 
 
 async def test_one_of_several_audiences_is_enough() -> None:
@@ -186,8 +306,6 @@ async def test_a_header_that_must_not_be_ignored_is_refused(extra: dict[str, Any
         signed("{}", header="null"),
         signed('{"exp":' + "9" * 5000 + "}"),
         signed(json.dumps(claims(jti=1))),
-        signed(payload_with("nbf", "1e400")),
-        signed(payload_with("nbf", "NaN")),
         signed(signed(json.dumps(claims()))),
     ],
     ids=lambda token: f"{len(token)} characters",  # the tokens are new in each run
@@ -212,7 +330,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=5,
 )
-CLAIMS = st.dictionaries(st.sampled_from(["sub", "aud", "iss", "iat", "exp", "nbf", "jti"]), JSON)
+CLAIMS = st.dictionaries(
+    st.sampled_from(["sub", "aud", "iss", "iat", "exp", "nbf", "jti", "email", "anynode_limits"]), JSON
+)
 HEADERS = st.dictionaries(st.sampled_from(["alg", "kid", "crit", "b64", "typ", "cty", "zip", "jwk"]), JSON)
 
 
@@ -264,112 +384,11 @@ def test_an_authenticator_without_a_key_is_a_configuration_error() -> None:
 
 
 def test_a_public_key_as_secret_is_a_configuration_error() -> None:
-    pem = (
-        rsa_key().public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    )
+    public = rsa.generate_private_key(65537, 2048).public_key()
+    pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     for secret in (pem.decode(), "", "\udc80" * 32):
         with pytest.raises(ConfigurationError, match="JWT_SECRET"):
             Authenticator(Settings(jwt_secret=secret))
-
-
-@pytest.mark.parametrize(
-    ("headers", "token"),
-    [
-        ([], None),
-        ([(b"authorization", b"Bearer a.b.c")], "a.b.c"),
-        ([(b"Authorization", b"bEARER   a.b.c ")], "a.b.c"),
-        ([(b"authorization", b"Basic abc")], None),
-        ([(b"authorization", b"Basic abc"), (b"authorization", b"Bearer a")], "a"),
-        ([(b"authorization", b"Bearer")], None),
-        ([(b"authorization", b"Bearer ")], None),
-        ([(b"authorization", b"Bearera")], None),
-        ([(b"authorization", b"")], None),
-        ([(b"x-authorization", b"Bearer a")], None),
-        ([(b"authorization", b"Bearer \xff")], "ÿ"),
-    ],
-)
-def test_the_bearer_of_headers(headers: list[tuple[bytes, bytes]], token: str | None) -> None:
-    assert bearer_of(headers) == token
-
-
-@pytest.mark.parametrize(
-    ("offered", "token"),
-    [
-        ([], None),
-        (["anynode.v1"], None),
-        (["anynode.v1", "bearer.a.b.c"], "a.b.c"),
-        (["bearer.a.b.c", "anynode.v1"], "a.b.c"),
-        (["anynode.v1", "bearer."], None),
-        (["anynode.v1", "Xbearer.a"], None),
-    ],
-)
-def test_the_token_of_subprotocols(offered: list[str], token: str | None) -> None:
-    assert token_of_subprotocols(offered) == token
-
-
-def rsa_key(bits: int = 2048) -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(65537, bits)
-
-
-def rsa_jwk(key: rsa.RSAPrivateKey, **changes: Any) -> dict[str, Any]:
-    return {**RSAAlgorithm.to_jwk(key.public_key(), as_dict=True), **changes}
-
-
-def ec_jwk(curve: ec.EllipticCurve, **changes: Any) -> dict[str, Any]:
-    public = ec.generate_private_key(curve).public_key()
-    return {**ECAlgorithm.to_jwk(public, as_dict=True), **changes}
-
-
-def test_only_keys_that_verify_rs256_or_es256_are_used() -> None:
-    rsa_public = rsa_jwk(rsa_key())
-    private = RSAAlgorithm.to_jwk(rsa_key(), as_dict=True)
-    entries: list[Any] = [
-        {**rsa_public, "kid": "rsa"},
-        ec_jwk(ec.SECP256R1(), kid="ec"),
-        {**rsa_public, "kid": "signing", "use": "sig", "alg": "RS256", "key_ops": ["verify"], "x5c": ["junk"]},
-        {**rsa_public, "kid": "encryption", "use": "enc"},
-        {**rsa_public, "kid": "other algorithm", "alg": "PS256"},
-        {**rsa_public, "kid": "wrong algorithm", "alg": "HS256"},
-        {**rsa_public, "kid": "unhashable algorithm", "alg": {"a": 1}},
-        {**rsa_public, "kid": "other operation", "key_ops": ["encrypt"]},
-        {**rsa_public, "kid": "no modulus", "n": None},
-        {**rsa_public, "kid": "number as modulus", "n": 3},
-        {**rsa_public, "kid": "zero", "n": "AA", "e": "AA"},
-        {**rsa_public, "kid": "operations", "key_ops": 3},
-        {**rsa_public, "kid": "list as kind", "kty": ["RSA"]},
-        rsa_jwk(rsa_key(1024), kid="short"),
-        ec_jwk(ec.SECP384R1(), kid="other curve"),
-        {**ec_jwk(ec.SECP256R1()), "kid": "not on the curve", "x": "A" * 43},
-        {"kty": "EC", "kid": "no curve", "x": "AA", "y": "AA"},
-        {"kty": "oct", "kid": "secret", "k": "c2VjcmV0"},
-        {"kty": "OKP", "crv": "Ed25519", "kid": "edwards", "x": "A" * 43},
-        {},
-        None,
-        7,
-        "RSA",
-        [],
-        {**private, "kid": "private", "key_ops": ["verify"]},
-    ]
-    keys = signing_keys(json.dumps({"keys": entries}).encode())
-    assert [(key.key_id, key.algorithm_name) for key in keys] == [
-        ("rsa", "RS256"),
-        ("ec", "ES256"),
-        ("signing", "RS256"),
-        ("private", "RS256"),
-    ]
-    assert all(not hasattr(key.key, "sign") for key in keys)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        *(b"", b"junk", b"[]", b"null", b"{}", b'{"keys":{}}', b'{"keys":[]}', b'{"keys":null}', b'{"keys":7}'),
-        *(b'{"keys":[{}]}', b"\xff\xfe", b"[" * 100_000, b'{"keys":' + b"[" * 100_000, b'{"keys":"RSA"}'),
-    ],
-)
-def test_a_body_without_a_usable_key_is_a_value_error(body: bytes) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  # of json, or ours
-        signing_keys(body)
 
 
 # E-mail addresses.
