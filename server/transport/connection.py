@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, ClassVar, Final
 
 from starlette.types import Receive, Scope, Send
@@ -20,6 +20,8 @@ from anynode.server.errors import ClientError, CloseCode, RateLimited, Unauthori
 from anynode.server.settings import Settings
 
 logger = logging.getLogger("anynode.websocket")
+
+AUTHENTICATED: Final = "anynode.authenticated"  # in the scope: a function to call once the client has authenticated
 
 AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
@@ -165,6 +167,7 @@ class Connection:
         try:
             await self._accept()
             self._identity = await self._authenticate()
+            self._lift_first_bounds()
             self._watch_expiry()
             await self._welcome()
             while True:
@@ -212,7 +215,14 @@ class Connection:
                 self._allowance.take(self._loop.time())
                 return self._token_in(text)
             except ClientError as error:
-                await self._refuse(error, text)
+                refused = error
+            await self._refuse(refused, text)  # out of the handler: what fails here is logged without the client's text
+
+    def _lift_first_bounds(self) -> None:
+        """Tell the server, if it has stricter bounds for clients that have not authenticated, to lift them."""
+        lift: Callable[[], None] | None = self._scope.pop(AUTHENTICATED, None)
+        if lift is not None:
+            lift()
 
     # What comes in.
 
@@ -229,8 +239,10 @@ class Connection:
         try:
             self._allowance.take(self._loop.time())
             await self._obey(text)
+            return
         except ClientError as error:
-            await self._refuse(error, text)
+            refused = error
+        await self._refuse(refused, text)  # as above
 
     async def _renew(self, token: str) -> None:
         """Go on with a newer token of the same user. Raises Unauthorized."""
