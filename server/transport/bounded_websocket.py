@@ -325,7 +325,9 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         self._drop_input()
         metrics.tcp_connections.dec()
         self._peers.remove(self)
-        self.conn.parser.close()  # a generator, whose frame holds the connection that holds it
+        # Its parser is a generator whose frame holds the connection that holds it; so does the frame of its error.
+        self.conn.parser.close()
+        self.conn.parser_exc = self.conn.handshake_exc = None
         if self.handshake_initiated and hasattr(self, "scope"):
             self.scope.pop(AUTHENTICATED, None)  # type: ignore[typeddict-item]
 

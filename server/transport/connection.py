@@ -215,7 +215,7 @@ class Connection:
                 self._allowance.take(self._loop.time())
                 return self._token_in(text)
             except ClientError as error:
-                refused = error
+                refused = error.with_traceback(None)  # or it would hold this frame, which holds it
             await self._refuse(refused, text)  # out of the handler: what fails here is logged without the client's text
 
     def _lift_first_bounds(self) -> None:
@@ -241,7 +241,7 @@ class Connection:
             await self._obey(text)
             return
         except ClientError as error:
-            refused = error
+            refused = error.with_traceback(None)
         await self._refuse(refused, text)  # as above
 
     async def _renew(self, token: str) -> None:

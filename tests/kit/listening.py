@@ -145,10 +145,12 @@ class RawSocket:
 
     async def closed(self) -> tuple[int, str]:
         """The code and reason with which the server closes, 1006 where it just drops the connection."""
-        frames = await self.rest()
-        if not frames or frames[-1][0] != 8:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (received := await self.receive()) is not None and received[0] != 8:
+                pass
+        if received is None:
             return 1006, ""
-        payload = frames[-1][1]
+        payload = received[1]
         return (int.from_bytes(payload[:2], "big") if payload else 1005), payload[2:].decode()
 
 
