@@ -14,14 +14,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import asyncpg
 
 from anynode.models.postgres_errors import describe, is_of_postgres
 
-SELDOM_SECONDS: Final = 60.0
-SELDOM_KINDS_MAX: Final = 1_000  # kinds of lines that are remembered; the oldest is forgotten first
+LINES_MAX: Final = 20  # of one kind that are logged …
+WINDOW_SECONDS: Final = 60.0  # … in this time: nobody can flood the log
+KINDS_MAX: Final = 1_000  # kinds of lines that are remembered; the one that was not seen for longest is forgotten first
+
+Kind: TypeAlias = tuple[object, ...]
 
 _DETAIL: Final = "\nDETAIL:"  # how asyncpg begins what may hold a row, also where its text is quoted by another error
 _USER_INFO: Final = re.compile(r"(://)[^\s\"'<>]*@")  # up to the last @: a password may hold one that is not encoded
@@ -31,7 +34,7 @@ def configure_logging(level: int) -> None:
     """Log to standard error, and keep tokens and other people's mistakes out of the log."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(CleanFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    handler.addFilter(Seldom())
+    handler.addFilter(Repeated())
     logging.basicConfig(level=level, handlers=[handler])
     # At INFO uvicorn logs the path of every WebSocket with its query, in which some client may put a token.
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -45,29 +48,42 @@ def seldom(kind: str) -> dict[str, str]:
     return {"seldom": kind}
 
 
-class Seldom(logging.Filter):
-    """Lets a line of a kind through once in SELDOM_SECONDS; the next one says how many were left out."""
+class Repeated(logging.Filter):
+    """Lets some lines of a kind through in a window, and has the next one say how many were left out.
+
+    Lines that `seldom` marks are of the kind that it names: one in a window. Other warnings and errors are of one kind
+    where they say the same, whatever they say it of: LINES_MAX in a window. Lines below a warning are let through.
+    """
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._monotonic = monotonic
-        self._kinds: dict[str, tuple[float, int]] = {}  # when the last line was logged, and lines left out since
+        self._kinds: dict[Kind, tuple[float, int]] = {}  # when the window began, and the lines in it
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether the record is logged. It is told how many lines were left out before it."""
-        kind = getattr(record, "seldom", None)
+        kind, lines_max = _kind_of(record)
         if kind is None:
             return True
         now = self._monotonic()
-        logged_at, left_out = self._kinds.pop(kind, (None, 0))
-        if logged_at is not None and now < logged_at + SELDOM_SECONDS:
-            self._kinds[kind] = (logged_at, left_out + 1)
-            return False
-        self._kinds[kind] = (now, 0)
-        if len(self._kinds) > SELDOM_KINDS_MAX:
+        began, lines = self._kinds.pop(kind, (now, 0))
+        if now >= began + WINDOW_SECONDS:
+            record.left_out = max(0, lines - lines_max)
+            began, lines = now, 0
+        self._kinds[kind] = (began, lines + 1)
+        if len(self._kinds) > KINDS_MAX:
             del self._kinds[next(iter(self._kinds))]
-        record.left_out = left_out
-        return True
+        return lines < lines_max
+
+
+def _kind_of(record: logging.LogRecord) -> tuple[Kind | None, int]:
+    """Return the kind of a record and how many of it are logged in a window; None where all of them are."""
+    if (named := getattr(record, "seldom", None)) is not None:
+        return ("seldom", named), 1
+    if record.levelno < logging.WARNING:
+        return None, 0
+    error = record.exc_info[0] if record.exc_info else None
+    return (record.name, record.levelno, str(record.msg), error), LINES_MAX
 
 
 class CleanFormatter(logging.Formatter):

@@ -17,6 +17,15 @@ turns_ended = Counter("anynode_turns_ended", "Turns that ended here, by status."
 turns_taken_over = Counter("anynode_turns_taken_over", "Turns taken over from nodes that died.", registry=registry)
 turns_lost = Counter("anynode_turns_lost", "Turns whose lease this node lost.", registry=registry)
 flushes = Counter("anynode_flushes", "Flush statements that committed.", registry=registry)
+tcp_connections = Gauge(
+    "anynode_tcp_connections", "Open TCP connections of clients, WebSockets too.", registry=registry
+)
+handshakes_refused = Counter(
+    "anynode_handshakes_refused", "WebSocket handshakes that were answered with an error.", registry=registry
+)
+peers_cut = Counter(
+    "anynode_peers_cut", "Connections that were cut off as the peer had passed a bound.", ["bound"], registry=registry
+)
 events = Counter("anynode_events", "Events that flushes committed.", registry=registry)
 
 

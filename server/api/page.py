@@ -41,14 +41,15 @@ def page_routes(*, is_dev: bool = False, directory: Path = DIRECTORY) -> list[Ro
 
     async def asset(request: Request) -> Response:
         name: str = request.path_params["name"]
-        file = directory / "assets" / name
-        if name.startswith(".") or name.endswith(".gz") or not file.is_file():
+        built = _built(directory)
+        if name.startswith(".") or name.endswith(".gz") or name not in built:
             return refusal(NotFound("There is no such file."))
+        file = directory / "assets" / name
+        headers = _ASSET
+        if "gzip" in request.headers.get("accept-encoding", "") and f"{name}.gz" in built:
+            file, headers = file.with_name(f"{name}.gz"), {**_ASSET, "Content-Encoding": "gzip"}
         media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        packed = file.with_name(f"{name}.gz")
-        if "gzip" in request.headers.get("accept-encoding", "") and packed.is_file():
-            return FileResponse(packed, media_type=media_type, headers={**_ASSET, "Content-Encoding": "gzip"})
-        return FileResponse(file, media_type=media_type, headers=_ASSET)
+        return FileResponse(file, media_type=media_type, headers=headers)
 
     return [Route("/", page), Route("/assets/{name}", asset)]
 
@@ -59,3 +60,8 @@ def missing(directory: Path = DIRECTORY) -> str | None:
         return (directory / "NOT_BUILT").read_text()
     except FileNotFoundError:
         return None if (directory / "index.html").exists() else _MISSING
+
+
+def _built(directory: Path) -> set[str]:
+    """Return the names of the files that the page loads. The disk is never asked for a name that a client made up."""
+    return {path.name for path in directory.glob("assets/*")}

@@ -28,6 +28,8 @@ logger = logging.getLogger("anynode.websocket")
 
 Decoded = TypeVar("Decoded")
 
+AUTHENTICATED: Final = "anynode.authenticated"  # in the scope: a function to call once the client has authenticated
+
 AUTHENTICATION_SECONDS: Final = 10.0
 EXPIRING_SECONDS: Final = 60.0  # how long before its token's end a connection is warned
 FOLLOWS_MAX: Final = 1000  # conversations, or turns, that one connection follows
@@ -158,6 +160,7 @@ class Connection:
             await self._accept()
             self._identity = await self._authenticate()
             await self._enter(self._identity)
+            self._lift_first_bounds()
             self._watch_expiry()
             await self._welcome()
             while True:
@@ -209,8 +212,15 @@ class Connection:
                 self._take_allowance(text)
                 return self._token_in(text)
             except ClientError as error:
-                count_refusal(error)
-                await self._refuse(error, text)
+                refused = error.with_traceback(None)  # or it would hold this frame, which holds it
+            count_refusal(refused)
+            await self._refuse(refused, text)  # out of the handler: what fails here is logged without the client's text
+
+    def _lift_first_bounds(self) -> None:
+        """Tell the server, if it has stricter bounds for clients that have not authenticated, to lift them."""
+        lift: Callable[[], None] | None = self._scope.pop(AUTHENTICATED, None)
+        if lift is not None:
+            lift()
 
     async def _enter(self, identity: Identity) -> None:
         """Count the connection towards its user's from now on, and no more to those that have not authenticated."""
@@ -246,9 +256,11 @@ class Connection:
         try:
             self._take_allowance(text)
             await self._obey(text)
+            return
         except ClientError as error:
-            count_refusal(error)
-            await self._refuse(error, text)
+            refused = error.with_traceback(None)
+        count_refusal(refused)
+        await self._refuse(refused, text)  # as above
 
     def _take_allowance(self, text: str) -> None:
         now = self._loop.time()

@@ -203,7 +203,8 @@ class _Resource:
         except ClientError as error:
             response = refusal(error)
         except Exception:
-            logger.exception("%s %s failed", scope["method"], scope["path"])
+            (path, *_) = (operation.path for operation in self._operations.values())  # not the client's own words
+            logger.exception("%s %s failed", scope["method"], path)
             response = refusal(InternalError())
         await response(scope, receive, send)
 

@@ -12,8 +12,7 @@ import pytest
 from msgspec.structs import FieldInfo, fields
 
 from anynode.models import messages
-from anynode.server import errors
-from anynode.server import serve as listener
+from anynode.server import errors, serve
 from anynode.server.api import operations, tickets
 from anynode.server.api.ai_sdk import wire as ai_sdk
 from anynode.server.api.ai_sdk.stops import STOP_SECONDS
@@ -36,7 +35,7 @@ from anynode.server.protocol.frames import (
 )
 from anynode.server.reference.examples import FRAMES
 from anynode.server.settings import Settings
-from anynode.server.transport import allowance, connection, http, shares
+from anynode.server.transport import allowance, bounded_http, bounded_websocket, connection, http, shares
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)
@@ -210,7 +209,7 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     limits = {row[0]: row[1] for row in rows(sections(2)["Limits"])}
-    assert limits["fragments of a frame"] == f"{listener.FRAGMENTS_MAX}"
+    assert limits["fragments of a frame"] == f"{bounded_websocket.FRAGMENTS_MAX}"
     assert limits["frames in a burst"] == f"{allowance.FRAMES_BURST}"
     assert limits["frames per second"] == f"{allowance.FRAMES_PER_SECOND}"
     burst = limits["bytes of a user's frames in a burst, all sockets of a node together"]
@@ -221,9 +220,11 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert limits["refused frames of that kind"] == f"{allowance.REFUSALS_MAX}"
     assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
     assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
-    assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{listener.KEEPALIVE_SECONDS:g}"
-    assert limits["seconds for a request's head to come, also that of a WebSocket"] == f"{listener.HEAD_SECONDS_MAX:g}"
-    assert limits["bytes of a request's head"] == f"{listener.HEAD_BYTES_MAX}"
+    assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{serve.KEEPALIVE_SECONDS:g}"
+    assert (
+        limits["seconds for a request's head to come, also that of a WebSocket"] == f"{bounded_http.HEAD_SECONDS_MAX:g}"
+    )
+    assert limits["bytes of a request's head"] == f"{bounded_http.HEAD_BYTES_MAX}"
     assert limits["`content`"] == f"`MESSAGE_BYTES_MAX` ({Settings().message_bytes_max:,}) bytes of UTF-8"
     assert f"({6 * Settings().message_bytes_max + 16_384:,} by default)" in limits["a frame"]
     assert f"{connection.EXPIRING_SECONDS:g} seconds before its token's end" in unwrapped(PROTOCOL)

@@ -65,7 +65,13 @@ MUTATIONS: Final = (
     ),
     Mutation(
         "frames of our own wire may be as long as the AI SDK's",
-        [Change("server/serve.py", 'if event.path.partition("?")[0] == AI_SDK_PATH:', "if True:")],
+        [
+            Change(
+                "server/transport/bounded_websocket.py",
+                "self._longer_messages.get(path, self.config.ws_max_size)",
+                "4_194_304",
+            )
+        ],
         ["system/test_ai_sdk_socket.py", "system/test_socket.py"],
     ),
     Mutation(

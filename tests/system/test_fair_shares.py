@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import base64
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -181,6 +181,24 @@ async def test_sockets_without_a_token_make_room_for_newer_ones_of_their_address
             assert (await socket.receive())["type"] == "ready"
 
 
+async def test_a_socket_without_a_token_that_makes_room_does_not_keep_its_connection(node: NodeProcess) -> None:
+    """The peer answers no close frame, for which an ordinary socket is given five seconds."""
+    key = base64.b64encode(bytes(16)).decode()
+    head = f"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: {key}\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
+    try:
+        writer.write(f"{head}Sec-WebSocket-Version: 13\r\nX-Forwarded-For: 192.0.2.77\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(without_token(node, "192.0.2.77"))
+            async with asyncio.timeout(4):
+                closing = await reader.read()  # to the end of the connection
+        assert closing[2:4] == (1013).to_bytes(2, "big")
+    finally:
+        writer.close()
+
+
 async def test_beyond_all_addresses_the_one_that_has_waited_longest_makes_room(node: NodeProcess) -> None:
     async with AsyncExitStack() as stack:
         sockets = [await stack.enter_async_context(without_token(node, f"203.0.113.{number}")) for number in range(8)]
@@ -224,24 +242,22 @@ async def test_bodies_that_one_user_holds_up_are_bounded_and_another_ones_passes
 
 
 async def test_long_frames_of_one_user_are_bounded_over_all_sockets(node: NodeProcess, user: str, other: str) -> None:
-    frame = json.dumps({"type": "ping", "request_id": "long", "more": "x" * 400_000})
-    count = FRAME_BYTES_BURST // len(frame)
-    async with socket_to(node, user) as first, socket_to(node, user) as second, socket_to(node, other) as others:
-        errors = []
-        for number in range(count + 8):
-            socket = first if number % 2 else second
+    refused = 'anynode_refused_total{limit="frame_bytes_per_second"}'
+    before = node.metric(refused)
+    frame = {"type": "send", "requestId": "long", "trigger": "x" * 4_190_000}
+    assert 2 * 4_190_000 < FRAME_BYTES_BURST < 3 * 4_190_000
+    async with chat_socket(node, user) as first, chat_socket(node, user) as second, chat_socket(node, other) as others:
+        said = []
+        for socket in (first, second, first):
             await socket.send(frame)
-            errors.append(await socket.receive())
-        codes = [error["code"] for error in errors]
-        assert codes[:count] == ["invalid_frame"] * count
-        refused = next(error for error in errors if error["code"] == "rate_limited")
-        assert (refused["limit"], refused["limit_max"]) == ("frame_bytes_per_second", FRAME_BYTES_PER_SECOND)
-        assert refused["request_id"] == "long"
-        assert 0 < refused["retry_after_ms"] <= 400
+            said.append(await socket.refused("long"))
+        assert said[2] == f"More than {FRAME_BYTES_PER_SECOND} bytes of frames a second."
+        assert said[2] not in said[:2]
         await others.send(frame)
-        assert (await others.receive())["code"] == "invalid_frame"
-        await first.send({"type": "ping"})
-        assert (await first.receive())["type"] == "pong"
+        assert await others.refused("long") == said[0]
+        await first.send({"type": "resume", "requestId": "short", "id": user})
+        assert (await first.next("short"))["type"] == "no-active"
+    assert node.metric(refused) - before == 1
 
 
 async def test_nothing_is_read_of_a_body_without_a_token(node: NodeProcess) -> None:

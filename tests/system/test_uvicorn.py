@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -20,15 +21,26 @@ import uvicorn
 from uvicorn.server import ServerState
 from websockets.asyncio.client import ClientConnection, connect
 
-from anynode.server import serve
-from anynode.server.api.operations import AI_SDK_PATH
-from anynode.server.serve import BoundedHttp, BoundedWebSocket, Server
+from anynode.server.serve import Server
+from anynode.server.transport.bounded_http import BoundedHttp
+from anynode.server.transport.bounded_websocket import BoundedWebSocket
+from anynode.server.transport.peers import Peers
+from tests.kit.listening import handshake
 
 CLASSES: Final = (BoundedWebSocket, BoundedHttp, Server)
 # The names that our classes add. One that is meant to override, and whose name uvicorn has changed, is not among them.
 ADDED: Final = {
-    BoundedWebSocket: {"is_lingering", "lingered_bytes"},
-    BoundedHttp: {"_head_timer", "_head_bytes", "_is_in_head", "_await_head"},
+    BoundedWebSocket: {
+        *("is_lingering", "lingered_bytes", "cut_off", "_peers", "_longer_messages", "_message_bytes_max"),
+        *("_is_authenticated", "_is_awaited", "_headers", "_budget", "_input", "_offset", "_wait", "_part_bytes"),
+        *("_held_bytes", "_message_began", "_message_timer", "_refuse_handshake", "_lift_first_bounds", "_read_on"),
+        *("_is_held_up", "_go_on", "_pause_or_resume", "_count_part", "_check_message", "_hold", "_drop_input"),
+        *("_fail", "_linger"),
+    },
+    BoundedHttp: {
+        *("cut_off", "_peers", "_head_timer", "_is_in_head", "_is_upgraded", "_loose_bytes", "_is_idle", "_drop"),
+        "on_chunk_header",  # which the parser calls where there is one
+    },
     Server: {"anynode", "exit_soon"},
 }
 KEEPALIVE_SECONDS: Final = 0.2
@@ -99,7 +111,11 @@ class Transport(asyncio.Transport):
     def close(self) -> None:
         """Stay open."""
 
-    abort = pause_reading = resume_reading = close
+    abort = pause_reading = resume_reading = write_eof = close
+
+    def can_write_eof(self) -> bool:
+        """Return that one side may be closed."""
+        return True
 
     def get_write_buffer_size(self) -> int:
         """Return that nothing waits."""
@@ -116,7 +132,9 @@ def test_each_method_overrides_one_of_uvicorns_or_is_known_to_be_added(ours: typ
 def test_an_override_takes_the_arguments_that_uvicorns_method_takes(ours: type) -> None:
     for name in overridden(ours):
         mine, theirs = (inspect.signature(getattr(each, name)).parameters for each in (ours, base_of(ours)))
-        assert list(mine) == list(theirs), name
+        added = set(mine) - set(theirs)
+        assert [each for each in mine if each not in added] == list(theirs), name
+        assert all(mine[each].kind is inspect.Parameter.KEYWORD_ONLY for each in added), name
     assert overridden(ours)
 
 
@@ -129,6 +147,8 @@ async def test_what_is_read_of_uvicorn_and_websockets_is_there(ours: type) -> No
             instance.connection_made(Transport())
         if ours is BoundedHttp:
             instance.data_received(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        if ours is BoundedWebSocket:
+            instance.data_received(handshake("/"))
         read = {chain for chain in attributes(ours) if chain[0] not in ADDED[ours]}
         assert read
         for chain in read:
@@ -171,7 +191,7 @@ class Calls:
 
     def _recorded(self, ours: type, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(*arguments: Any, **named: Any) -> Any:
-            if sys._getframe(1).f_globals["__name__"] != serve.__name__:
+            if not sys._getframe(1).f_globals["__name__"].startswith("anynode."):
                 self.seen.add((ours, name))
                 self.changed.set()
             return method(*arguments, **named)
@@ -202,7 +222,9 @@ async def socket(url: str, **options: Any) -> AsyncIterator[ClientConnection]:
 async def test_uvicorn_calls_each_override(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(monkeypatch)
     options = {"ws_ping_interval": KEEPALIVE_SECONDS, "ws_ping_timeout": KEEPALIVE_SECONDS}
-    server = Server(config(answer_at_once, ws=BoundedWebSocket, http=BoundedHttp, **options))
+    peers = Peers(100)
+    ws, http = partial(BoundedWebSocket, peers=peers, longer_messages={}), partial(BoundedHttp, peers=peers)
+    server = Server(config(answer_at_once, ws=ws, http=http, **options))
 
     async def drain(seconds: float = 0.0) -> None:
         pass
@@ -216,11 +238,15 @@ async def test_uvicorn_calls_each_override(monkeypatch: pytest.MonkeyPatch) -> N
         with closing(writer):
             writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")
-            await calls.wait_for(BoundedHttp, *overridden(BoundedHttp) - {"connection_lost"})
+            later = {"connection_lost", "on_body", "handle_websocket_upgrade"}
+            await calls.wait_for(BoundedHttp, *overridden(BoundedHttp) - later)
+            writer.write(b"12345")
+            await calls.wait_for(BoundedHttp, "on_body")
         await calls.wait_for(BoundedHttp, "connection_lost")
 
-        async with socket(f"ws://127.0.0.1:{port}{AI_SDK_PATH}") as peer:
-            await calls.wait_for(BoundedWebSocket, "handle_connect", "data_received")
+        async with socket(f"ws://127.0.0.1:{port}/") as peer:
+            await calls.wait_for(BoundedHttp, "handle_websocket_upgrade")
+            await calls.wait_for(BoundedWebSocket, "handle_connect", "data_received", "send", "receive")
             await peer.send(["a message ", "in fragments"])
             await calls.wait_for(BoundedWebSocket, "handle_cont")
             await peer.ping()
@@ -229,7 +255,9 @@ async def test_uvicorn_calls_each_override(monkeypatch: pytest.MonkeyPatch) -> N
             await calls.wait_for(BoundedWebSocket, "handle_parser_exception")
         async with socket(f"ws://127.0.0.1:{port}/") as peer:
             peer.transport.pause_reading()  # so that it answers no ping
-            await calls.wait_for(BoundedWebSocket, "keepalive_timeout")
-        signal.raise_signal(signal.SIGTERM)
-        await calls.wait_for(Server, "handle_exit", "shutdown")
+            await calls.wait_for(BoundedWebSocket, "keepalive_timeout", "connection_lost")
+        async with socket(f"ws://127.0.0.1:{port}/"):
+            signal.raise_signal(signal.SIGTERM)
+            await calls.wait_for(BoundedWebSocket, "shutdown")
+            await calls.wait_for(Server, "handle_exit", "shutdown")
     assert calls.seen == {(ours, name) for ours in CLASSES for name in overridden(ours)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import asyncpg
 import pytest
 
-from anynode.server.logs import SELDOM_KINDS_MAX, SELDOM_SECONDS, CleanFormatter, Seldom, seldom, show_uncaught
+from anynode.server.logs import KINDS_MAX, LINES_MAX, WINDOW_SECONDS, CleanFormatter, Repeated, seldom, show_uncaught
 
 CANARY = "canary"
 
@@ -22,7 +22,7 @@ class Log:
         self._output = io.StringIO()
         handler = logging.StreamHandler(self._output)
         handler.setFormatter(CleanFormatter("%(levelname)s %(message)s"))
-        handler.addFilter(Seldom(lambda: self.now))
+        handler.addFilter(Repeated(lambda: self.now))
         self.logger = logging.Logger("test")
         self.logger.addHandler(handler)
 
@@ -160,11 +160,11 @@ def test_a_kind_of_line_is_logged_once_a_minute_and_says_how_many_were_left_out(
     for number in range(4):
         log.logger.warning("%d waits", number, extra=seldom("waiting"))
         log.logger.warning("other", extra=seldom(f"other {number}"))
-    log.now += SELDOM_SECONDS - 1
+    log.now += WINDOW_SECONDS - 1
     log.logger.warning("again", extra=seldom("waiting"))
     log.now += 1
     log.logger.warning("%s", "later", extra=seldom("waiting"))
-    log.now += SELDOM_SECONDS
+    log.now += WINDOW_SECONDS
     log.logger.warning("at last", extra=seldom("waiting"))
     assert list(lines(log)) == [
         *("0 waits", *["other"] * 4),
@@ -173,16 +173,31 @@ def test_a_kind_of_line_is_logged_once_a_minute_and_says_how_many_were_left_out(
     ]
 
 
-def test_lines_of_no_kind_are_all_logged(log: Log) -> None:
-    for _ in range(3):
-        log.logger.warning("the same")
-    assert list(lines(log)) == ["the same"] * 3
+def test_a_flood_of_warnings_that_say_the_same_becomes_some_lines_and_a_count(log: Log) -> None:
+    for number in range(1000):
+        log.logger.warning("a peer said %d", number)
+        log.logger.info("a turn ended: %d", number)
+    assert log.text.count("a peer said") == LINES_MAX
+    assert log.text.count("a turn ended") == 1000
+    log.now += WINDOW_SECONDS
+    log.logger.warning("a peer said %d", 1001)
+    assert log.text.splitlines()[-1] == f"WARNING a peer said 1001 ({1000 - LINES_MAX} more such lines were left out)"
+
+
+def test_errors_of_different_kinds_are_different_lines(log: Log) -> None:
+    for kind in (ValueError, KeyError):
+        for _ in range(LINES_MAX + 1):
+            try:
+                raise kind("x")
+            except (LookupError, ValueError):
+                log.logger.exception("it failed")
+    assert log.text.count("it failed") == 2 * LINES_MAX
 
 
 def test_the_kinds_that_are_remembered_are_bounded(log: Log) -> None:
-    for number in range(SELDOM_KINDS_MAX + 1):
+    for number in range(KINDS_MAX + 1):
         log.logger.warning("a line", extra=seldom(str(number)))
-    log.logger.warning("the newest", extra=seldom(str(SELDOM_KINDS_MAX)))
+    log.logger.warning("the newest", extra=seldom(str(KINDS_MAX)))
     log.logger.warning("the oldest", extra=seldom("0"))
     assert "the newest" not in log.text
     assert "the oldest" in log.text

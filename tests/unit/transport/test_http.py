@@ -246,7 +246,7 @@ async def test_what_nobody_has_thought_of_is_an_internal_error_and_logged(
         peer = await served.ask("GET", f"/things/{ID}")
     assert (peer.status, peer.json["error"]["code"]) == (500, "internal_error")
     assert b"secret" not in peer.body
-    assert [record.message for record in caplog.records] == [f"GET /things/{ID} failed"]
+    assert [record.message for record in caplog.records] == ["GET /things/{thing_id} failed"]
 
 
 async def test_a_client_that_goes_before_its_answer_is_sent_none(served: Served) -> None:

@@ -53,9 +53,10 @@ class Streaming:
         self.peer = Peer()
         self.pieces = pieces
         self.broken_off = False
+        self.request = request_of(self.peer, expires_at=expires_at)
         stream = EventStream(
             node=self.node,
-            request=request_of(self.peer, expires_at=expires_at),
+            request=self.request,
             pieces=pieces.run(),
             last_words=self._last_words,
             heartbeat_seconds=options.pop("heartbeat_seconds", 60.0),
@@ -250,3 +251,17 @@ async def test_after_a_long_piece_a_stream_waits_until_its_client_has_read_it() 
     assert [message["body"][:1] for message in streaming.peer.sent[1:]] == [b"x", b"", b"y"]
     streaming.peer.say(GONE)
     await streaming.ended()
+
+
+@pytest.mark.parametrize("must_be_whole", [True, False])
+async def test_a_stream_whose_token_is_revoked_ends_as_where_the_token_runs_out(
+    monkeypatch: pytest.MonkeyPatch, must_be_whole: bool
+) -> None:
+    monkeypatch.setattr(sse, "LAST_WORDS_SECONDS", 0.0)
+    streaming = Streaming(Pieces(b"x", stays=True), must_be_whole=must_be_whole)
+    await streaming.wrote(b"x")
+    streaming.request.revoked.set()
+    await streaming.ended()
+    assert streaming.pieces.is_closed
+    assert streaming.broken_off == must_be_whole
+    assert streaming.peer.is_whole != must_be_whole
