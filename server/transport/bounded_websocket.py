@@ -263,7 +263,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     # What goes out.
 
     async def send(self, message: ASGISendEvent) -> None:
-        """Send a message. Raises ClientDisconnected, an OSError, once the connection is over, whoever ended it."""
+        """Send a message. Raises ClientDisconnected, an OSError, once either side has ended it."""
         while not self.writable.is_set():
             await self.writable.wait()
         if self.close_sent:
