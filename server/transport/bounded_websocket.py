@@ -281,8 +281,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     def _fail(self, code: CloseCode, reason: str, bound: str) -> None:
         """Close a connection whose peer has passed a bound."""
         metrics.peers_cut.labels(bound).inc()
-        if self.conn.close_sent is not None:  # the peer has been told of another end
-            self.transport.abort()
+        if self.conn.close_sent is not None:  # the peer has been told of another end, and may still read of it
+            self._linger(b"")
             return
         self.conn.fail(code, reason)
         self.handle_parser_exception()
