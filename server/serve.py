@@ -110,11 +110,11 @@ def listen(settings: Settings, *, stop_with_input: bool = False, extra_routes: E
 
 
 async def _serve(settings: Settings, stop_with_input: bool, extra_routes: ExtraRoutes) -> None:
-    connections_max = settings.connections_max + settings.unauthenticated_max + HTTP_CONNECTIONS_MAX
-    files = settings.database_pool_max + OWN_DATABASE_CONNECTIONS
-    peers = Peers(allow_open_files(connections_max, files))
     accept_long_lines()
     async with open_anynode(settings, extra_routes) as anynode:
+        connections_max = settings.connections_max + settings.unauthenticated_max + HTTP_CONNECTIONS_MAX
+        files = settings.database_pool_max + OWN_DATABASE_CONNECTIONS
+        peers = Peers(allow_open_files(connections_max, files))
         config = uvicorn.Config(
             anynode.app(),
             host=settings.host,

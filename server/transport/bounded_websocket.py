@@ -149,12 +149,16 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     async def receive(self) -> ASGIReceiveEvent:
         """Wait for the next message. Nothing more is parsed while there is one."""
         self._is_awaited = True
-        self._read_on()
+        if self._input:
+            self._read_on()
         try:
             return await self.queue.get()
         finally:
             self._is_awaited = False
-            self._read_on()
+            if self._input:
+                self._read_on()
+            elif self.read_paused and self._wait is None and self.queue.empty():
+                self._pause_or_resume(False)
 
     def _read_on(self) -> None:
         """Parse what has come, as far as the application and the budget let it, then read more or stop reading."""
@@ -288,8 +292,8 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     def _fail(self, code: CloseCode, reason: str, bound: str) -> None:
         """Close a connection whose peer has passed a bound."""
         metrics.peers_cut.labels(bound).inc()
-        if self.conn.close_sent is not None:  # the peer has been told of another end
-            self.transport.abort()
+        if self.conn.close_sent is not None:  # the peer has been told of another end, and may still read of it
+            self._linger(b"")
             return
         self.conn.fail(code, reason)
         self.handle_parser_exception()

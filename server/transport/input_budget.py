@@ -43,16 +43,16 @@ class InputBudget:
 
         Return for how many seconds nothing more may be read, mostly 0. Infinity: the peer has sent too much.
         """
-        rates = self._rates
+        frames_burst, frames_per_second, bytes_burst, bytes_per_second = self._rates
         passed = now - self._at
         self._at = now
-        self._frames = min(rates.frames_burst, self._frames + passed * rates.frames_per_second) - frames
-        self._bytes = min(rates.bytes_burst, self._bytes + passed * rates.bytes_per_second) - length
+        self._frames = min(frames_burst, self._frames + passed * frames_per_second) - frames
+        self._bytes = min(bytes_burst, self._bytes + passed * bytes_per_second) - length
         if self._frames < 0:
             return math.inf
         if self._bytes >= 0:
             return 0.0
-        return -self._bytes / rates.bytes_per_second if rates.bytes_per_second else math.inf
+        return -self._bytes / bytes_per_second if bytes_per_second else math.inf
 
 
 class FrameHeaders:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
+from websockets import http11
 
 from anynode.models import messages
 from anynode.server import errors, serve
@@ -35,7 +36,7 @@ from anynode.server.protocol.frames import (
 )
 from anynode.server.reference.examples import FRAMES
 from anynode.server.settings import Settings
-from anynode.server.transport import allowance, bounded_http, bounded_websocket, connection, http, shares
+from anynode.server.transport import allowance, bounded_http, bounded_websocket, connection, http, peers, shares
 
 PROTOCOL = (Path(__file__).parents[2] / "PROTOCOL.md").read_text()
 CLIENT_FRAMES: tuple[type[msgspec.Struct], ...] = get_args(AnyClientFrame)
@@ -218,13 +219,31 @@ def test_the_limits_are_those_of_the_code() -> None:
     assert rate == f"{allowance.FRAME_BYTES_PER_SECOND:,}"
     assert f"For one user {HELD_PER_USER_MAX} snapshots" in unwrapped(PROTOCOL)
     assert limits["refused frames of that kind"] == f"{allowance.REFUSALS_MAX}"
+    first, long_after = "a frame before the client has authenticated", "the same afterwards, in a burst"
+    assert limits[first] == f"{bounded_websocket.FIRST_MESSAGE_BYTES_MAX:,} bytes"
+    assert limits[long_after] == f"{bounded_websocket.FRAMES_BURST}"
+    assert limits["the same afterwards, per second"] == f"{bounded_websocket.FRAMES_PER_SECOND:g}"
+    before = limits["frames of WebSockets before that, with pings, pongs and fragments"]
+    rates = bounded_websocket.FIRST_RATES
+    assert before == f"{rates.frames_burst}, and {rates.bytes_burst:,} bytes in all"
+    slower = "bytes per second, after a burst of twice the longest frame (1,048,576 at least)"
+    assert limits[slower] == f"{bounded_websocket.BYTES_PER_SECOND:,.0f}"
+    assert f"{bounded_websocket.BYTES_BURST_MIN:,}" in slower
+    assert limits["seconds for a frame to come whole"] == f"{bounded_websocket.MESSAGE_SECONDS_MAX:g}"
+    in_part = limits["bytes of frames that have come in part, of all connections of a node"]
+    assert in_part == f"{peers.UNFINISHED_BYTES_MAX:,}"
+    assert limits["TCP connections of a node"].endswith(f"+ {peers.HTTP_CONNECTIONS_MAX}")
+    assert limits["lines of a WebSocket's head"] == f"{http11.MAX_NUM_HEADERS}"
+    trailers = limits["bytes behind a request's head that are no body (trailers)"]
+    assert trailers == f"{bounded_http.TRAILER_BYTES_MAX}"
+    assert limits["requests behind one that is not answered yet"] == f"{bounded_http.PIPELINED_MAX}"
     assert limits["conversations that a connection follows"] == f"{connection.FOLLOWS_MAX}"
     assert limits["seconds until authenticated"] == f"{connection.AUTHENTICATION_SECONDS:g}"
     assert limits["seconds without an answer to a protocol ping, sent every 20"] == f"{serve.KEEPALIVE_SECONDS:g}"
     assert (
         limits["seconds for a request's head to come, also that of a WebSocket"] == f"{bounded_http.HEAD_SECONDS_MAX:g}"
     )
-    assert limits["bytes of a request's head"] == f"{bounded_http.HEAD_BYTES_MAX}"
+    assert limits["bytes of a request's head, or of a line of it"] == f"{bounded_http.HEAD_BYTES_MAX}"
     assert limits["`content`"] == f"`MESSAGE_BYTES_MAX` ({Settings().message_bytes_max:,}) bytes of UTF-8"
     assert f"({6 * Settings().message_bytes_max + 16_384:,} by default)" in limits["a frame"]
     assert f"{connection.EXPIRING_SECONDS:g} seconds before its token's end" in unwrapped(PROTOCOL)

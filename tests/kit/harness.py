@@ -147,6 +147,7 @@ def running_node(
         "JWT_SECRET": SECRET,
         "ECHO_TOKENS_PER_SECOND": "0",
         "DRAIN_SECONDS": "1",
+        "CONNECTIONS_MAX": "5000",  # for which the limit of open files is high enough on any machine
         **NO_USER_LIMITS,
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }

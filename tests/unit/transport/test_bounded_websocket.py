@@ -209,6 +209,18 @@ async def test_a_flood_of_pings_is_cut_off_at_the_burst(peers: Peers) -> None:
     assert client.wire.written.count(b"\x8a\x00") <= module.FRAMES_BURST + 1
 
 
+async def test_a_flood_behind_the_end_does_not_take_the_close_code_away(peers: Peers) -> None:
+    client = Client(peers)
+    await client.accept()
+    await client.send({"type": "websocket.close", "code": 1008})
+    client.says(frame(9) * 20_000)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert client.protocol.is_lingering
+    assert client.code == 1008
+    assert not client.wire.is_aborted
+
+
 async def test_too_many_bytes_make_the_peer_wait(peers: Peers, monkeypatch: pytest.MonkeyPatch) -> None:
     client = Client(Peers(10))
     await client.accept()
