@@ -37,6 +37,8 @@ async def lock(database_url: str) -> AsyncIterator[Lock]:
 
 
 class Lock:
+    """A lock in Postgres that this test holds."""
+
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
 
