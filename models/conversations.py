@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 from msgspec import Struct
 
-from anynode.models.database import Database, Unavailable
+from anynode.models.database import READ_BYTES_MAX, Database, Unavailable
 from anynode.models.ids import as_uuid
 from anynode.models.queries import bind
 from anynode.models.rules import COMPLETED
@@ -202,25 +202,35 @@ def decode_history(row: asyncpg.Record) -> list[StoredMessage]:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A conversation at one instant; `messages` are rows with the fields of a message, oldest first."""
+    """A conversation at one instant; `messages` are rows with the fields of a message, oldest first. `has_older`: there
+    are older messages, which are left out."""
 
     seq: int
     running_turn_id: UUID | None
     running_text: str
     messages: Sequence[asyncpg.Record]
+    has_older: bool = False
 
 
 async def read_snapshot(
     database: Database, user_id: str, conversation_id: UUID, *, messages_max: int
 ) -> Snapshot | None:
-    """Read the newest messages and the running turn. None: not this user's conversation. Raises Unavailable."""
-    snapshot = bind("snapshot", user_id=user_id, conversation_id=conversation_id, messages_max=messages_max)
+    """Read the newest messages, at most `messages_max` and 2 MiB, and the running turn. None: not this user's
+    conversation. Raises Unavailable."""
+    snapshot = bind(
+        "snapshot",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        messages_max=messages_max,
+        bytes_max=READ_BYTES_MAX,
+    )
     rows = await database.run(snapshot)
     if not rows:
         return None
     head = rows[0]
     messages = [row for row in rows if row["id"] is not None]
-    return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages)
+    has_older = bool(messages) and messages[0]["position"] > 1
+    return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages, has_older)
 
 
 async def create_conversation(

@@ -25,6 +25,7 @@ from anynode.models.shares import Shares, share_of
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
 CONTACT_SECONDS_MAX = 5.0
+READ_BYTES_MAX = 2_097_152  # of content in what a client can cause to be read at once, and two rows at least
 _BACKOFF_SECONDS = (0.02, 0.5)  # the first and the longest wait between attempts
 _OPTIONS: dict[str, Any] = {"timeout": 5.0, "server_settings": {"application_name": "anynode"}}
 

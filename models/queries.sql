@@ -109,21 +109,31 @@ SELECT :turn_id::uuid AS turn_id WHERE NOT EXISTS (SELECT FROM owned);
 SELECT id, epoch, status FROM turns WHERE id = ANY (:turn_ids::uuid[]);
 
 -- name: read_events
--- Read the journal from a cursor on, the cursor's own event included. One row with a null seq: there is no such event.
-SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running
+-- Read the journal from a cursor on, the cursor's own event included, without its payload. One row with a null seq: there
+-- is no such event. There are at most `events_max`; the last one is the one whose payload fills `bytes_max`, if one does.
+-- `bytes` are those of the payloads up to and with the event. The text of a payload is made once, to be counted and sent.
+SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, e.bytes, t.id IS NOT NULL AS is_running
 FROM conversations c
 LEFT JOIN turns t ON t.conversation_id = c.id AND t.status = 'running'
 LEFT JOIN LATERAL (
-    SELECT seq, turn_id, type, payload FROM events
-    WHERE conversation_id = c.id AND seq >= :cursor ORDER BY seq LIMIT :events_max
+    SELECT * FROM (
+        SELECT *, sum(octet_length(payload)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS bytes
+        FROM (
+            SELECT seq, turn_id, type, CASE WHEN seq > :cursor THEN payload::text ELSE '' END AS payload FROM events
+            WHERE conversation_id = c.id AND seq >= :cursor ORDER BY seq LIMIT :events_max
+        ) next
+    ) counted
+    WHERE bytes - octet_length(payload) < :bytes_max
 ) e ON true
 WHERE c.id = :conversation_id AND c.user_id = :user_id
 ORDER BY e.seq;
 
 -- name: read_running
 -- Read the journals of many conversations in which turns run on other nodes, each from its cursor on as `read_events`
--- does, and whether the lease of the running turn has run out. Each conversation and turn is looked up (LIMIT 1) for
--- the reason that `append_events` gives.
+-- does, and whether the lease of the running turn has run out. A payload that takes more than `payload_bytes_max` as it
+-- is stored is only there for the first new event, so that `events_max` bounds the bytes too: a sum over the events, as
+-- `read_events` has it, would cost a fifth more, twenty times a second. Each conversation and turn is looked up
+-- (LIMIT 1) for the reason that `append_events` gives.
 SELECT w.number, c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running,
        coalesce(t.lease_expires_at < clock_timestamp(), false) AS has_lapsed
 FROM unnest(:conversation_ids::text[]::uuid[], :cursors::bigint[])
@@ -133,8 +143,10 @@ LEFT JOIN LATERAL (
     SELECT id, lease_expires_at FROM turns WHERE conversation_id = w.conversation_id AND status = 'running' LIMIT 1
 ) t ON true
 LEFT JOIN LATERAL (
-    SELECT seq, turn_id, type, payload FROM events
-    WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT :events_max
+    SELECT seq, turn_id, type,
+           CASE WHEN seq = w.cursor + 1 OR (seq > w.cursor AND pg_column_size(payload) <= :payload_bytes_max)
+                THEN payload END AS payload
+    FROM events WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT :events_max
 ) e ON true
 ORDER BY w.number, e.seq;
 
@@ -159,7 +171,9 @@ FROM (
 ) changed;
 
 -- name: snapshot
--- Read the newest messages, the running turn with its text so far, and the cursor, all of one instant.
+-- Read the newest messages, the running turn with its text so far, and the cursor, all of one instant. There are at most
+-- `messages_max` messages, and from the third on no more than `bytes_max` of content and calls. Positions begin with 1,
+-- so the oldest of them says whether there are others.
 WITH conversation AS (
     SELECT c.id, c.last_seq FROM conversations c WHERE c.id = :conversation_id AND c.user_id = :user_id
 ), running AS (
@@ -170,14 +184,19 @@ WITH conversation AS (
     FROM running r JOIN events e ON e.conversation_id = r.conversation_id AND e.seq >= r.first_seq
 ), newest AS (
     SELECT m.* FROM conversation c CROSS JOIN LATERAL (
-        SELECT * FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT :messages_max
+        SELECT *, sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)) OVER newest_first AS bytes,
+               row_number() OVER newest_first AS number
+        FROM (SELECT * FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT :messages_max) latest
+        WINDOW newest_first AS (ORDER BY position DESC ROWS UNBOUNDED PRECEDING)
     ) m
+    WHERE bytes <= :bytes_max OR number <= 2
 )
 SELECT greatest(c.last_seq, (SELECT max(seq) FROM said)) AS seq, (SELECT id FROM running) AS running_turn_id,
        (SELECT string_agg(text, '' ORDER BY seq) FROM said
         WHERE type IN ('turn.delta', 'turn.restarted')
           AND seq >= coalesce((SELECT max(seq) FROM said WHERE type = 'turn.restarted'), 0)) AS running_text,
-       m.id, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status, m.turn_id, m.created_at
+       m.id, m.position, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status, m.turn_id,
+       m.created_at
 FROM conversation c LEFT JOIN newest m ON true
 ORDER BY m.position;
 
@@ -272,12 +291,13 @@ SELECT * FROM anynode_append(:user_id, :conversation_id, :position, :created_at,
 
 -- name: read_messages
 -- Read the newest messages up to one of them (`before`, itself included; null: up to the end), newest first. There are
--- at most `messages_max`, and from the third on no more than `bytes_max` of content. One row with a null id: there are
--- none. No row: not the user's conversation.
+-- at most `messages_max`, and from the third on no more than `bytes_max` of content and calls. One row with a null id:
+-- there are none. No row: not the user's conversation.
 SELECT c.system_prompt, m.*
 FROM conversations c LEFT JOIN LATERAL (
     SELECT * FROM (
-        SELECT *, sum(octet_length(content)) OVER newest_first AS bytes, row_number() OVER newest_first AS number
+        SELECT *, sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)) OVER newest_first AS bytes,
+               row_number() OVER newest_first AS number
         FROM (
             SELECT id, client_id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id,
                    created_at
@@ -287,7 +307,7 @@ FROM conversations c LEFT JOIN LATERAL (
                     (SELECT position FROM messages WHERE id = :before AND conversation_id = c.id) END, 0)
             ORDER BY position DESC LIMIT :messages_max
         ) newest
-        WINDOW newest_first AS (ORDER BY position DESC)
+        WINDOW newest_first AS (ORDER BY position DESC ROWS UNBOUNDED PRECEDING)
     ) counted
     WHERE bytes <= :bytes_max OR number <= 2
 ) m ON true

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.types import ASGIApp
 
+from anynode.models.events import Event
 from anynode.models.text import is_storable
 from anynode.server.api.export import exported
 from anynode.server.engine.admission import Admitted, new_message_id
@@ -47,6 +48,7 @@ from anynode.server.protocol.encoding import encode, error_frame, message_of, nu
 from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
 from anynode.server.transport.http import AnyApiRequest, ApiRequest, Slots, no_content, refusal, reply
+from anynode.server.transport.long_frames import encode_rows, encode_update
 from anynode.server.transport.sse import EventStream, sse_data
 from anynode.server.transport.turn_end import answer_of
 
@@ -123,8 +125,11 @@ class Rest:
         next_before = None if page.is_first else page.messages[0]["id"]
         headers = {} if next_before is None else {"Link": _link(request, limit, next_before)}
         if is_export:
-            return reply(exported(page), headers=headers)
-        return reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers)
+            return await encode_rows(page.messages, lambda: reply(exported(page), headers=headers))
+        return await encode_rows(
+            page.messages,
+            lambda: reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers),
+        )
 
     async def append(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /conversations/{conversation_id}/messages`."""
@@ -210,12 +215,12 @@ class Rest:
         async with aclosing(following) as updates:
             async for update in updates:
                 if isinstance(update, DatabaseUnavailable):
-                    yield sse_data(error_frame(DatabaseUnavailable(), None))
-                elif isinstance(update, Snapshot):
-                    yield sse_data(snapshot_frame(conversation_id, update), id=update.seq)
+                    piece = sse_data(error_frame(DatabaseUnavailable(), None))
                 else:
-                    frames = numbered_frames(conversation_id, update)
-                    yield b"".join(sse_data(frame, id=seq) for seq, frame in frames)
+                    piece = await encode_update(update, _piece, conversation_id)
+                del update
+                yield piece
+                del piece
 
     async def _answer(
         self,
@@ -235,6 +240,13 @@ class Rest:
     def _fields(self, body: Body) -> dict[str, str | None]:
         """Return the fields that a body has, as the database takes them. Raises InvalidFrame or MessageTooLarge."""
         return stored_fields(body, system_prompt_bytes_max=self._settings.message_bytes_max)
+
+
+def _piece(conversation_id: UUID, update: Snapshot | Sequence[Event]) -> bytes:
+    """Return the frames of an update, each with its seq as `id`."""
+    if isinstance(update, Snapshot):
+        return sse_data(snapshot_frame(conversation_id, update), id=update.seq)
+    return b"".join(sse_data(frame, id=seq) for seq, frame in numbered_frames(conversation_id, update))
 
 
 def _started(admitted: Admitted) -> ASGIApp:

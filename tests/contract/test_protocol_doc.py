@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec.structs import FieldInfo, fields
 
-from anynode.models import messages
+from anynode.models import database
 from anynode.server import errors
 from anynode.server import serve as listener
 from anynode.server.api import operations, tickets
@@ -199,7 +199,7 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
     assert limits["messages that are appended at once"] == f"{bodies.MESSAGES_AT_ONCE_MAX}"
     assert limits["calls of a message"] == f"{bodies.TOOL_CALLS_MAX}"
     assert limits["`metadata`"].startswith(f"{conversation_fields.METADATA_BYTES_MAX} bytes of JSON")
-    assert limits["messages that are read at once"].startswith(f"{messages.PAGE_BYTES_MAX:,} bytes of content")
+    assert limits["messages that are read at once"].startswith(f"{database.READ_BYTES_MAX:,} bytes of content")
     assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
 
 

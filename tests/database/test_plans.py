@@ -153,17 +153,21 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         },
         {"messages": 10, "conversations": 5, "turns": 5, "events": 5},
     ),
-    "read_events": (mine(cursor=50, events_max=10), {"conversations": 1, "events": 11, "turns": 1}),
+    "read_events": (mine(cursor=50, events_max=10, bytes_max=2**21), {"conversations": 1, "events": 11, "turns": 1}),
     "read_running": (
         {
             "conversation_ids": [str(id_of(f"c{number}")) for number in range(20, 2001, 20)],
             "cursors": [105] * 100,
             "events_max": 10,
+            "payload_bytes_max": 2**15,
         },
         {"conversations": 100, "turns": 100, "events": 700},
     ),
     "watch": ({"node": "n", "horizon": 2**40, "changes_max": 1000}, {"conversations": 1, "turns": 1}),
-    "snapshot": (mine(messages_max=20), {"conversations": 2, "events": 40, "messages": 21, "turns": 5}),
+    "snapshot": (
+        mine(messages_max=20, bytes_max=2**21),
+        {"conversations": 2, "events": 40, "messages": 21, "turns": 5},
+    ),
     "create_conversation": (
         {
             "user_id": "user0",

@@ -43,7 +43,7 @@ class Lock:
         self._connection = connection
 
     async def waited_for(self, count: int) -> None:
-        """Wait until so many statements wait."""
+        """Wait until this number of statements wait."""
         waiting = (
             "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         )

@@ -56,9 +56,11 @@ def test_the_parameters_of_a_statement_are_numbered_without_a_gap(name: str) -> 
 
 
 def test_the_arguments_of_a_statement_are_put_in_the_order_of_its_parameters() -> None:
-    sql, arguments, user_id = bind("read_events", conversation_id="c", user_id="u", events_max=10, cursor=7)
-    assert "WHERE c.id = $3 AND c.user_id = $4" in sql
-    assert arguments == (7, 10, "c", "u")
+    sql, arguments, user_id = bind(
+        "read_events", conversation_id="c", user_id="u", events_max=10, cursor=7, bytes_max=9
+    )
+    assert "WHERE c.id = $4 AND c.user_id = $5" in sql
+    assert arguments == (7, 10, 9, "c", "u")
     assert user_id == "u"
 
 
