@@ -374,16 +374,18 @@ FROM conversations c CROSS JOIN LATERAL anynode_history(c.id, :messages_max) h W
 
 -- name: request_cancel
 -- Ask the node that runs a turn (null: the running one) to stop it. No row: not the user's conversation. A null id: it
--- has no such turn.
+-- has no such turn. `last_seq` is the conversation's last seq at this instant, if the turn runs: its end comes later.
 WITH turn AS (
-    SELECT t.id FROM conversations c
+    SELECT t.id, t.status, c.id AS conversation_id, c.last_seq FROM conversations c
     LEFT JOIN turns t ON t.conversation_id = c.id AND (t.id = :turn_id OR (:turn_id IS NULL AND t.status = 'running'))
     WHERE c.id = :conversation_id AND c.user_id = :user_id
 ), asked AS (
     UPDATE turns t SET cancel_requested_at = coalesce(t.cancel_requested_at, clock_timestamp())
     FROM turn WHERE t.id = turn.id AND t.status = 'running'
 )
-SELECT id FROM turn;
+SELECT id, CASE WHEN status = 'running' THEN
+    greatest(last_seq, (SELECT max(seq) FROM events WHERE conversation_id = turn.conversation_id)) END AS last_seq
+FROM turn;
 
 -- name: delete_expired_events
 -- Delete the events of at most `turns_max` turns that ended long enough ago.

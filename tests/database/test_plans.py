@@ -264,7 +264,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {"turns": 300, "events": 5, "conversations": 5},
     ),
     "history": ({"conversation_id": MINE, "messages_max": 20}, {"conversations": 1, "messages": 41}),
-    "request_cancel": (mine(turn_id=None), {"conversations": 2, "turns": 5}),
+    "request_cancel": (mine(turn_id=None), {"conversations": 2, "turns": 5, "events": 1}),
     "delete_expired_events": ({"retention_seconds": 99_000.0, "turns_max": 20}, {"turns": 100, "events": 3000}),
     "forget_deletions": ({"after_seconds": 60.0}, {}),
     "delete_expired_messages": ({"retention_seconds": 99_000.0, "events_max": 20}, {"events": 60}),
