@@ -1,4 +1,4 @@
-"""Conversations: admitting a message, reading a history or a snapshot, and their rows: made, listed, set, deleted."""
+"""Conversations: admitting a message, reading a history or a snapshot, and their rows: made, set, deleted."""
 
 from __future__ import annotations
 
@@ -313,28 +313,6 @@ async def read_conversation(database: Database, user_id: str, conversation_id: U
     """Return the row of a conversation. None: not this user's conversation. Raises Unavailable."""
     rows = await database.run(bind("read_conversation", user_id=user_id, conversation_id=conversation_id))
     return rows[0] if rows else None
-
-
-async def list_conversations(
-    database: Database,
-    user_id: str,
-    *,
-    limit: int,
-    skip: int = 0,
-    before: tuple[datetime, UUID] | None = None,
-    search: str | None = None,
-) -> Sequence[asyncpg.Record]:
-    """Return rows of conversations, newest activity first, from the top or from a place (updated_at, id) on.
-
-    The first `skip` are left out. With `search`, only those are listed whose titles contain it, in upper or lower case.
-    Raises Unavailable.
-    """
-    arguments = {"user_id": user_id, "conversations_max": limit, "skip": skip, "search": search}
-    if before is None:
-        return await database.run(bind("list_conversations", **arguments))
-    updated_at, id = before
-    place = bind("list_conversations_before", before_updated_at=updated_at, before_id=id, **arguments)
-    return await database.run(place)
 
 
 async def update_conversation(

@@ -15,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from starlette.types import ASGIApp
 
 from anynode.models.events import Event
+from anynode.models.listing import Place
 from anynode.models.text import is_storable
 from anynode.server.api.export import exported
 from anynode.server.engine.admission import Admitted, new_message_id
@@ -23,6 +24,7 @@ from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame, Problem
 from anynode.server.protocol.bodies import (
+    SKIP_MAX,
     Appended,
     Body,
     Cancel,
@@ -30,7 +32,6 @@ from anynode.server.protocol.bodies import (
     Chat,
     ChatAnswer,
     Continue,
-    Conversation,
     ConversationChanges,
     Conversations,
     ConversationsQuery,
@@ -88,12 +89,13 @@ class Rest:
         search = None if request.query.search is UNSET else request.query.search
         if search is not None and not is_storable(search):
             raise InvalidFrame(problems=[Problem("query.search", "has a NUL")])
-        found = await self._node.conversations.list(
-            request.user_id, limit=limit + 1, skip=skip, before=place, search=search
-        )
-        listed, is_more = found[:limit], len(found) > limit
-        next_skip = skip + limit if is_more and place is None else None
-        return reply(Conversations(listed, next_skip, _mark(listed[-1]) if is_more else None))
+        page = await self._node.conversations.list(request.user_id, limit=limit, skip=skip, before=place, search=search)
+        next_before = None if page.next_place is None else _mark(page.next_place)
+        next_skip = skip + len(page.conversations)
+        can_skip = page.next_place is not None and page.is_searched_to_its_end
+        if not can_skip or place is not None or next_skip > SKIP_MAX:
+            return reply(Conversations(page.conversations, None, next_before))
+        return reply(Conversations(page.conversations, next_skip, next_before))
 
     async def read(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}`."""
@@ -265,11 +267,12 @@ def _link(request: ApiRequest[MessagesQuery, None], limit: int, before: UUID) ->
 # A mark is a place in the list of conversations, behind which the next page begins: microseconds, a dot, and an id.
 
 
-def _mark(conversation: Conversation) -> str:
-    return f"{(conversation.updated_at - _EPOCH) // timedelta(microseconds=1)}.{conversation.id}"
+def _mark(place: Place) -> str:
+    updated_at, id = place
+    return f"{(updated_at - _EPOCH) // timedelta(microseconds=1)}.{id}"
 
 
-def _place(mark: str) -> tuple[datetime, UUID]:
+def _place(mark: str) -> Place:
     time, _, id = mark.partition(".")
     try:
         if not (time.isascii() and time.isdigit() and len(time) <= MARK_DIGITS_MAX):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -14,12 +15,12 @@ from anynode.models.conversations import (
     Snapshot,
     create_conversation,
     get_or_create_conversation,
-    list_conversations,
     read_conversation,
     update_conversation,
 )
 from anynode.models.database import Database
 from anynode.models.ids import as_uuid, uuid7
+from anynode.models.listing import Place, list_conversations
 from anynode.models.messages import Page, read_messages
 from anynode.models.turns import TurnRef, find_turn, read_usage
 from anynode.server.engine.postgres_errors import unavailable_as_client_error
@@ -27,6 +28,15 @@ from anynode.server.errors import NotFound
 from anynode.server.protocol.bodies import Conversation
 
 __all__ = ["Chat", "ChatEnd", "Conversations", "Page", "Sent", "Snapshot", "TurnRef"]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedConversations:
+    """A page of the list; see `ConversationPage` in `models.listing`."""
+
+    conversations: Sequence[Conversation]
+    next_place: Place | None
+    is_searched_to_its_end: bool
 
 
 class Conversations:
@@ -86,16 +96,17 @@ class Conversations:
         *,
         limit: int,
         skip: int = 0,
-        before: tuple[datetime, UUID] | None = None,
+        before: Place | None = None,
         search: str | None = None,
-    ) -> Sequence[Conversation]:
+    ) -> ListedConversations:
         """Return at most `limit` conversations, newest activity first: after the first `skip`, after a place
-        (updated_at, id), or those whose titles contain `search`."""
+        (updated_at, id), or those whose titles contain `search`, of the newest 5,000 of these."""
         with unavailable_as_client_error():
-            rows = await list_conversations(
+            page = await list_conversations(
                 self._database, user_id, limit=limit, skip=skip, before=before, search=search
             )
-        return [_conversation(row) for row in rows]
+        conversations = [_conversation(row) for row in page.rows]
+        return ListedConversations(conversations, page.next_place, page.is_searched_to_its_end)
 
     async def update(self, user_id: str, conversation_id: UUID, changes: Mapping[str, str | None]) -> Conversation:
         """Set what `changes` has of title, system_prompt and metadata (JSON). Raises NotFound."""

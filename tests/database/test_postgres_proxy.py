@@ -32,7 +32,8 @@ async def connection(proxy: PostgresProxy) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def list_conversations(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-    sql, arguments, _ = bind("list_conversations", user_id="somebody", conversations_max=10, skip=0, search=None)
+    options = {"conversations_max": 10, "skip": 0, "search": None, "looked_at_max": 10, "bytes_max": 2**21}
+    sql, arguments, _ = bind("list_conversations", user_id="somebody", **options)
     return await connection.fetch(sql, *arguments)
 
 
