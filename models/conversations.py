@@ -10,7 +10,7 @@ from uuid import UUID
 
 import asyncpg
 
-from anynode.models.database import Database, Unavailable
+from anynode.models.database import READ_BYTES_MAX, Database, Unavailable
 from anynode.models.queries import bind
 from anynode.models.usage import run_within_quota
 
@@ -20,25 +20,35 @@ DELETE_SECONDS_MAX: Final = 10.0  # a conversation may have a million messages
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A conversation at one instant; `messages` are rows with the fields of a message, oldest first."""
+    """A conversation at one instant; `messages` are rows with the fields of a message, oldest first. `has_older`: there
+    are older messages, which are left out."""
 
     seq: int
     running_turn_id: UUID | None
     running_text: str
     messages: Sequence[asyncpg.Record]
+    has_older: bool = False
 
 
 async def read_snapshot(
     database: Database, user_id: str, conversation_id: UUID, *, messages_max: int
 ) -> Snapshot | None:
-    """Read the newest messages and the running turn. None: not this user's conversation. Raises Unavailable."""
-    snapshot = bind("snapshot", user_id=user_id, conversation_id=conversation_id, messages_max=messages_max)
+    """Read the newest messages, at most `messages_max` and 2 MiB, and the running turn. None: not this user's
+    conversation. Raises Unavailable."""
+    snapshot = bind(
+        "snapshot",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        messages_max=messages_max,
+        bytes_max=READ_BYTES_MAX,
+    )
     rows = await database.run(snapshot)
     if not rows:
         return None
     head = rows[0]
     messages = [row for row in rows if row["id"] is not None]
-    return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages)
+    has_older = bool(messages) and messages[0]["position"] > 1
+    return Snapshot(head["seq"], head["running_turn_id"], head["running_text"] or "", messages, has_older)
 
 
 async def create_conversation(
@@ -129,28 +139,6 @@ async def read_conversation(database: Database, user_id: str, conversation_id: U
     """Return the row of a conversation. None: not this user's conversation. Raises Unavailable."""
     rows = await database.run(bind("read_conversation", user_id=user_id, conversation_id=conversation_id))
     return rows[0] if rows else None
-
-
-async def list_conversations(
-    database: Database,
-    user_id: str,
-    *,
-    limit: int,
-    skip: int = 0,
-    before: tuple[datetime, UUID] | None = None,
-    search: str | None = None,
-) -> Sequence[asyncpg.Record]:
-    """Return rows of conversations, newest activity first, from the top or from a place (updated_at, id) on.
-
-    The first `skip` are left out. With `search`, only those are listed whose titles contain it, in upper or lower case.
-    Raises Unavailable.
-    """
-    arguments = {"user_id": user_id, "conversations_max": limit, "skip": skip, "search": search}
-    if before is None:
-        return await database.run(bind("list_conversations", **arguments))
-    updated_at, id = before
-    place = bind("list_conversations_before", before_updated_at=updated_at, before_id=id, **arguments)
-    return await database.run(place)
 
 
 def _bytes_of(*texts: str | None) -> int:

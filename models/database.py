@@ -1,8 +1,13 @@
 """The connections to Postgres: time-outs that hold, and repetition of statements that a broken connection left unknown.
 
-A pool serves requests. The journal, the beat and the watch have one connection each, so that a crowd of requests cannot
-keep a running turn from being committed, its lease from being renewed, or other nodes from being heard. A connection is
-opened when it is needed. Whether a pooler stands in between is found out before the first statement.
+A pool serves requests, and each user has a share of it. The journal, the beat and the watch have one connection each,
+so that a crowd of requests cannot keep a running turn from being committed, its lease from being renewed, or other
+nodes from being heard. A connection is opened when it is needed. Whether a pooler stands in between is found out before
+the first statement.
+
+A statement of the pool whose caller is cancelled runs to its end, within the time of its attempt, and gives its
+connection and its part of the share back. Clients can ask and go a hundred times a second, and a new connection costs
+Postgres a new process. A statement that still waits for a connection then is not sent.
 """
 
 from __future__ import annotations
@@ -17,9 +22,11 @@ import asyncpg
 
 from anynode.models.postgres_errors import describe
 from anynode.models.queries import Bound
+from anynode.models.shares import Shares, share_of
 
 ATTEMPT_SECONDS_MAX = 10.0  # one attempt; a stalled server is given up by then and its connection closed
 CONTACT_SECONDS_MAX = 5.0
+READ_BYTES_MAX = 2_097_152  # of content in what a client can cause to be read at once, and two rows at least
 _BACKOFF_SECONDS = (0.02, 0.5)  # the first and the longest wait between attempts
 _OPTIONS: dict[str, Any] = {"timeout": 5.0, "server_settings": {"application_name": "anynode"}}
 
@@ -93,10 +100,16 @@ class Line(Protocol):
     """A connection, or a pool of them, on which statements run."""
 
     async def run(
-        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+        self,
+        sql: str,
+        arguments: Sequence[Any],
+        seconds: float,
+        on_sent: Callable[[], object] = _nothing,
+        user_id: str | None = None,
     ) -> list[asyncpg.Record]:
         """Run one statement. After `seconds` it has ended, or its connection is closed. `on_sent` is called when a
-        connection is there for it."""
+        connection is there for it. A statement with a `user_id` counts towards this user's share of the connections,
+        and waits for it within `seconds`."""
 
     async def close(self) -> None:
         """Close its connections; the owner bounds how long that may take."""
@@ -126,7 +139,7 @@ class Database:
         source = _Source(normalise_url(url), check, is_pooled=says_pooled(url) or None)
         pool = await asyncpg.create_pool(connect=source.connect, min_size=0, max_size=pool_max, reset=_keep)
         singles = [_SingleLine(source) for _ in ("journal", "beat", "watch")]
-        return cls(source, _PoolLine(pool), *singles)
+        return cls(source, _PoolLine(pool, share_of(pool_max)), *singles)
 
     async def contact(self, *lines: str) -> None:
         """Run the check and open a connection on each of `lines` now (on all, where none is named), before the first
@@ -176,16 +189,17 @@ class Database:
 
         An attempt is given up after `attempt_seconds`, and its connection is closed. The outcome of a failed attempt is
         unknown, so the statement must be one that may be repeated. `on_sent` is called before each attempt, when a
-        connection is there for it. `line` is the connection, or pool of connections, to use.
+        connection is there for it. `line` is the connection, or pool of connections, to use. In the pool, the
+        statements of one user use at most the user's share of the connections at once; others of the user wait.
         """
-        sql, arguments = statement
+        sql, arguments, user_id = statement
         now = asyncio.get_running_loop().time
         deadline = now() + within_seconds
         pause = _BACKOFF_SECONDS[0]
         while True:
             try:
                 seconds = min(deadline - now(), attempt_seconds)
-                return await self._lines[line].run(sql, arguments, seconds, on_sent)
+                return await self._lines[line].run(sql, arguments, seconds, on_sent, user_id)
             except _AWAY as error:
                 if deadline - now() <= pause:
                     raise _unavailable(error) from error
@@ -247,21 +261,71 @@ class _Source:
 
 
 class _PoolLine:
-    """Many statements at once."""
+    """Many statements at once, each in a task of its own, which goes on where its caller is cancelled."""
 
-    def __init__(self, pool: asyncpg.Pool) -> None:
+    def __init__(self, pool: asyncpg.Pool, share_max: int) -> None:
         self._pool = pool
+        self._shares = Shares(share_max)
+        self._loop = asyncio.get_running_loop()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(
-        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+        self,
+        sql: str,
+        arguments: Sequence[Any],
+        seconds: float,
+        on_sent: Callable[[], object] = _nothing,
+        user_id: str | None = None,
     ) -> list[asyncpg.Record]:
-        async with asyncio.timeout(seconds):
-            connection = await self._pool.acquire()
+        deadline = self._loop.time() + seconds
+        if user_id is not None and not self._shares.take_now(user_id):
             try:
-                on_sent()
-                return await _fetch(connection, sql, arguments)
-            finally:
-                await self._pool.release(connection)
+                async with asyncio.timeout_at(deadline):
+                    await self._shares.wait(user_id)
+            except TimeoutError:
+                raise TimeoutError("other statements of this user are in its way") from None
+        # Only this future is cancelled with the caller: asyncpg would end a statement that is cancelled, and with it
+        # the connection. A future costs less than asyncio.shield.
+        answered: asyncio.Future[list[asyncpg.Record]] = self._loop.create_future()
+        task = self._loop.create_task(self._answer(answered, sql, arguments, deadline, on_sent, user_id))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await answered
+        finally:
+            del answered  # this frame is in the traceback of its error: a cycle that the garbage collector would free
+
+    async def _answer(
+        self,
+        answered: asyncio.Future[list[asyncpg.Record]],
+        sql: str,
+        arguments: Sequence[Any],
+        deadline: float,
+        on_sent: Callable[[], object],
+        user_id: str | None,
+    ) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                connection = await self._pool.acquire()
+                try:
+                    if answered.done():
+                        return  # nobody waits for it any more, and it has not been sent
+                    on_sent()
+                    rows = await _fetch(connection, sql, arguments)
+                finally:
+                    await self._pool.release(connection)
+            if not answered.done():
+                answered.set_result(rows)
+        except asyncio.CancelledError:  # the process ends
+            answered.cancel()
+            raise
+        except BaseException as error:  # noqa: BLE001  (it is the caller's)
+            if not answered.done():
+                answered.set_exception(error)
+        finally:
+            del answered  # as in `run`
+            if user_id is not None:
+                self._shares.give(user_id)
 
     async def close(self) -> None:
         await self._pool.close()
@@ -279,7 +343,12 @@ class _SingleLine:
         self._lock = asyncio.Lock()
 
     async def run(
-        self, sql: str, arguments: Sequence[Any], seconds: float, on_sent: Callable[[], object] = _nothing
+        self,
+        sql: str,
+        arguments: Sequence[Any],
+        seconds: float,
+        on_sent: Callable[[], object] = _nothing,
+        user_id: str | None = None,
     ) -> list[asyncpg.Record]:
         async with asyncio.timeout(seconds), self._lock:
             if self._connection is None or self._connection.is_closed():

@@ -11,7 +11,7 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
-from anynode.models.database import Database
+from anynode.models.database import READ_BYTES_MAX, Database
 from anynode.models.queries import Bound, bind
 
 DELTA = "turn.delta"
@@ -138,7 +138,7 @@ class Reading:
 
     events: list[Event]
     is_broken: bool
-    is_complete: bool  # nothing committed was left out for the limit
+    is_complete: bool  # nothing committed was left out for the limits
     is_running: bool  # a turn is not over yet
     has_lapsed: bool = False  # … but its lease is
 
@@ -146,11 +146,19 @@ class Reading:
 async def read_events(
     database: Database, user_id: str, conversation_id: UUID, after: int, *, limit: int
 ) -> Reading | None:
-    """Read at most `limit` events with a seq greater than `after`. None: not this user's conversation.
+    """Read at most about `limit` events with a seq greater than `after`, up to the one whose payload fills 2 MiB. None:
+    not this user's conversation.
 
     Raises Unavailable.
     """
-    journal = bind("read_events", user_id=user_id, conversation_id=conversation_id, cursor=after, events_max=limit + 1)
+    journal = bind(
+        "read_events",
+        user_id=user_id,
+        conversation_id=conversation_id,
+        cursor=after,
+        events_max=limit + 1,
+        bytes_max=READ_BYTES_MAX,
+    )
     rows = await database.run(journal)
     return _reading(rows, after, limit) if rows else None
 
@@ -160,13 +168,15 @@ async def read_running(
 ) -> dict[UUID, Reading]:
     """Read the journals of many conversations (id → cursor), of any users, in one statement; see `read_events`.
 
-    Raises Unavailable.
+    At most about `limit` events of each, and 2 MiB as they are stored; an event that is larger than its part of them is
+    the only one, or waits for the next reading. Raises Unavailable.
     """
     journals = bind(
         "read_running",
         conversation_ids=[str(conversation_id) for conversation_id in cursors],
         cursors=list(cursors.values()),
         events_max=limit + 1,
+        payload_bytes_max=READ_BYTES_MAX // (limit + 1),
     )
     rows = await database.run(journals, within_seconds=within_seconds, line="watch")
     by_number: dict[int, list[asyncpg.Record]] = {}
@@ -181,12 +191,18 @@ async def read_running(
 def _reading(rows: Sequence[asyncpg.Record], after: int, limit: int) -> Reading:
     found = [row for row in rows if row["seq"] is not None]
     events = [Event(row["seq"], row["type"], row["turn_id"], row["payload"]) for row in found if row["seq"] > after]
+    is_whole = len(found) <= limit and (not found or (found[-1].get("bytes") or 0) < READ_BYTES_MAX)
+    for number, event in enumerate(events):
+        if event.payload is None:  # it is too large to be read with those before it
+            is_whole = False
+            del events[number:]
+            break
     if events:
         is_broken = any(event.seq != seq for seq, event in enumerate(events, after + 1))
     else:
         is_broken = not found and after != rows[0]["last_seq"]
     has_lapsed = rows[0].get("has_lapsed", False)
-    return Reading(events, is_broken, len(found) <= limit, rows[0]["is_running"], has_lapsed)
+    return Reading(events, is_broken, is_whole, rows[0]["is_running"], has_lapsed)
 
 
 def delta_payload(text: str) -> str:

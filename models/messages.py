@@ -11,12 +11,11 @@ from uuid import UUID
 import asyncpg
 import msgspec
 
-from anynode.models.database import Database
+from anynode.models.database import READ_BYTES_MAX, Database
 from anynode.models.queries import bind
 from anynode.models.rules import Tail
 from anynode.models.usage import run_within_quota
 
-PAGE_BYTES_MAX: Final = 2_097_152  # of content; a page is encoded at once
 MOVED_TIMES_MAX: Final = 20  # how often others may be faster before an append gives up
 
 
@@ -122,8 +121,10 @@ async def read_messages(
     before: UUID | None,
     with_superseded: bool = True,
 ) -> Page | None:
-    """Read the newest messages, or the newest before one of them: at most `limit`, and no more than 2 MiB. None: not
-    this user's conversation, or there is no such message in it. Raises Unavailable."""
+    """Read the newest messages, or the newest before one of them: at most `limit`, and 2 MiB of content and calls.
+
+    None: not this user's conversation, or there is no such message in it. Raises Unavailable.
+    """
     newest = bind(
         "read_messages",
         user_id=user_id,
@@ -131,7 +132,7 @@ async def read_messages(
         before=before,
         messages_max=limit + (1 if before is None else 2),
         with_superseded=with_superseded,
-        bytes_max=PAGE_BYTES_MAX,
+        bytes_max=READ_BYTES_MAX,
     )
     rows = await database.run(newest, within_seconds=10.0)
     if not rows:
@@ -143,7 +144,7 @@ async def read_messages(
             return None
         newer = found.pop(0)
     # One more than there may be, by number or by bytes, is the one before the page.
-    is_more = len(found) > limit or (len(found) > 1 and found[-1]["bytes"] > PAGE_BYTES_MAX)
+    is_more = len(found) > limit or (len(found) > 1 and found[-1]["bytes"] > READ_BYTES_MAX)
     older = found.pop() if is_more else None
     is_first = older is None and (not found or found[-1]["position"] == 1)
     return Page(found[::-1], is_first, older, newer, rows[0]["system_prompt"])

@@ -40,10 +40,12 @@ _TOKEN = re.compile(
 
 
 class Bound(NamedTuple):
-    """A statement and its arguments, in the order of $1, $2 …"""
+    """A statement and its arguments, in the order of $1, $2 … `user_id` is the user for whom it runs: the argument of
+    that name, None for a statement that is no single user's."""
 
     sql: str
     arguments: tuple[Any, ...]
+    user_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,7 @@ def bind(name: str, /, **arguments: Any) -> Bound:
     # Each parameter was found, so an equal number of arguments means that there is no other.
     if not len(values) == len(arguments) == len(statement.parameters):
         raise TypeError(_mismatch(statement, arguments))
-    return Bound(statement.sql, values)
+    return Bound(statement.sql, values, arguments.get("user_id"))
 
 
 @cache

@@ -118,21 +118,31 @@ SELECT :turn_id::uuid AS turn_id WHERE NOT EXISTS (SELECT FROM owned);
 SELECT id, epoch, status FROM turns WHERE id = ANY (:turn_ids::uuid[]);
 
 -- name: read_events
--- Read the journal from a cursor on, the cursor's own event included. One row with a null seq: there is no such event.
-SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running
+-- Read the journal from a cursor on, the cursor's own event included, without its payload. One row with a null seq: there
+-- is no such event. There are at most `events_max`; the last one is the one whose payload fills `bytes_max`, if one does.
+-- `bytes` are those of the payloads up to and with the event. The text of a payload is made once, to be counted and sent.
+SELECT c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, e.bytes, t.id IS NOT NULL AS is_running
 FROM conversations c
 LEFT JOIN turns t ON t.conversation_id = c.id AND t.status = 'running'
 LEFT JOIN LATERAL (
-    SELECT seq, turn_id, type, payload FROM events
-    WHERE conversation_id = c.id AND seq >= :cursor ORDER BY seq LIMIT :events_max
+    SELECT * FROM (
+        SELECT *, sum(octet_length(payload)) OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING) AS bytes
+        FROM (
+            SELECT seq, turn_id, type, CASE WHEN seq > :cursor THEN payload::text ELSE '' END AS payload FROM events
+            WHERE conversation_id = c.id AND seq >= :cursor ORDER BY seq LIMIT :events_max
+        ) next
+    ) counted
+    WHERE bytes - octet_length(payload) < :bytes_max
 ) e ON true
 WHERE c.id = :conversation_id AND c.user_id = :user_id
 ORDER BY e.seq;
 
 -- name: read_running
 -- Read the journals of many conversations in which turns run on other nodes, each from its cursor on as `read_events`
--- does, and whether the lease of the running turn has run out. Each conversation and turn is looked up (LIMIT 1) for
--- the reason that `append_events` gives.
+-- does, and whether the lease of the running turn has run out. A payload that takes more than `payload_bytes_max` as it
+-- is stored is only there for the first new event, so that `events_max` bounds the bytes too: a sum over the events, as
+-- `read_events` has it, would cost a fifth more, twenty times a second. Each conversation and turn is looked up
+-- (LIMIT 1) for the reason that `append_events` gives.
 SELECT w.number, c.last_seq, e.seq, e.turn_id::text AS turn_id, e.type, e.payload, t.id IS NOT NULL AS is_running,
        coalesce(t.lease_expires_at < clock_timestamp(), false) AS has_lapsed
 FROM unnest(:conversation_ids::text[]::uuid[], :cursors::bigint[])
@@ -142,8 +152,10 @@ LEFT JOIN LATERAL (
     SELECT id, lease_expires_at FROM turns WHERE conversation_id = w.conversation_id AND status = 'running' LIMIT 1
 ) t ON true
 LEFT JOIN LATERAL (
-    SELECT seq, turn_id, type, payload FROM events
-    WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT :events_max
+    SELECT seq, turn_id, type,
+           CASE WHEN seq = w.cursor + 1 OR (seq > w.cursor AND pg_column_size(payload) <= :payload_bytes_max)
+                THEN payload END AS payload
+    FROM events WHERE conversation_id = w.conversation_id AND seq >= w.cursor ORDER BY seq LIMIT :events_max
 ) e ON true
 ORDER BY w.number, e.seq;
 
@@ -173,7 +185,9 @@ FROM (
 ) revoked;
 
 -- name: snapshot
--- Read the newest messages, the running turn with its text so far, and the cursor, all of one instant.
+-- Read the newest messages, the running turn with its text so far, and the cursor, all of one instant. There are at most
+-- `messages_max` messages, and from the third on no more than `bytes_max` of content and calls. Positions begin with 1,
+-- so the oldest of them says whether there are others.
 WITH conversation AS (
     SELECT c.id, c.last_seq FROM conversations c WHERE c.id = :conversation_id AND c.user_id = :user_id
 ), running AS (
@@ -184,14 +198,19 @@ WITH conversation AS (
     FROM running r JOIN events e ON e.conversation_id = r.conversation_id AND e.seq >= r.first_seq
 ), newest AS (
     SELECT m.* FROM conversation c CROSS JOIN LATERAL (
-        SELECT * FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT :messages_max
+        SELECT *, sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)) OVER newest_first AS bytes,
+               row_number() OVER newest_first AS number
+        FROM (SELECT * FROM messages WHERE conversation_id = c.id ORDER BY position DESC LIMIT :messages_max) latest
+        WINDOW newest_first AS (ORDER BY position DESC ROWS UNBOUNDED PRECEDING)
     ) m
+    WHERE bytes <= :bytes_max OR number <= 2
 )
 SELECT greatest(c.last_seq, (SELECT max(seq) FROM said)) AS seq, (SELECT id FROM running) AS running_turn_id,
        (SELECT string_agg(text, '' ORDER BY seq) FROM said
         WHERE type IN ('turn.delta', 'turn.restarted')
           AND seq >= coalesce((SELECT max(seq) FROM said WHERE type = 'turn.restarted'), 0)) AS running_text,
-       m.id, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status, m.turn_id, m.created_at
+       m.id, m.position, m.role, m.content, m.tool_calls, m.tool_name, m.tool_call_id, m.status, m.turn_id,
+       m.created_at
 FROM conversation c LEFT JOIN newest m ON true
 ORDER BY m.position;
 
@@ -248,17 +267,68 @@ SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, upda
 WHERE id = :conversation_id AND user_id = :user_id;
 
 -- name: list_conversations
--- List a user's conversations, newest activity first: those whose titles contain a text, or all (null).
-SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-WHERE user_id = :user_id AND (:search::text IS NULL OR strpos(lower(title), lower(:search)) > 0)
-ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip;
+-- List a user's conversations, newest activity first: those whose titles contain a text, or all (null). The newest
+-- `looked_at_max` are looked at. Where a search finds fewer than `conversations_max` in as many titles, the last row is
+-- not listed, and is the place of the last title. `bytes` are those of the prompts and metadata up to and with the row;
+-- the row that fills `bytes_max` is the last one.
+WITH found AS MATERIALIZED (
+    SELECT * FROM (
+        SELECT *, sum(own_bytes) OVER (ORDER BY updated_at DESC, id DESC ROWS UNBOUNDED PRECEDING) AS bytes
+        FROM (
+            SELECT *, coalesce(octet_length(system_prompt), 0) + octet_length(metadata::text) AS own_bytes
+            FROM (
+                SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+                WHERE user_id = :user_id
+                ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
+            ) looked_at
+            WHERE :search::text IS NULL OR strpos(lower(title), lower(:search)) > 0
+            ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip
+        ) matching
+    ) counted
+    WHERE bytes - own_bytes < :bytes_max
+)
+SELECT true AS is_listed, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at, bytes
+FROM found
+UNION ALL
+SELECT false, id, NULL, NULL, NULL, NULL, NULL, NULL, updated_at, NULL
+FROM (
+    SELECT id, updated_at FROM conversations
+    WHERE user_id = :user_id
+    ORDER BY updated_at DESC, id DESC OFFSET :looked_at_max::bigint - 1 LIMIT 1
+) last_looked_at
+WHERE :search IS NOT NULL AND (SELECT count(*) FROM found) < :conversations_max
+ORDER BY is_listed DESC, updated_at DESC, id DESC;
 
 -- name: list_conversations_before
--- List a user's conversations from a place in the list on. It is as fast far down as at the top.
-SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-WHERE user_id = :user_id AND (:search::text IS NULL OR strpos(lower(title), lower(:search)) > 0)
-    AND (updated_at, id) < (:before_updated_at, :before_id)
-ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip;
+-- List a user's conversations as `list_conversations` does, from a place in the list on. It is as fast far down as at
+-- the top.
+WITH found AS MATERIALIZED (
+    SELECT * FROM (
+        SELECT *, sum(own_bytes) OVER (ORDER BY updated_at DESC, id DESC ROWS UNBOUNDED PRECEDING) AS bytes
+        FROM (
+            SELECT *, coalesce(octet_length(system_prompt), 0) + octet_length(metadata::text) AS own_bytes
+            FROM (
+                SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+                WHERE user_id = :user_id AND (updated_at, id) < (:before_updated_at, :before_id)
+                ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
+            ) looked_at
+            WHERE :search::text IS NULL OR strpos(lower(title), lower(:search)) > 0
+            ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip
+        ) matching
+    ) counted
+    WHERE bytes - own_bytes < :bytes_max
+)
+SELECT true AS is_listed, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at, bytes
+FROM found
+UNION ALL
+SELECT false, id, NULL, NULL, NULL, NULL, NULL, NULL, updated_at, NULL
+FROM (
+    SELECT id, updated_at FROM conversations
+    WHERE user_id = :user_id AND (updated_at, id) < (:before_updated_at, :before_id)
+    ORDER BY updated_at DESC, id DESC OFFSET :looked_at_max::bigint - 1 LIMIT 1
+) last_looked_at
+WHERE :search IS NOT NULL AND (SELECT count(*) FROM found) < :conversations_max
+ORDER BY is_listed DESC, updated_at DESC, id DESC;
 
 -- name: update_conversation
 -- Set each field whose flag is true, if the user may store it: else the limit is named. `updated_at` stays: it is the
@@ -304,12 +374,13 @@ SELECT * FROM anynode_append_messages(:user_id, :conversation_id, :position, :cr
 
 -- name: read_messages
 -- Read the newest messages up to one of them (`before`, itself included; null: up to the end), newest first. There are
--- at most `messages_max`, and from the third on no more than `bytes_max` of content. One row with a null id: there are
--- none. No row: not the user's conversation.
+-- at most `messages_max`, and from the third on no more than `bytes_max` of content and calls. One row with a null id:
+-- there are none. No row: not the user's conversation.
 SELECT c.system_prompt, m.*
 FROM conversations c LEFT JOIN LATERAL (
     SELECT * FROM (
-        SELECT *, sum(octet_length(content)) OVER newest_first AS bytes, row_number() OVER newest_first AS number
+        SELECT *, sum(octet_length(content) + coalesce(octet_length(tool_calls::text), 0)) OVER newest_first AS bytes,
+               row_number() OVER newest_first AS number
         FROM (
             SELECT id, client_id, position, role, content, tool_calls, tool_name, tool_call_id, status, turn_id,
                    created_at
@@ -319,7 +390,7 @@ FROM conversations c LEFT JOIN LATERAL (
                     (SELECT position FROM messages WHERE id = :before AND conversation_id = c.id) END, 0)
             ORDER BY position DESC LIMIT :messages_max
         ) newest
-        WINDOW newest_first AS (ORDER BY position DESC)
+        WINDOW newest_first AS (ORDER BY position DESC ROWS UNBOUNDED PRECEDING)
     ) counted
     WHERE bytes <= :bytes_max OR number <= 2
 ) m ON true
@@ -386,16 +457,18 @@ FROM conversations c CROSS JOIN LATERAL anynode_read_history(c.id, :messages_max
 
 -- name: request_cancel
 -- Ask the node that runs a turn (null: the running one) to stop it. No row: not the user's conversation. A null id: it
--- has no such turn.
+-- has no such turn. `last_seq` is the conversation's last seq at this instant, if the turn runs: its end comes later.
 WITH turn AS (
-    SELECT t.id FROM conversations c
+    SELECT t.id, t.status, c.id AS conversation_id, c.last_seq FROM conversations c
     LEFT JOIN turns t ON t.conversation_id = c.id AND (t.id = :turn_id OR (:turn_id IS NULL AND t.status = 'running'))
     WHERE c.id = :conversation_id AND c.user_id = :user_id
 ), asked AS (
     UPDATE turns t SET cancel_requested_at = coalesce(t.cancel_requested_at, clock_timestamp())
     FROM turn WHERE t.id = turn.id AND t.status = 'running'
 )
-SELECT id FROM turn;
+SELECT id, CASE WHEN status = 'running' THEN
+    greatest(last_seq, (SELECT max(seq) FROM events WHERE conversation_id = turn.conversation_id)) END AS last_seq
+FROM turn;
 
 -- name: delete_expired_events
 -- Delete the events of at most `turns_max` turns that ended long enough ago.

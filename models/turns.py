@@ -43,6 +43,15 @@ class TakenTurn:
 
 
 @dataclass(frozen=True, slots=True)
+class CancelRequest:
+    """The turn that was asked to stop, None where there is none. `last_seq` is the last seq of the conversation's
+    journal at an instant at which the turn ran: its end comes later. None: it had ended already."""
+
+    turn_id: UUID | None
+    last_seq: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class News:
     """The findings of a watch: turns of this node `to_cancel`, conversations (id → last seq) in which turns have
     `begun` or that were deleted, revocations (hash of the user's id → not before), and the `horizon` from which the
@@ -137,12 +146,12 @@ async def take_over(
 
 async def request_cancel(
     database: Database, user_id: str, conversation_id: UUID, turn_id: UUID | None
-) -> list[UUID | None]:
-    """Ask for a turn to be stopped (None: the running one). Returns a list with its id, or with None where there is no
-    such turn. An empty list: not this user's conversation. Raises Unavailable."""
+) -> CancelRequest | None:
+    """Ask for a turn to be stopped (None: the running one). Returns None where it is not this user's conversation.
+    Raises Unavailable."""
     asked = bind("request_cancel", user_id=user_id, conversation_id=conversation_id, turn_id=turn_id)
     rows = await database.run(asked)
-    return [row["id"] for row in rows]
+    return CancelRequest(rows[0]["id"], rows[0]["last_seq"]) if rows else None
 
 
 async def delete_expired_events(database: Database, *, retention_seconds: float, limit: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, assert_never
 from uuid import UUID
 
+from anynode.models.events import Event
 from anynode.server.engine.admission import Admitted
 from anynode.server.engine.conversations import Snapshot
 from anynode.server.errors import ClientError, CloseCode, DatabaseUnavailable, InternalError, RateLimited, Unauthorized
@@ -32,6 +34,7 @@ from anynode.server.protocol.frames import (
 )
 from anynode.server.transport.connection import FOLLOWS_MAX, Connection
 from anynode.server.transport.failures import show_to_end
+from anynode.server.transport.long_frames import encode_update
 
 logger = logging.getLogger("anynode.websocket")
 
@@ -139,20 +142,30 @@ class AnynodeConnection(Connection):
     async def _send_updates(
         self, conversation_id: UUID, after: int | None, is_own: bool, request_id: str | None
     ) -> None:
-        shown_id = str(conversation_id)
         following = self._node.follows.keep_following(self._user_id, conversation_id, after, is_own=is_own)
         async with aclosing(following) as updates:
             async for update in updates:
                 if isinstance(update, DatabaseUnavailable):
-                    await self._send(error_frame(update, request_id))
-                elif isinstance(update, Snapshot):
-                    await self._send(snapshot_frame(conversation_id, update))
+                    frames = [error_frame(update, request_id)]
                 else:
-                    for frame in event_frames(shown_id, update):
-                        await self._send(frame)
+                    frames = await encode_update(update, _frames, conversation_id)
+                del update  # a follower that waits keeps nothing of what it was shown
+                for frame in frames:
+                    await self._send(frame)
+                del frames, frame
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self._follows.clear()
 
     async def _say_last_words(self, request_id: str | None, error: ClientError) -> None:
         if isinstance(error, InternalError):
             self.close_soon(CloseCode.INTERNAL, "internal error")
         else:
             await self._send(error_frame(error, request_id))
+
+
+def _frames(conversation_id: UUID, update: Snapshot | Sequence[Event]) -> list[str]:
+    if isinstance(update, Snapshot):
+        return [snapshot_frame(conversation_id, update)]
+    return event_frames(conversation_id, update)

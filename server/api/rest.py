@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -14,6 +14,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.types import ASGIApp
 
+from anynode.models.events import Event
+from anynode.models.listing import Place
 from anynode.models.text import is_storable
 from anynode.server.api.export import exported
 from anynode.server.engine.admission import Admitted, new_message_id
@@ -22,6 +24,7 @@ from anynode.server.engine.node import Node
 from anynode.server.engine.turn_reader import TurnRef
 from anynode.server.errors import ClientError, DatabaseUnavailable, InvalidFrame, Problem
 from anynode.server.protocol.bodies import (
+    SKIP_MAX,
     Appended,
     Body,
     Cancel,
@@ -29,7 +32,6 @@ from anynode.server.protocol.bodies import (
     Chat,
     ChatAnswer,
     Continue,
-    Conversation,
     ConversationChanges,
     Conversations,
     ConversationsQuery,
@@ -47,6 +49,7 @@ from anynode.server.protocol.encoding import encode, error_frame, message_of, nu
 from anynode.server.protocol.frames import SEQ_MAX, Heartbeat, MessageSend, TurnRegenerate
 from anynode.server.settings import Settings
 from anynode.server.transport.http import AnyApiRequest, ApiRequest, no_content, refusal, reply
+from anynode.server.transport.long_frames import encode_rows, encode_update
 from anynode.server.transport.sessions import Sessions
 from anynode.server.transport.sse import EventStream, sse_data
 from anynode.server.transport.turn_end import answer_of
@@ -92,12 +95,13 @@ class Rest:
         search = None if request.query.search is UNSET else request.query.search
         if search is not None and not is_storable(search):
             raise InvalidFrame(problems=[Problem("query.search", "has a NUL")])
-        found = await self._node.conversations.list(
-            request.user_id, limit=limit + 1, skip=skip, before=place, search=search
-        )
-        listed, is_more = found[:limit], len(found) > limit
-        next_skip = skip + limit if is_more and place is None else None
-        return reply(Conversations(listed, next_skip, _mark(listed[-1]) if is_more else None))
+        page = await self._node.conversations.list(request.user_id, limit=limit, skip=skip, before=place, search=search)
+        next_before = None if page.next_place is None else _mark(page.next_place)
+        next_skip = skip + len(page.conversations)
+        can_skip = page.next_place is not None and page.is_searched_to_its_end
+        if not can_skip or place is not None or next_skip > SKIP_MAX:
+            return reply(Conversations(page.conversations, None, next_before))
+        return reply(Conversations(page.conversations, next_skip, next_before))
 
     async def read(self, request: AnyApiRequest) -> ASGIApp:
         """`GET /conversations/{conversation_id}`."""
@@ -133,8 +137,11 @@ class Rest:
         next_before = None if page.is_first else page.messages[0]["id"]
         headers = {} if next_before is None else {"Link": _link(request, limit, next_before)}
         if is_export:
-            return reply(exported(page), headers=headers)
-        return reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers)
+            return await encode_rows(page.messages, lambda: reply(exported(page), headers=headers))
+        return await encode_rows(
+            page.messages,
+            lambda: reply(Messages([message_of(row) for row in page.messages], next_before), headers=headers),
+        )
 
     async def append(self, request: AnyApiRequest) -> ASGIApp:
         """`POST /conversations/{conversation_id}/messages`."""
@@ -222,12 +229,12 @@ class Rest:
         async with aclosing(following) as updates:
             async for update in updates:
                 if isinstance(update, DatabaseUnavailable):
-                    yield sse_data(error_frame(DatabaseUnavailable(), None))
-                elif isinstance(update, Snapshot):
-                    yield sse_data(snapshot_frame(conversation_id, update), id=update.seq)
+                    piece = sse_data(error_frame(DatabaseUnavailable(), None))
                 else:
-                    frames = numbered_frames(conversation_id, update)
-                    yield b"".join(sse_data(frame, id=seq) for seq, frame in frames)
+                    piece = await encode_update(update, _piece, conversation_id)
+                del update
+                yield piece
+                del piece
 
     async def _answer(
         self,
@@ -249,6 +256,13 @@ class Rest:
         return stored_fields(body, system_prompt_bytes_max=self._settings.message_bytes_max)
 
 
+def _piece(conversation_id: UUID, update: Snapshot | Sequence[Event]) -> bytes:
+    """Return the frames of an update, each with its seq as `id`."""
+    if isinstance(update, Snapshot):
+        return sse_data(snapshot_frame(conversation_id, update), id=update.seq)
+    return b"".join(sse_data(frame, id=seq) for seq, frame in numbered_frames(conversation_id, update))
+
+
 def _started(admitted: Admitted) -> ASGIApp:
     turn = admitted.turn
     after = None if turn.first_seq is None else turn.first_seq - 1
@@ -265,11 +279,12 @@ def _link(request: ApiRequest[MessagesQuery, None], limit: int, before: UUID) ->
 # A mark is a place in the list of conversations, behind which the next page begins: microseconds, a dot, and an id.
 
 
-def _mark(conversation: Conversation) -> str:
-    return f"{(conversation.updated_at - _EPOCH) // timedelta(microseconds=1)}.{conversation.id}"
+def _mark(place: Place) -> str:
+    updated_at, id = place
+    return f"{(updated_at - _EPOCH) // timedelta(microseconds=1)}.{id}"
 
 
-def _place(mark: str) -> tuple[datetime, UUID]:
+def _place(mark: str) -> Place:
     time, _, id = mark.partition(".")
     try:
         if not (time.isascii() and time.isdigit() and len(time) <= MARK_DIGITS_MAX):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, TypedDict
 
 import msgspec
 
@@ -21,6 +21,14 @@ from anynode.server.protocol.encoding import encode, tool_calls_of
 from anynode.server.protocol.frames import NOT_BLANK, Message, MessageSend, TurnRegenerate
 
 TITLE_LENGTH: Final = 80
+
+
+class AdmissionTerms(TypedDict):
+    """What every admission by this node has in common."""
+
+    node: str
+    lease_seconds: float
+    history_messages_max: int
 
 
 @dataclass(frozen=True, slots=True)

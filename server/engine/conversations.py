@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -14,22 +15,33 @@ from anynode.models.conversations import (
     Snapshot,
     create_conversation,
     get_or_create_conversation,
-    list_conversations,
     read_conversation,
     update_conversation,
 )
 from anynode.models.database import Database
 from anynode.models.ids import as_uuid, uuid7
-from anynode.models.messages import Page, read_messages
+from anynode.models.listing import Place, list_conversations
+from anynode.models.messages import Page, append_messages, read_messages
 from anynode.models.turns import TurnRef, find_turn, read_usage
+from anynode.server.engine.admission import appended_of
 from anynode.server.engine.postgres_errors import over_quota_as_client_error, unavailable_as_client_error
 from anynode.server.engine.user_limits import limits_in_force
-from anynode.server.errors import NotFound
+from anynode.server.errors import ConversationBusy, NotFound
 from anynode.server.limits import UserLimits
-from anynode.server.protocol.bodies import Conversation
+from anynode.server.protocol.bodies import AnyPostedMessage, Conversation
+from anynode.server.protocol.frames import Message
 from anynode.server.settings import Settings
 
 __all__ = ["Chat", "ChatEnd", "Conversations", "Page", "Sent", "Snapshot", "TurnRef"]
+
+
+@dataclass(frozen=True, slots=True)
+class ListedConversations:
+    """A page of the list; see `ConversationPage` in `models.listing`."""
+
+    conversations: Sequence[Conversation]
+    next_place: Place | None
+    is_searched_to_its_end: bool
 
 
 class Conversations:
@@ -109,16 +121,17 @@ class Conversations:
         *,
         limit: int,
         skip: int = 0,
-        before: tuple[datetime, UUID] | None = None,
+        before: Place | None = None,
         search: str | None = None,
-    ) -> Sequence[Conversation]:
+    ) -> ListedConversations:
         """Return at most `limit` conversations, newest activity first: after the first `skip`, after a place
-        (updated_at, id), or those whose titles contain `search`."""
+        (updated_at, id), or those whose titles contain `search`, of the newest 5,000 of these."""
         with unavailable_as_client_error():
-            rows = await list_conversations(
+            page = await list_conversations(
                 self._database, user_id, limit=limit, skip=skip, before=before, search=search
             )
-        return [_conversation(row) for row in rows]
+        conversations = [_conversation(row) for row in page.rows]
+        return ListedConversations(conversations, page.next_place, page.is_searched_to_its_end)
 
     async def update(
         self,
@@ -154,6 +167,40 @@ class Conversations:
                     raise NotFound("There is no such message in this conversation.")
                 raise NotFound
         return page
+
+    async def append(
+        self,
+        user_id: str,
+        conversation_id: UUID,
+        given: Sequence[AnyPostedMessage],
+        *,
+        limits: UserLimits | None,
+    ) -> tuple[Sequence[Message], int]:
+        """Append messages, all or none; returns them and the seq of the last one's event. `limits`: see `create`.
+        Raises ClientError."""
+        created_at = datetime.now(UTC)
+        in_force = limits_in_force(limits, self._settings)
+        with unavailable_as_client_error(conversation_id), over_quota_as_client_error(in_force, conversation_id):
+            appended = await append_messages(
+                self._database,
+                user_id,
+                conversation_id,
+                created_at=created_at,
+                limits=in_force.json,
+                checked=lambda tail: appended_of(
+                    given,
+                    tail,
+                    created_at,
+                    message_bytes_max=self._settings.message_bytes_max,
+                    answer_bytes_max=self._settings.answer_bytes_max,
+                ),
+            )
+        match appended.outcome:
+            case "not_found":
+                raise NotFound(conversation_id=conversation_id)
+            case "conversation_busy":
+                raise ConversationBusy(conversation_id=conversation_id)
+        return [message for _, message in appended.messages], appended.last_seq
 
     async def find(self, user_id: str, client_id: str, conversation_id: UUID | None) -> UUID | None:
         """Return our id of the conversation with this id, ours or else the client's own; None where there is none."""

@@ -1,6 +1,8 @@
 """Following: one conversation's journal from a cursor on, then live. The rows in Postgres are the truth.
 
-A follower is a cursor, not a queue: a slow client reads later, so nothing is dropped and nothing piles up. While a turn
+A follower is a cursor, not a queue: a slow client reads later, so nothing is dropped and nothing piles up. While it
+waits it keeps nothing of what it was shown: a variable is deleted once its value was used, here and wherever updates
+are taken, since a follower may wait for days with the frames of its functions. While a turn
 runs, its followers on one node share a log. Where the turn runs here, the log holds what this node has committed. Where
 it runs elsewhere, one statement reads for all such conversations. A follower behind the log reads Postgres until it has
 caught up.
@@ -12,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Final, TypeAlias, assert_never
+from typing import Any, Final, TypeAlias, TypeVar, assert_never
 from uuid import UUID
 
 from anynode.models.conversations import Snapshot, read_snapshot
@@ -27,21 +29,25 @@ from anynode.server.errors import DatabaseUnavailable, NotFound
 
 logger = logging.getLogger("anynode.follow")
 
-EVENTS_READ_MAX: Final = 1000  # rows of one read from Postgres, for each conversation
+EVENTS_READ_MAX: Final = 1000  # rows of one read from Postgres for a follower
+EVENTS_POLLED_MAX: Final = 63  # … and of what one of many turns elsewhere has said in 50 ms
 READ_SECONDS: Final = 0.05  # between two readings of the turns that run elsewhere
 READ_TIMEOUT_SECONDS: Final = 2.0
 
 Update: TypeAlias = Sequence[Event] | Snapshot
+Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
 
 
 class LiveChannel(Channel):
     """A channel whose followers wait for its next change, and share what they read."""
 
-    __slots__ = ("_loop", "_waiting", "readings")
+    __slots__ = ("_loop", "_waiting", "readings", "snapshots")
 
     def __init__(self) -> None:
         super().__init__()
         self.readings: dict[tuple[str, int, int], asyncio.Task[Reading | None]] = {}
+        self.snapshots: dict[tuple[str, int], asyncio.Task[Snapshot | None]] = {}
         self._loop = asyncio.get_running_loop()  # kept: asking for it is a system call, once a token and follower
         self._waiting: set[asyncio.Future[None]] = set()
 
@@ -144,7 +150,7 @@ class Follows:
             readings = await read_running(
                 self._database,
                 {conversation_id: log.last_seq for conversation_id, log in logs.items()},
-                limit=EVENTS_READ_MAX,
+                limit=EVENTS_POLLED_MAX,
                 within_seconds=READ_TIMEOUT_SECONDS,
             )
         except Exception as error:
@@ -203,6 +209,7 @@ class Follows:
                 update = cursor.next(channel)
                 if isinstance(update, list):  # not `match`: this is run twice for each token and follower
                     yield update
+                    del update
                 elif update == "change":
                     await channel.wait_change()
                 elif update == "reading":
@@ -213,13 +220,16 @@ class Follows:
                         events = cursor.take_reading(reading, changes)
                         if channel.needs_log(reading):
                             self._open_remote(conversation_id, channel, cursor.after)
+                        del reading
                         if events:
                             yield events
+                        del events
                 elif update == "snapshot":
                     async with self._held.piece(user_id):
-                        snapshot = await self._snapshot(user_id, conversation_id)
+                        snapshot = await self._snapshot(channel, user_id, conversation_id)
                         cursor.take_snapshot(snapshot.seq)
                         yield snapshot
+                        del snapshot
                 else:
                     assert_never(update)
         finally:
@@ -239,27 +249,27 @@ class Follows:
                         async for update in updates:
                             after = update.seq if isinstance(update, Snapshot) else update[-1].seq
                             yield update
+                            del update
             except DatabaseUnavailable as unavailable:
                 yield unavailable
 
     async def _read(self, channel: LiveChannel, user_id: str, conversation_id: UUID, after: int) -> Reading:
         """Read what follows the cursor. Followers that ask the same at the same version share one reading."""
-        key = (user_id, after, channel.changes)
-        task = channel.readings.get(key)
-        if task is None:
-            task = asyncio.create_task(
-                read_events(self._database, user_id, conversation_id, after, limit=EVENTS_READ_MAX)
-            )
-            channel.readings[key] = task
-            task.add_done_callback(lambda done: (channel.readings.pop(key), done.cancelled() or done.exception()))
-        reading = await asyncio.shield(task)  # it is not only this follower's
+        reading = await _shared(
+            channel.readings,
+            (user_id, after, channel.changes),
+            lambda: read_events(self._database, user_id, conversation_id, after, limit=EVENTS_READ_MAX),
+        )
         if reading is None:
             raise NotFound(conversation_id=conversation_id)
         return reading
 
-    async def _snapshot(self, user_id: str, conversation_id: UUID) -> Snapshot:
-        snapshot = await read_snapshot(
-            self._database, user_id, conversation_id, messages_max=self._snapshot_messages_max
+    async def _snapshot(self, channel: LiveChannel, user_id: str, conversation_id: UUID) -> Snapshot:
+        """Read a snapshot. Followers that ask at the same version share it; each reads on from its seq."""
+        snapshot = await _shared(
+            channel.snapshots,
+            (user_id, channel.changes),
+            lambda: read_snapshot(self._database, user_id, conversation_id, messages_max=self._snapshot_messages_max),
         )
         if snapshot is None:
             raise NotFound(conversation_id=conversation_id)
@@ -273,3 +283,14 @@ class Follows:
             channel.log = None
         if channel.log is None:
             del self._channels[conversation_id]
+
+
+async def _shared(
+    under_way: dict[Key, asyncio.Task[Found]], key: Key, read: Callable[[], Coroutine[Any, Any, Found]]
+) -> Found:
+    """Return what is read under a key; those who ask for it while it is read share it, and none of them can stop it."""
+    task = under_way.get(key)
+    if task is None:
+        task = under_way[key] = asyncio.create_task(read())
+        task.add_done_callback(lambda done: (under_way.pop(key), done.cancelled() or done.exception()))
+    return await asyncio.shield(task)

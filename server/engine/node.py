@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Any, Final
 from uuid import UUID
 
 from anynode.models.admissions import Admission, admit, answer, regenerate
@@ -18,30 +18,30 @@ from anynode.models.conversations import delete_conversation
 from anynode.models.database import Database
 from anynode.models.events import Event
 from anynode.models.ids import uuid7
-from anynode.models.messages import append_messages
-from anynode.models.turns import request_cancel
+from anynode.models.turns import CancelRequest, request_cancel
 from anynode.models.usage import measure_stored
 from anynode.server.agents.agent import Agent, Turn
 from anynode.server.auth.revocations import Revocations
 from anynode.server.engine.admission import (
+    AdmissionTerms,
     Admitted,
     admitted_by,
     agent_history,
-    appended_of,
     newest_of,
     question_of,
 )
 from anynode.server.engine.conversations import Conversations
 from anynode.server.engine.follow import Follows
 from anynode.server.engine.housekeeping import delete_expired
+from anynode.server.engine.interrupts import Interrupts, repeat_while_busy
 from anynode.server.engine.leases import LeaseClock, Leases
-from anynode.server.engine.postgres_errors import over_quota_as_client_error, unavailable_as_client_error
+from anynode.server.engine.postgres_errors import unavailable_as_client_error
 from anynode.server.engine.running_turns import RunningTurns
 from anynode.server.engine.turn_reader import TurnReader
 from anynode.server.engine.user_limits import LimitsInForce, limits_in_force, refused_by
 from anynode.server.engine.users import Emails
 from anynode.server.engine.watch import hear_cluster
-from anynode.server.errors import ConversationBusy, Draining, NotFound, RateLimited
+from anynode.server.errors import Draining, NotFound, RateLimited
 from anynode.server.limits import UserLimits
 from anynode.server.protocol.bodies import AnyPostedMessage
 from anynode.server.protocol.encoding import encode
@@ -52,17 +52,6 @@ logger = logging.getLogger("anynode.node")
 
 INTERRUPT_SECONDS: Final = 5.0  # how long `if_busy: interrupt` waits for the running turn to end
 DELETE_SECONDS: Final = 2.0  # how long a deletion waits for a cancelled turn to end; its node may be dead
-STOP_POLL_SECONDS: Final = 0.05
-
-Outcome = TypeVar("Outcome")
-
-
-class AdmissionTerms(TypedDict):
-    """What every admission by this node has in common."""
-
-    node: str
-    lease_seconds: float
-    history_messages_max: int
 
 
 class Node:
@@ -101,6 +90,7 @@ class Node:
         self._store = store
         self._emails = emails
         self._revocations = revocations
+        self._interrupts = Interrupts(self.follows, self.draining)
         self._running = RunningTurns(settings, database, self.follows)
         self._leases = Leases(settings, database, self._running, node_id=self.node_id, agent=agent, store=store)
 
@@ -245,8 +235,7 @@ class Node:
         wait_for: UUID | None,
     ) -> Admitted:
         """Make an attempt at an admission. One that `interrupts` cancels the turn that runs and is made again after its
-        end, and so is one behind the turn to `wait_for`. Raises ClientError."""
-        interrupted: UUID | None = None
+        end, and so is one behind the turn to `wait_for`; see `interrupts`. Raises ClientError."""
 
         async def try_once(is_last: bool) -> Admission:
             self._check_room(frame.conversation_id)
@@ -257,21 +246,37 @@ class Node:
                         admission = await attempt()
             return admission
 
-        async def stop(admission: Admission) -> bool:
-            nonlocal interrupted
-            if admission.outcome != "conversation_busy" or not (interrupts or admission.turn_id == wait_for):
+        def is_in_way(admission: Admission) -> bool:
+            return admission.outcome == "conversation_busy" and (interrupts or admission.turn_id == wait_for)
+
+        async def stop(admission: Admission, within_seconds: float) -> bool:
+            if not is_in_way(admission):
                 return False
-            if admission.turn_id != interrupted:
-                interrupted = admission.turn_id
-                await self.cancel(user_id, admission.conversation_id, interrupted)
+            await self._stop(user_id, admission.conversation_id, admission.turn_id, within_seconds)
             return True
 
         # A turn whose node has died cannot be stopped before its lease has run out.
-        within_seconds = self._settings.lease_seconds + INTERRUPT_SECONDS
-        admission = await repeat_while_busy(try_once, stop, within_seconds=within_seconds)
+        give_up_at = time.monotonic() + self._settings.lease_seconds + INTERRUPT_SECONDS
+        admission = await try_once(False)
+        if is_in_way(admission):
+            place = self._interrupts.one_at_a_time(
+                user_id, admission.conversation_id, within_seconds=give_up_at - time.monotonic()
+            )
+            async with place as (has_waited, left_seconds):
+                first = None if has_waited else admission  # those before have begun other turns
+                admission = await repeat_while_busy(try_once, stop, within_seconds=left_seconds, first=first)
         if admission.reached is not None:
             raise refused_by(admission.reached, limits, frame.conversation_id)
         return admitted_by(user_id, admission, frame)
+
+    async def _stop(self, user_id: str, conversation_id: UUID, turn_id: UUID | None, within_seconds: float) -> None:
+        """Ask a turn (None: the running one) to stop, and wait for its end, at most `within_seconds`. Raises
+        ClientError."""
+        asked = await self._request_cancel(user_id, conversation_id, turn_id)
+        if asked.turn_id is not None and asked.last_seq is not None:
+            await self._interrupts.wait_end(
+                user_id, conversation_id, asked.turn_id, asked.last_seq, within_seconds=within_seconds
+            )
 
     def _check_room(self, conversation_id: UUID | None) -> None:
         if self.is_draining:
@@ -329,16 +334,19 @@ class Node:
     async def cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> UUID | None:
         """Ask for a turn to be stopped, wherever it runs (`turn_id` None: the running one). Returns its id; None where
         none runs. A turn that has ended already stays as it is. Raises ClientError."""
+        return (await self._request_cancel(user_id, conversation_id, turn_id)).turn_id
+
+    async def _request_cancel(self, user_id: str, conversation_id: UUID, turn_id: UUID | None) -> CancelRequest:
         with unavailable_as_client_error(conversation_id):
-            found = await request_cancel(self._database, user_id, conversation_id, turn_id)
-        if not found:
+            asked = await request_cancel(self._database, user_id, conversation_id, turn_id)
+        if asked is None:
             raise NotFound(conversation_id=conversation_id)
-        if found[0] is None:
+        if asked.turn_id is None:
             if turn_id is not None:
                 raise NotFound("There is no such turn in this conversation.", conversation_id=conversation_id)
-        elif (running := self._running.get(found[0])) is not None:
+        elif (running := self._running.get(asked.turn_id)) is not None:
             running.cancel()
-        return found[0]
+        return asked
 
     def cancel_here(self, turn_id: UUID | None = None) -> None:
         """Stop a turn that runs on this node, or all of them (None), without a word to Postgres first."""
@@ -363,33 +371,12 @@ class Node:
         given: Sequence[AnyPostedMessage],
         *,
         limits: UserLimits | None = None,
-    ) -> tuple[list[Message], int]:
+    ) -> tuple[Sequence[Message], int]:
         """Append messages, all or none, and ask no agent; returns them and the seq of the last one's event. `limits`:
         see `send`. Raises ClientError."""
-        created_at = datetime.now(UTC)
-        in_force = limits_in_force(limits, self._settings)
-        with unavailable_as_client_error(conversation_id), over_quota_as_client_error(in_force, conversation_id):
-            appended = await append_messages(
-                self._database,
-                user_id,
-                conversation_id,
-                created_at=created_at,
-                limits=in_force.json,
-                checked=lambda tail: appended_of(
-                    given,
-                    tail,
-                    created_at,
-                    message_bytes_max=self._settings.message_bytes_max,
-                    answer_bytes_max=self._settings.answer_bytes_max,
-                ),
-            )
-        match appended.outcome:
-            case "not_found":
-                raise NotFound(conversation_id=conversation_id)
-            case "conversation_busy":
-                raise ConversationBusy(conversation_id=conversation_id)
-        self.follows.hear({conversation_id: appended.last_seq})
-        return [message for _, message in appended.messages], appended.last_seq
+        messages, last_seq = await self.conversations.append(user_id, conversation_id, given, limits=limits)
+        self.follows.hear({conversation_id: last_seq})
+        return messages, last_seq
 
     async def delete(self, user_id: str, conversation_id: UUID) -> None:
         """Delete a conversation; a turn that runs is cancelled first, and not waited for long. Raises ClientError."""
@@ -398,33 +385,13 @@ class Node:
             with unavailable_as_client_error(conversation_id):
                 return await delete_conversation(self._database, user_id, conversation_id, is_forced=is_last)
 
-        async def stop(outcome: str) -> bool:
+        async def stop(outcome: str, within_seconds: float) -> bool:
             if outcome != "conversation_busy":
                 return False
-            await self.cancel(user_id, conversation_id, None)
+            await self._stop(user_id, conversation_id, None, within_seconds)
             return True
 
         outcome = await repeat_while_busy(attempt, stop, within_seconds=DELETE_SECONDS)
         if outcome == "not_found":
             raise NotFound(conversation_id=conversation_id)
         self.follows.wake(conversation_id)
-
-
-async def repeat_while_busy(
-    attempt: Callable[[bool], Awaitable[Outcome]],
-    stop: Callable[[Outcome], Awaitable[bool]],
-    *,
-    within_seconds: float,
-) -> Outcome:
-    """Make an attempt, and make it again while a running turn is in its way. Returns the outcome of the last one.
-
-    `stop` asks the turn that an outcome names to stop, and returns False where none is in the way. An attempt that
-    begins after `within_seconds` is the last one, and is told so: its outcome is returned as it is.
-    """
-    give_up_at = time.monotonic() + within_seconds
-    while True:
-        is_last = time.monotonic() > give_up_at  # by when it begins: a slow one must not be the last unawares
-        outcome = await attempt(is_last)
-        if is_last or not await stop(outcome):
-            return outcome
-        await asyncio.sleep(STOP_POLL_SECONDS)

@@ -114,10 +114,12 @@ class TurnReader:
                     if is_end(events[-1]):
                         return
                     next_seq = events[-1].seq + 1
+                events = ()
                 async with aclosing(self._journalled(turn, next_seq)) as batches:
                     async for batch in batches:
                         has_shown = True
                         yield batch
+                        del batch
                 return
             except JournalGone:
                 if has_shown or not is_whole:
@@ -141,6 +143,8 @@ class TurnReader:
                     yield events
                     if is_end(events[-1]):
                         return
+                    del events
+                del update
 
     async def _committed(self, turn: TurnRef, next_seq: int) -> Sequence[Event]:
         """Return the events that are committed by now. Raises JournalGone, NotFound or DatabaseUnavailable."""

@@ -46,12 +46,15 @@ class NoQuery(Body, frozen=True):
     """A query without parameters."""
 
 
+SKIP_MAX: Final = 10_000  # what is skipped is read; a mark costs nothing
+
+
 class ConversationsQuery(Body, frozen=True):
     """Which conversations to list, newest activity first: after the first `skip`, or after a mark (`before`). `search`
-    keeps those whose title contains the text; case is ignored."""
+    keeps those whose title contains the text, of the newest 5,000 behind the mark; case is ignored."""
 
     limit: Annotated[int, Meta(ge=1, le=100)] = 20
-    skip: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    skip: Annotated[int, Meta(ge=0, le=SKIP_MAX)] = 0
     before: Mark | UnsetType = UNSET
     search: Search | UnsetType = UNSET
 
@@ -208,7 +211,8 @@ class Conversation(Struct, frozen=True):
 
 
 class Conversations(Struct, frozen=True):
-    """A page of the list of conversations; both marks are null on the last page."""
+    """A page of the list of conversations; both marks are null on the last page. A page of a search may have fewer
+    than `limit`, or none, and not be the last one: go on while `next_before` is not null."""
 
     conversations: Sequence[Conversation]
     next_skip: int | None

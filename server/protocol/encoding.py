@@ -70,7 +70,7 @@ def snapshot_frame(conversation_id: UUID, snapshot: Snapshot) -> str:
     turn = None
     if snapshot.running_turn_id is not None:
         turn = RunningTurn(snapshot.running_turn_id, snapshot.running_text)
-    return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq))
+    return encode(ConversationSnapshot(conversation_id, messages, turn, snapshot.seq, snapshot.has_older))
 
 
 def event_frames(conversation_id: UUID | str, events: Sequence[Event]) -> list[str]:

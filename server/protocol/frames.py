@@ -302,12 +302,14 @@ class RunningTurn(Struct, frozen=True):
 
 
 class ConversationSnapshot(ServerFrame, frozen=True, tag="conversation.snapshot"):
-    """The newest messages of a conversation and its running turn, as of `seq`."""
+    """The newest messages of a conversation and its running turn, as of `seq`. `has_older`: older messages are left
+    out; they can be read over HTTP, before the first of these."""
 
     conversation_id: UUID
     messages: Sequence[Message]
     turn: RunningTurn | None
     seq: int
+    has_older: bool = False
 
 
 class Error(ServerFrame, frozen=True, tag="error"):

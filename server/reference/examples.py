@@ -113,6 +113,7 @@ _FRAMES: Final[Sequence[dict[str, Any]]] = (
         "messages": [_QUESTION],
         "turn": {"turn_id": _TURN, "text": "Because air scatters "},
         "seq": 22,
+        "has_older": False,
     },
     {
         "type": "error",

@@ -338,6 +338,15 @@ class Connection:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Let go of what the connection had, and of what leads back to it: it has ended.
+
+        A task that was cancelled keeps its traceback, which keeps the frames of its functions, which keep the
+        connection: what all of them hold would wait for the garbage collector, which has little to do on a quiet node.
+        """
+        self._background.clear()
 
     # Signs of life.
 

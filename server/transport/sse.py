@@ -82,6 +82,7 @@ class EventStream:
         async with aclosing(or_silence(self.pieces, self.heartbeat_seconds)) as pieces:
             async for piece in pieces:
                 await _write(send, self.heartbeat if piece is None else piece)
+                del piece  # a stream that waits keeps nothing of what it has shown
 
 
 async def or_silence(items: AsyncGenerator[Item, None], seconds: float) -> AsyncGenerator[Item | None, None]:
@@ -99,7 +100,9 @@ async def or_silence(items: AsyncGenerator[Item, None], seconds: float) -> Async
                 item = next_item.result()
             except StopAsyncIteration:
                 return
+            del next_item
             yield item
+            del item
 
 
 def sse_data(data: str, *, id: int | None = None, event: str | None = None) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 from msgspec.structs import FieldInfo, fields
 from websockets import http11
 
-from anynode.models import messages
+from anynode.models import database
 from anynode.server import errors, serve
 from anynode.server.api import operations, tickets
 from anynode.server.api.ai_sdk import wire as ai_sdk
@@ -200,7 +200,7 @@ def test_the_limits_over_http_are_those_of_the_code() -> None:
     assert limits["messages that are appended at once"] == f"{bodies.MESSAGES_AT_ONCE_MAX}"
     assert limits["calls of a message"] == f"{bodies.TOOL_CALLS_MAX}"
     assert limits["`metadata`"].startswith(f"{conversation_fields.METADATA_BYTES_MAX} bytes of JSON")
-    assert limits["messages that are read at once"].startswith(f"{messages.PAGE_BYTES_MAX:,} bytes of content")
+    assert limits["messages that are read at once"].startswith(f"{database.READ_BYTES_MAX:,} bytes of content")
     assert limits["seconds for a body to come"] == f"{http.BODY_SECONDS_MAX:g}"
     bodies_at_once = limits["bytes of a user's bodies that a node receives at once"]
     assert bodies_at_once.startswith(f"{shares.READ_BYTES_PER_USER_MAX:,}, then")

@@ -42,7 +42,7 @@ def with_parameter(url: str, parameter: str) -> str:
 
 async def is_preparing(database: Database) -> bool:
     """Whether a statement is still there, by its name, after it has run."""
-    await database.run(bind("list_conversations", user_id="nobody", conversations_max=1, skip=0, search=None))
+    await database.run(bind("find_conversation", user_id="nobody", client_id="none", conversation_id=None))
     return bool(await database._lines["requests"].run(PREPARED, (), 5.0))
 
 

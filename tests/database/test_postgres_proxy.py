@@ -32,12 +32,13 @@ async def connection(proxy: PostgresProxy) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def list_conversations(connection: asyncpg.Connection) -> list[asyncpg.Record]:
-    sql, arguments = bind("list_conversations", user_id="somebody", conversations_max=10, skip=0, search=None)
+    options = {"conversations_max": 10, "skip": 0, "search": None, "looked_at_max": 10, "bytes_max": 2**21}
+    sql, arguments, _ = bind("list_conversations", user_id="somebody", **options)
     return await connection.fetch(sql, *arguments)
 
 
 async def request_cancel(connection: asyncpg.Connection, user_id: str, conversation_id: uuid.UUID) -> str:
-    sql, arguments = bind("request_cancel", user_id=user_id, conversation_id=conversation_id, turn_id=None)
+    sql, arguments, _ = bind("request_cancel", user_id=user_id, conversation_id=conversation_id, turn_id=None)
     found = await connection.fetch(sql, *arguments)
     return "done" if found else "not found"
 
@@ -176,7 +177,7 @@ async def test_what_a_connection_sent_into_a_black_hole_arrives_although_it_was_
 ) -> None:
     conversation_id = await make_running_turn(module_database_url, user)
     connection = await asyncpg.connect(proxy.url)
-    sql, arguments = bind("request_cancel", user_id=user, conversation_id=conversation_id, turn_id=None)
+    sql, arguments, _ = bind("request_cancel", user_id=user, conversation_id=conversation_id, turn_id=None)
     statement = await connection.prepare(sql)
     proxy.black_hole()
     asking = asyncio.create_task(statement.fetch(*arguments))

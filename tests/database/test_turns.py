@@ -42,7 +42,7 @@ async def admit(
     connection: asyncpg.Connection, message_id: str, *, node: str = "mine", conversation_id: uuid.UUID | None = None
 ) -> Any:
     """What the statement says to a message of Ada's; its lease lasts an hour."""
-    sql, arguments = bind(
+    sql, arguments, _ = bind(
         "admit",
         user_id="ada",
         conversation_id=conversation_id,

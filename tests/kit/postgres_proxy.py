@@ -303,7 +303,7 @@ class _Messages:
     """Cuts a stream into messages: a byte that says the kind, the length of the rest in four."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()  # a message may have megabytes, and comes in pieces
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The messages that are complete by now."""
@@ -312,7 +312,8 @@ class _Messages:
             end = 1 + struct.unpack_from("!i", self._rest, 1)[0]
             if len(self._rest) < end:
                 return
-            message, self._rest = self._rest[:end], self._rest[end:]
+            message = bytes(self._rest[:end])
+            del self._rest[:end]
             yield message
 
 

@@ -411,7 +411,7 @@ async def test_an_admission_to_10_000_messages_reads_no_more_than_it_needs(datab
             transaction = connection.transaction()
             await transaction.start()
             before = await _reads(connection)
-            sql, arguments = _question(user, conversation_id, number)
+            sql, arguments, _ = _question(user, conversation_id, number)
             rows = await connection.fetch(sql, *arguments)
             after = await _reads(connection)
             await transaction.rollback()

@@ -3,6 +3,7 @@ import type { Api, Listed, ListPage } from './api.ts';
 import { createStore } from './store.ts';
 
 const TYPING_MS = 200;
+const PAGES_AT_ONCE = 20; // a page of a search looks at 5,000 titles, and may find none
 
 export type List = ReturnType<typeof createList>;
 
@@ -27,6 +28,7 @@ export function createList(api: Api) {
   const state = createStore<ListState>({ conversations: [], search: '', next: null, status: 'loading' });
   let asked = 0; // an answer that was overtaken is of no use
   let wanted = 1; // how many are to be shown, if there are so many
+  let pagesMax = PAGES_AT_ONCE; // how many may be asked for; whoever wants more waits for more
   let typing: ReturnType<typeof setTimeout> | undefined;
 
   /** Read so many, at the least, from the first one on. */
@@ -37,12 +39,14 @@ export function createList(api: Api) {
     try {
       const conversations: Listed[] = [];
       let next: string | null = null;
+      let pages = 0;
       do {
         const page: ListPage = await api.list(search, next);
         if (mine !== asked) return;
         conversations.push(...page.conversations);
         next = page.next_before;
-      } while (next !== null && conversations.length < count);
+        pages++;
+      } while (next !== null && conversations.length < count && pages < pagesMax);
       state.set({ ...state.get(), conversations, next, status: 'loaded' });
     } catch {
       if (mine === asked) state.set({ ...state.get(), status: 'failed' });
@@ -54,9 +58,13 @@ export function createList(api: Api) {
   return {
     state,
     refresh,
-    more: () => void read(state.get().conversations.length + 1),
+    more(): void {
+      pagesMax += PAGES_AT_ONCE;
+      void read(state.get().conversations.length + 1);
+    },
     search(text: string): void {
       state.set({ ...state.get(), search: text });
+      pagesMax = PAGES_AT_ONCE;
       clearTimeout(typing);
       typing = setTimeout(() => void read(1), TYPING_MS);
     },

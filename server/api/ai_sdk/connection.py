@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from urllib.parse import parse_qs
 from uuid import UUID
 
+from anynode.models.events import Event
 from anynode.server.api.ai_sdk.fold import Chunks
 from anynode.server.api.ai_sdk.questions import ask
 from anynode.server.api.ai_sdk.stops import Stops
@@ -248,6 +249,8 @@ class AiSdkConnection(Connection):
             self._stop_timer.cancel()
         await self._stop(*self._stops.end())  # a client that stops and goes has stopped
         await super()._end_tasks()
+        self._requests.clear()
+        self._stop_timer = None
 
     # What goes out.
 
@@ -290,11 +293,18 @@ class AiSdkConnection(Connection):
         chunks, head, sequence = Chunks(str(turn.turn_id)), chunk_head(request_id), -1
         async with aclosing(self._node.turns.events(turn, is_whole=after < 0)) as batches:
             async for events in batches:
-                for event in events:
-                    for chunk in chunks.take(event):
-                        sequence += 1
-                        if sequence > after:
-                            await self._send(f'{head}{sequence},"chunk":{chunk}}}')
+                sequence = await self._send_chunks(chunks, events, head, sequence, after)
+                del events  # while the turn is silent, nothing is kept of what was shown
+
+    async def _send_chunks(self, chunks: Chunks, events: Sequence[Event], head: str, sequence: int, after: int) -> int:
+        """Send those chunks of events that come after the number `after`. Returns the last number, of which the one
+        before these is `sequence`."""
+        for event in events:
+            for chunk in chunks.take(event):
+                sequence += 1
+                if sequence > after:
+                    await self._send(f'{head}{sequence},"chunk":{chunk}}}')
+        return sequence
 
     async def _await_newer(self, request_id: str, conversation_id: UUID, last_seq: int | None) -> None:
         """Wait for something newer than a cursor in a chat in which no turn ran then (None: it is there already)."""

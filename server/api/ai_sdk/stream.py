@@ -49,6 +49,8 @@ async def _pieces(node: Node, turn: TurnRef, *, catches_up: bool) -> AsyncGenera
                 shown = [chunk for event in events for chunk in chunks.take(event)]
                 if chunks.takes_back:
                     raise TurnInterrupted
+            del events
             if shown:
                 yield b"".join(map(sse_data, shown))
+            del shown
     yield _DONE

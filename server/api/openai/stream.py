@@ -62,7 +62,9 @@ async def _pieces(node: Node, turn: TurnRef, fold: Fold, shown_to: int) -> Async
                 added = [shown for event in events[start : start + EVENTS_AT_ONCE] for shown in fold.add(event)]
                 if piece := b"".join(_data(event) for event in added if event.sequence_number > shown_to):
                     yield piece
+                del added, piece
                 await asyncio.sleep(0)  # other turns go on, however much there is to catch up with
+            del events
 
 
 def _data(event: StreamEvent | ErrorEvent) -> bytes:

@@ -129,13 +129,14 @@ async def test_a_conversation_is_found_by_our_id_or_the_clients() -> None:
 
 
 async def test_conversations_are_listed_from_the_top_or_behind_a_place() -> None:
-    database = Answers({"list_conversations": [ROW]})
-    assert [found.id for found in await of(database).list(USER, limit=20, skip=3, search="tea")] == [CONVERSATION]
+    database = Answers({"list_conversations": [{**ROW, "is_listed": True, "bytes": 2}]})
+    page = await of(database).list(USER, limit=20, skip=3, search="tea")
+    assert ([found.id for found in page.conversations], page.next_place) == ([CONVERSATION], None)
     ((name, first),) = database.asked
-    assert (name, set(first.values())) == ("list_conversations", {USER, 20, 3, "tea"})
-    assert await of(database).list(USER, limit=20, before=(AT, CONVERSATION)) == []
+    assert (name, set(first.values())) == ("list_conversations", {USER, 21, 3, "tea", 5000, 2**21})
+    assert (await of(database).list(USER, limit=20, before=(AT, CONVERSATION))).conversations == []
     name, second = database.asked[1]
-    assert (name, set(second.values())) == ("list_conversations_before", {USER, 20, 0, None, AT, CONVERSATION})
+    assert (name, set(second.values())) == ("list_conversations_before", {USER, 21, 0, None, AT, CONVERSATION, 2**21})
 
 
 async def test_a_message_that_is_not_in_the_conversation_is_not_found_as_such() -> None:

@@ -17,10 +17,13 @@ from anynode.models.admissions import Admission, Question, StoredMessage
 from anynode.models.database import Database, Unavailable
 from anynode.models.events import Event
 from anynode.models.messages import AppendOutcome
+from anynode.models.turns import CancelRequest
 from anynode.server.agents.agent import Agent, AgentEvent, HistoryMessage, TextDelta, Turn
 from anynode.server.agents.echo import make_echo
+from anynode.server.engine import interrupts
 from anynode.server.engine import node as module
-from anynode.server.engine.node import Node, repeat_while_busy
+from anynode.server.engine.interrupts import Interrupts
+from anynode.server.engine.node import Node
 from anynode.server.errors import ConversationBusy, DatabaseUnavailable, Draining, NotFound, RateLimited
 from anynode.server.protocol.bodies import UserMessage
 from anynode.server.protocol.frames import MessageSend, TurnRegenerate
@@ -33,6 +36,7 @@ REGENERATE = TurnRegenerate(CONVERSATION, "m-1")
 HISTORY = [StoredMessage("user", "hello")]
 BUSY = Admission("conversation_busy", CONVERSATION, OTHER_TURN)
 REPEATED = Admission("repeated", CONVERSATION, TURN, FIRST_SEQ)
+SEQ = 77
 ADMITTED = Admission("admitted", CONVERSATION, TURN, FIRST_SEQ, history=HISTORY, client_message_id="m-1")
 
 
@@ -86,8 +90,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(module, "STOP_POLL_SECONDS", 0.0)
+        for each in (module, interrupts):
+            monkeypatch.setattr(each, "time", SimpleNamespace(monotonic=lambda: self.now))
 
 
 @pytest.fixture
@@ -136,7 +140,7 @@ class Postgres:
         self.admissions: list[Admission | Exception] = []
         self.asked: list[Any] = []  # questions, and ids of turns that regenerate
         self.cancelled: list[tuple[UUID, UUID | None]] = []
-        self.cancels: list[UUID | None] | Exception = [OTHER_TURN]
+        self.cancels: CancelRequest | Exception | None = CancelRequest(OTHER_TURN, SEQ)
         self.deletions: list[str | Callable[[], str]] = []
         self.forced: list[bool] = []
         self.during: Callable[[], object] = lambda: None  # what happens while a question is admitted
@@ -164,7 +168,7 @@ class Postgres:
 
     async def _request_cancel(
         self, database: Database, user_id: str, conversation_id: UUID, turn_id: UUID | None
-    ) -> list[UUID | None]:
+    ) -> CancelRequest | None:
         self.cancelled.append((conversation_id, turn_id))
         if isinstance(self.cancels, Exception):
             raise self.cancels
@@ -191,55 +195,30 @@ def node_of(running: Running | None = None, **settings: Any) -> Node:
     node._running = cast(Any, Running() if running is None else running)
     node._leases = cast(Any, Leases())
     node.follows = cast(Any, Told())
+    node._interrupts = Ends(node)
     return node
+
+
+class Ends(Interrupts):
+    """The waits for the ends of turns, which are over at once."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.follows, node.draining)
+        self.waited: list[tuple[UUID, UUID, int, float]] = []
+
+    async def wait_end(
+        self, user_id: str, conversation_id: UUID, turn_id: UUID, after: int, *, within_seconds: float
+    ) -> None:
+        self.waited.append((conversation_id, turn_id, after, within_seconds))
+
+
+def waits_of(node: Node) -> list[tuple[UUID, UUID, int, float]]:
+    """The conversations, turns and seqs behind which the node has waited for an end, and for how long at most."""
+    return cast(Ends, node._interrupts).waited
 
 
 def calls_of(part: object) -> list[tuple[Any, ...]]:
     return cast(Told, part).calls
-
-
-# Repeating what a running turn is in the way of.
-
-
-async def test_an_attempt_that_nothing_is_in_the_way_of_is_made_once(clock: Clock) -> None:
-    outcomes = iter(["done"])
-
-    async def attempt(is_last: bool) -> str:
-        return next(outcomes)
-
-    async def stop(outcome: str) -> bool:
-        return False
-
-    assert await repeat_while_busy(attempt, stop, within_seconds=5.0) == "done"
-
-
-async def test_an_attempt_is_made_again_until_nothing_is_in_its_way(clock: Clock) -> None:
-    outcomes, stopped = iter(["busy", "busy", "done"]), list[str]()
-
-    async def attempt(is_last: bool) -> str:
-        return next(outcomes)
-
-    async def stop(outcome: str) -> bool:
-        stopped.append(outcome)
-        return outcome == "busy"
-
-    assert await repeat_while_busy(attempt, stop, within_seconds=5.0) == "done"
-    assert stopped == ["busy", "busy", "done"]
-
-
-async def test_the_outcome_is_returned_as_it_is_when_the_time_is_over(clock: Clock) -> None:
-    attempts: list[float] = []
-
-    async def attempt(is_last: bool) -> str:
-        attempts.append(clock.now)
-        clock.now += 2.0
-        return "busy"
-
-    async def stop(outcome: str) -> bool:
-        return True
-
-    assert await repeat_while_busy(attempt, stop, within_seconds=5.0) == "busy"
-    assert attempts == [1000.0, 1002.0, 1004.0, 1006.0]  # the last one began after the time was over
 
 
 # Sending.
@@ -359,19 +338,58 @@ async def test_a_message_to_a_running_turn_is_refused_and_stops_nothing(postgres
     assert postgres.cancelled == []
 
 
-async def test_a_message_that_interrupts_stops_the_turn_once_and_is_admitted_after_its_end(
+async def test_a_message_that_interrupts_stops_the_turn_and_is_admitted_after_its_end(
     postgres: Postgres, clock: Clock
 ) -> None:
     running = Running()
     here = running.turns[OTHER_TURN] = Told()
-    postgres.admissions = [BUSY, BUSY, BUSY, ADMITTED]
-    admitted = await node_of(running).send(USER, INTERRUPT)
+    postgres.admissions = [BUSY, ADMITTED]
+    node = node_of(running)
+    admitted = await node.send(USER, INTERRUPT)
     assert admitted.is_new
     assert postgres.cancelled == [(CONVERSATION, OTHER_TURN)]
+    ((*waited, seconds),) = waits_of(node)
+    assert waited == [CONVERSATION, OTHER_TURN, SEQ]
+    assert 10.0 <= seconds < 10.1  # LEASE_SECONDS is 5, INTERRUPT_SECONDS are 5
     assert here.calls == [("cancel",)]
     questions = postgres.asked
-    assert len({question.turn_id for question in questions}) == 4  # the ids are in the order of the conversation
+    assert len({question.turn_id for question in questions}) == 2  # the ids are in the order of the conversation
     assert len(running.started) == 1
+
+
+async def test_a_turn_that_has_ended_by_the_time_it_is_asked_to_stop_is_not_waited_for(
+    postgres: Postgres, clock: Clock
+) -> None:
+    postgres.cancels = CancelRequest(OTHER_TURN, None)
+    postgres.admissions = [BUSY, ADMITTED]
+    node = node_of()
+    assert (await node.send(USER, INTERRUPT)).is_new
+    assert waits_of(node) == []
+
+
+async def test_of_messages_that_interrupt_at_once_one_is_admitted_after_the_other(
+    postgres: Postgres, clock: Clock
+) -> None:
+    going_on = asyncio.Event()
+    node = node_of()
+    ends = cast(Ends, node._interrupts)
+    wait_end = ends.wait_end
+
+    async def wait(*arguments: Any, **options: Any) -> None:
+        await wait_end(*arguments, **options)
+        await going_on.wait()
+
+    ends.wait_end = wait  # type: ignore[method-assign]
+    postgres.admissions = [BUSY] * 3
+    sending = [asyncio.create_task(node.send(USER, INTERRUPT)) for _ in range(3)]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (len(postgres.asked), len(ends.waited)) == (3, 1)
+    postgres.admissions = [ADMITTED, BUSY, ADMITTED, BUSY, ADMITTED]
+    going_on.set()
+    assert [(await each).is_new for each in sending] == [True] * 3
+    assert len(ends.waited) == 3
+    assert ends._queues == {}
 
 
 async def test_a_message_that_interrupts_stops_each_turn_that_comes_into_its_way(
@@ -383,7 +401,7 @@ async def test_a_message_that_interrupts_stops_each_turn_that_comes_into_its_way
 
 
 async def test_a_message_waits_for_the_turn_that_its_client_has_stopped(postgres: Postgres, clock: Clock) -> None:
-    postgres.admissions = [BUSY, BUSY, ADMITTED]
+    postgres.admissions = [BUSY, ADMITTED]
     assert (await node_of().send(USER, SEND, wait_for=OTHER_TURN)).is_new
     assert postgres.cancelled == [(CONVERSATION, OTHER_TURN)]
 
@@ -463,14 +481,14 @@ async def test_a_turn_that_runs_elsewhere_is_asked_to_stop(postgres: Postgres) -
 
 
 async def test_where_no_turn_runs_there_is_none_to_stop(postgres: Postgres) -> None:
-    postgres.cancels = [None]
+    postgres.cancels = CancelRequest(None, None)
     assert await node_of().cancel(USER, CONVERSATION, None) is None
     with pytest.raises(NotFound, match="There is no such turn in this conversation"):
         await node_of().cancel(USER, CONVERSATION, TURN)
 
 
 async def test_a_turn_in_a_conversation_that_is_not_the_users_is_not_found(postgres: Postgres) -> None:
-    postgres.cancels = []
+    postgres.cancels = None
     with pytest.raises(NotFound, match="There is no such conversation") as refused:
         await node_of().cancel(USER, CONVERSATION, None)
     assert refused.value.conversation_id == CONVERSATION

@@ -56,14 +56,18 @@ def test_the_parameters_of_a_statement_are_numbered_without_a_gap(name: str) -> 
 
 
 def test_the_arguments_of_a_statement_are_put_in_the_order_of_its_parameters() -> None:
-    sql, arguments = bind("read_events", conversation_id="c", user_id="u", events_max=10, cursor=7)
-    assert "WHERE c.id = $3 AND c.user_id = $4" in sql
-    assert arguments == (7, 10, "c", "u")
+    sql, arguments, user_id = bind(
+        "read_events", conversation_id="c", user_id="u", events_max=10, cursor=7, bytes_max=9
+    )
+    assert "WHERE c.id = $4 AND c.user_id = $5" in sql
+    assert arguments == (7, 10, 9, "c", "u")
+    assert user_id == "u"
 
 
 def test_a_statement_with_one_parameter_or_none_is_bound_too() -> None:
     assert bind("redeem_ticket", hash="h").arguments == ("h",)
     assert bind("delete_expired_tickets").arguments == ()
+    assert bind("delete_expired_tickets").user_id is None
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def test_a_body_has_fields_of_its_own_kinds_only(kind: type[Body]) -> None:
     ("kind", "field", "good", "bad"),
     [
         (ConversationsQuery, "limit", [1, 100], [0, 101, -1]),
-        (ConversationsQuery, "skip", [0, 1_000_000], [-1, 1_000_001]),
+        (ConversationsQuery, "skip", [0, 10_000], [-1, 10_001]),
         (ConversationsQuery, "search", ["x", "x" * 100], ["", "x" * 101]),
         (MessagesQuery, "limit", [1, 1000], [0, 1001]),
         (MessagesQuery, "format", ["openai"], ["OpenAI", ""]),

@@ -312,10 +312,10 @@ def strictly(text: str) -> ServerFrame:
         (Ready("ada", "n", "anynode.v1", 10.0), {"user_id", "node_id", "protocol", "heartbeat_seconds"}),
         (Heartbeat(), set()),
         (
-            ConversationSnapshot(CONVERSATION, [MESSAGE], RunningTurn(TURN, "so far"), 7),
-            {"conversation_id", "messages", "turn", "seq"},
+            ConversationSnapshot(CONVERSATION, [MESSAGE], RunningTurn(TURN, "so far"), 7, has_older=True),
+            {"conversation_id", "messages", "turn", "seq", "has_older"},
         ),
-        (ConversationSnapshot(CONVERSATION, [], None, 0), {"conversation_id", "messages", "turn", "seq"}),
+        (ConversationSnapshot(CONVERSATION, [], None, 0), {"conversation_id", "messages", "turn", "seq", "has_older"}),
         (AuthExpiring(1.5), {"expires_at"}),
         (Goaway("restarting", 2.5), {"reason", "deadline"}),
         (Pong(), set()),
