@@ -12,6 +12,7 @@ from anynode.models.client_chats import Chat
 from anynode.models.database import Unavailable
 from anynode.server.engine.conversations import Conversations
 from anynode.server.errors import DatabaseUnavailable, NotFound
+from anynode.server.protocol.bodies import UserMessage
 from anynode.server.settings import Settings
 from tests.kit.statements import Answers
 from tests.kit.turns import AT, CONVERSATION, TURN, USER, turn_ref
@@ -38,6 +39,7 @@ CALLS: dict[str, Call] = {
     "list": lambda known: known.list(USER, limit=20),
     "update": lambda known: known.update(USER, CONVERSATION, {"title": "Another"}),
     "messages": lambda known: known.messages(USER, CONVERSATION, limit=50, before=None),
+    "append": lambda known: known.append(USER, CONVERSATION, [UserMessage("a")], limits=None),
     "find": lambda known: known.find(USER, "chat-1", None),
     "find_chat": lambda known: known.find_chat(USER, "chat-1"),
     "find_chat_end": lambda known: known.find_chat_end(USER, "chat-1"),
@@ -69,7 +71,7 @@ async def test_a_postgres_that_does_not_answer_is_told_as_such(name: str) -> Non
     assert isinstance(raised.value.__cause__, Unavailable)
 
 
-@pytest.mark.parametrize("name", ["read", "update", "messages"])
+@pytest.mark.parametrize("name", ["read", "update", "messages", "append"])
 async def test_what_is_not_the_users_is_not_found(name: str) -> None:
     with pytest.raises(NotFound, match="There is no such conversation"):
         await CALLS[name](of(Answers()))

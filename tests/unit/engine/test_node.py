@@ -20,7 +20,7 @@ from anynode.models.messages import AppendOutcome
 from anynode.models.turns import CancelRequest
 from anynode.server.agents.agent import Agent, AgentEvent, HistoryMessage, TextDelta, Turn
 from anynode.server.agents.echo import make_echo
-from anynode.server.engine import interrupts
+from anynode.server.engine import conversations, interrupts
 from anynode.server.engine import node as module
 from anynode.server.engine.interrupts import Interrupts
 from anynode.server.engine.node import Node
@@ -508,7 +508,7 @@ def appending(outcome: str) -> Callable[..., Awaitable[AppendOutcome[Any]]]:
 
 
 async def test_followers_here_hear_of_messages_that_are_appended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "append_messages", appending("appended"))
+    monkeypatch.setattr(conversations, "append_messages", appending("appended"))
     node = node_of()
     messages, seq = await node.append(USER, CONVERSATION, [UserMessage("a")])
     assert (messages, seq) == ([message("a", "user")], 9)
@@ -519,7 +519,7 @@ async def test_followers_here_hear_of_messages_that_are_appended(monkeypatch: py
 async def test_messages_that_are_not_appended_are_refused(
     monkeypatch: pytest.MonkeyPatch, outcome: str, kind: type[NotFound | ConversationBusy]
 ) -> None:
-    monkeypatch.setattr(module, "append_messages", appending(outcome))
+    monkeypatch.setattr(conversations, "append_messages", appending(outcome))
     node = node_of()
     with pytest.raises(kind) as refused:
         await node.append(USER, CONVERSATION, [UserMessage("a")])
