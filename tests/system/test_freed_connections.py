@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import pytest
 import pytest_asyncio
+from websockets.server import ServerProtocol
 
 from anynode.server.auth import Authenticator, Identity
 from anynode.server.errors import ClientError, InvalidFrame, Unauthorized
@@ -78,6 +79,8 @@ async def port(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[int]:
 
         def note(self: Any, transport: Any, made: Any = made) -> None:
             LIVE.add(self)
+            if isinstance(self, BoundedWebSocket):
+                LIVE.add(self.conn)
             made(self, transport)
 
         monkeypatch.setattr(kind, "connection_made", note)
@@ -136,7 +139,7 @@ async def test_a_websocket_is_freed(port: int, uncollected: None, end: End) -> N
     async with raw_socket(port) as raw:
         await raw.send(frame(1, b"good"))
         assert await raw.receive() == (1, b"welcome")
-        assert {type(each) for each in LIVE} == {BoundedWebSocket, Api}
+        assert {type(each) for each in LIVE} == {BoundedWebSocket, ServerProtocol, Api}
         await end(raw)
     await freed()
 
