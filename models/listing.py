@@ -1,5 +1,4 @@
-"""The list of a user's conversations, and the search in their titles: each page costs a bounded time and has a bounded
-size."""
+"""The list of a user's conversations, and the search in their titles: pages of bounded cost and size."""
 
 from __future__ import annotations
 
