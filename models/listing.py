@@ -1,4 +1,4 @@
-"""The list of a user's conversations, and the search in their titles: pages of a bounded size in a bounded time."""
+"""The list of a user's conversations, and the search in their titles: pages of bounded cost and size."""
 
 from __future__ import annotations
 

@@ -132,6 +132,7 @@ async def _serve(settings: Settings, stop_with_input: bool, extra_routes: ExtraR
             log_config=None,
             lifespan="off",
             server_header=False,
+            proxy_headers=False,  # TRUSTED_PROXIES says whose are believed
             headers=[("X-Content-Type-Options", "nosniff")],  # on every answer, also on those of uvicorn itself
         )
         server = Server(config)

@@ -52,7 +52,7 @@ Outcome = TypeVar("Outcome")
 
 
 class Interrupts:
-    """Admissions on this node that wait for turns in their way."""
+    """The waits of this node for turns that are in the way."""
 
     def __init__(self, follows: Follows, draining: asyncio.Event) -> None:
         self._follows = follows
@@ -107,7 +107,7 @@ class Interrupts:
 
 
 class _Queue:
-    """The admissions that wait for one conversation, the one that goes on included; the lock keeps them in order."""
+    """The waits in one conversation, the one that goes on included; the lock keeps them in order."""
 
     __slots__ = ("length", "lock")
 

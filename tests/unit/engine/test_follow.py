@@ -38,6 +38,7 @@ class Postgres:
         self.events: list[Event] = []
         self.is_running = False
         self.is_broken = False
+        self.snapshots = 0
         self.reads: asyncio.Queue[int] = asyncio.Queue()  # cursors that followers read from
         self.may_answer = asyncio.Event()
         self.may_answer.set()
@@ -68,6 +69,8 @@ class Postgres:
     async def read_snapshot(
         self, database: Database, user_id: str, conversation_id: UUID, *, messages_max: int
     ) -> Snapshot | None:
+        self.snapshots += 1
+        await self.may_answer.wait()
         return Snapshot(50, None, "", []) if user_id == "user" else None
 
 
@@ -464,3 +467,19 @@ async def test_what_nobody_follows_any_more_is_no_longer_read(
     answer.set_result({CONVERSATION: running(5)})
     follow(4, conversation_id=OTHER)
     assert (await postgres.polls.get())[0] == {OTHER: 4}
+
+
+async def test_followers_share_a_snapshot_that_is_read_and_one_that_goes_does_not_end_it(
+    follow: Follow, postgres: Postgres
+) -> None:
+    postgres.may_answer.clear()
+    followers = [follow(None) for _ in range(3)]
+    stranger = follow(None, "somebody else")
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert postgres.snapshots == 2
+    await followers[0].stop()
+    postgres.may_answer.set()
+    assert [await follower.next() for follower in followers[1:]] == [Snapshot(50, None, "", [])] * 2
+    with pytest.raises(NotFound):
+        await stranger.task
