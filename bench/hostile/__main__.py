@@ -15,7 +15,7 @@ import click
 
 from anynode.server.dev.embedded_postgres import embedded_postgres
 from anynode.server.errors import ConfigurationError
-from bench.hostile.attacks import ATTACKS
+from bench.hostile.attacks import ATTACKS, ROWS
 from bench.hostile.figures import COLUMNS, Bound, Column, Outcome, fill, replaced, text_table
 from bench.hostile.strike import FULL, QUICK, Ground, Scale
 from bench.load import LoadError
@@ -87,8 +87,7 @@ def hostile(
         shutil.rmtree(directory, ignore_errors=True)
     click.echo(text_table(outcomes))
     if document is not None:
-        bounds = {name: attack.bounds for name, attack in ATTACKS.items()}
-        document.write_text(fill(document.read_text(), bounds, outcomes, column))
+        document.write_text(fill(document.read_text(), ROWS, outcomes, column))
     broken = [outcome.name for outcome in outcomes if outcome.broken]
     click.echo(f"\n{len(outcomes) - len(broken)} of {len(chosen)} attacks stayed within their bounds.")
     if failures:

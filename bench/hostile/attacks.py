@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final
 
 from bench.hostile import anonymous, memory, model, ordinary
-from bench.hostile.figures import GROWTH, Bound, bounds_of
+from bench.hostile.figures import GROWTH, Bound, Row, bounds_of
 from bench.hostile.peer import AttackRun, Target
 
 SCALED: Final = {"CONNECTIONS_MAX": "200", "UNAUTHENTICATED_MAX": "50", "UNAUTHENTICATED_PER_ADDRESS_MAX": "50"}
@@ -20,8 +20,8 @@ class Attack:
     """One attack. `nodes` is how many nodes there are; the first one is attacked. A `slow` one is not in quick runs."""
 
     run: Callable[[Target], AttackRun]
-    bounds: Sequence[Bound] = bounds_of(())
-    environment: Mapping[str, str] = MappingProxyType({})
+    bounds: Sequence[Bound] = bounds_of()
+    environment: Mapping[str, str] = field(default_factory=dict)
     nodes: int = 1
     is_slow: bool = False
 
@@ -38,7 +38,7 @@ def _attack(
     nodes: int = 1,
     is_slow: bool = False,
 ) -> Attack:
-    return Attack(run, bounds_of(own), environment, nodes, is_slow)
+    return Attack(run, bounds_of(*own), environment, nodes, is_slow)
 
 
 _ALL: Final[Sequence[Attack]] = (
@@ -93,3 +93,4 @@ _ALL: Final[Sequence[Attack]] = (
     ),
 )
 ATTACKS: Final[Mapping[str, Attack]] = {attack.run.__name__: attack for attack in _ALL}
+ROWS: Final = tuple(Row(name, attack.what, attack.bounds) for name, attack in ATTACKS.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, get_args
 
@@ -21,7 +21,7 @@ STATUS: Final = "exit status"
 
 TABLE_BEGINS: Final = "<!-- figures: written by `make hostile` -->"
 TABLE_ENDS: Final = "<!-- end of the figures -->"
-NOT_MEASURED: Final = "–"
+NONE: Final = "–"
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,30 @@ class Outcome:
         for label in (REFUSED, TRACEBACKS, STATUS):
             if self.figures.get(label, 0):
                 parts.append(f"{label} {short(self.figures[label])}")
-        if self.figures.get(LOG, 0) > 256:
+        if any(bound.label == LOG for bound in self.broken):
             parts.append(f"{LOG} {short(self.figures[LOG])}")
         if self.own:
             parts.append(self.own)
         return ("**broken**: " if self.broken else "") + "; ".join(parts)
 
 
-def bounds_of(own: Sequence[Bound], *, except_for: Sequence[str] = ()) -> tuple[Bound, ...]:
-    """Return an attack's bounds: its own, and the common ones that these neither replace nor leave out."""
-    said = {bound.label for bound in own} | set(except_for)
+@dataclass(frozen=True)
+class Row:
+    """What the document says of an attack beside its figures."""
+
+    name: str
+    what: str
+    bounds: Sequence[Bound]
+
+    @property
+    def bound(self) -> str:
+        """Return the bounds that the attack has beside or instead of the common ones."""
+        return ", ".join(str(bound) for bound in self.bounds if bound not in COMMON) or NONE
+
+
+def bounds_of(*own: Bound) -> tuple[Bound, ...]:
+    """Return an attack's bounds: its own, and the common ones that these do not replace."""
+    said = {bound.label for bound in own}
     return (*own, *(bound for bound in COMMON if bound.label not in said))
 
 
@@ -144,39 +158,35 @@ def text_table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(said)
 
 
-def bound_cell(bounds: Sequence[Bound]) -> str:
-    """Say in one cell of the document's table which bounds an attack has beside or instead of the common ones."""
-    return ", ".join(str(bound) for bound in bounds if bound not in COMMON) or "the common ones"
-
-
-def fill(document: str, bounds: Mapping[str, Sequence[Bound]], outcomes: Sequence[Outcome], column: Column) -> str:
+def fill(document: str, rows: Sequence[Row], outcomes: Sequence[Outcome], column: Column) -> str:
     """Return the document with its table of figures written anew: a row for each attack, these outcomes in the column,
-    and all other cells as they were. Raises ValueError for a document without the two marks."""
+    and all other figures as they were. Raises ValueError for a document without the two marks."""
     head, begins, rest = document.partition(TABLE_BEGINS)
     table, ends, tail = rest.partition(TABLE_ENDS)
     if not begins or not ends:
         raise ValueError(f"the document has no place for the table: it needs the lines {TABLE_BEGINS} and {TABLE_ENDS}")
-    cells = rows_of(table)
+    known = {row[0]: row[3:] for row in rows_of(table)}
     measured = {outcome.name: outcome.cell for outcome in outcomes}
-    lines = ["| attack | bound | before | after |", "|---|---|---|---|"]
-    for name, its in bounds.items():
+    lines = ["| attack | what it does | bounds of its own | before | after |", "|---|---|---|---|---|"]
+    for row in rows:
         before, after = (
-            measured.get(name, old) if one == column else old
-            for one, old in zip(COLUMNS, cells.get(name, (NOT_MEASURED, NOT_MEASURED)), strict=True)
+            measured.get(row.name, old) if one == column else old
+            for one, old in zip(COLUMNS, known.get(row.name, (NONE, NONE)), strict=True)
         )
-        lines.append(f"| `{name}` | {bound_cell(its)} | {before} | {after} |")
-    return f"{head}{begins}\n" + "\n".join(lines) + f"\n{ends}{tail}"
+        lines.append(f"| `{row.name}` | {row.what} | {row.bound} | {before} | {after} |")
+    return f"{head}{begins}\n\n" + "\n".join(lines) + f"\n\n{ends}{tail}"
 
 
-def rows_of(table: str) -> dict[str, tuple[str, str]]:
-    """Return the cells "before" and "after" of a table of figures, by the name of the attack."""
-    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| ([^|]*) \|$", table, re.M)
-    return {name: (before.strip(), after.strip()) for name, before, after in rows}
+def rows_of(table: str) -> list[tuple[str, ...]]:
+    """Return the cells of a table of figures: the name of an attack, what it does, its bounds, before and after."""
+    lines = re.findall(r"^\| `\w+` \|.*\|$", table, re.M)
+    return [
+        tuple(cell.strip(" `") if at == 0 else cell.strip() for at, cell in enumerate(line.strip("|").split(" | ")))
+        for line in lines
+    ]
 
 
 def replaced(bounds: Sequence[Bound], given: Sequence[Bound]) -> tuple[Bound, ...]:
     """Return the bounds with those replaced that are given under the same label."""
-    most: Callable[[Bound], float] = lambda bound: next(  # noqa: E731
-        (other.most for other in given if other.label == bound.label), bound.most
-    )
-    return tuple(Bound(bound.label, most(bound)) for bound in bounds)
+    most = {bound.label: bound.most for bound in given}
+    return tuple(Bound(bound.label, most.get(bound.label, bound.most)) for bound in bounds)

@@ -54,7 +54,7 @@ DEFAULTS: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is done: seconds of an attack that goes on, and of the time alone before it; the share of what is counted."""
+    """How long an attack goes on, how long the user is alone before it, and the share of what is counted."""
 
     seconds: float
     alone_seconds: float
