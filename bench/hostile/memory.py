@@ -11,7 +11,7 @@ import psutil
 
 from bench.hostile.ordinary import make_conversation
 from bench.hostile.peer import AttackRun, Peer, Target, ask, drop_all, noise, request, websocket
-from bench.load import TEXT, LoadError, client_frame
+from bench.load import CLOSE, TEXT, LoadError, client_frame
 from tests.kit.harness import sql
 
 USER: Final = "writer"
@@ -140,29 +140,29 @@ async def churn(target: Target) -> AttackRun:
     async def visit(number: int) -> None:
         nonlocal done, answered
         peer = await websocket(target, user=f"visitor-{number % 50}")
+        is_served = peer is not None
         if peer is not None:
             question = {"type": "message.send", "message_id": uuid.uuid4().hex, "content": "hi"}
             match number % 5:
                 case 0:  # the turn's end, and a close
                     await peer.send_frame(question)
-                    answered += await peer.until("turn.completed") is not None
-                    await peer.send(client_frame(0x88, b"\x03\xe8"))
+                    is_served = await peer.until("turn.completed") is not None
+                    await peer.send(client_frame(CLOSE, b"\x03\xe8"))
                     await peer.ended(2)
                 case 1:  # vanish in the middle of the turn
                     await peer.send_frame(question)
-                    answered += await peer.until("turn.started") is not None
-                case 2:  # vanish at once
-                    answered += 1
-                case 3:  # half close
-                    answered += 1
+                    is_served = await peer.until("turn.started") is not None
+                case 2:  # half close
                     peer.writer.write_eof()
                     await peer.ended(2)
-                case 4:  # a frame that is not UTF-8
-                    answered += 1
+                case 3:  # a frame that is not UTF-8
                     await peer.send(client_frame(TEXT, b"\xff"))
                     await peer.ended(2)
+                case _:  # vanish at once
+                    pass
             peer.drop()
         done += 1
+        answered += is_served
 
     async def come(count: int) -> None:
         async with asyncio.TaskGroup() as group:

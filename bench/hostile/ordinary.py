@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from dataclasses import replace
 from typing import Final
 
 from bench.hostile.peer import (
@@ -31,6 +32,7 @@ CONVERSATIONS: Final = """
     FROM generate_series(1, $2::integer) n"""
 # 33 of them, each without its last byte, are 29 bytes short of 128 MiB; the bystander's body is longer than that.
 HELD_BODY_BYTES: Final = 4_067_204
+STORING_SECONDS_MIN: Final = 4.0  # within which a node without a quota takes more than it
 HEARD_OF: Final = "SELECT sessions, xact_commit AS commits FROM pg_stat_database WHERE datname = current_database()"
 
 
@@ -128,9 +130,15 @@ async def follows(target: Target) -> AttackRun:
         yield {}
         follow = {"type": "conversation.follow", "conversation_id": conversation_id}
         unfollow = {"type": "conversation.unfollow", "conversation_id": conversation_id}
-        pair = b"".join(client_frame(TEXT, json.dumps(frame).encode()) for frame in (follow, unfollow))
+        begin, end = (client_frame(TEXT, json.dumps(frame).encode()) for frame in (follow, unfollow))
+
+        async def push(number: int) -> None:
+            await peers[number].send(begin)
+            await asyncio.sleep(0.003)  # the end comes while the node reads
+            await peers[number].send(end)
+
         before = (await sql(target.database_url, HEARD_OF))[0]
-        times = await again_and_again(target, len(peers), lambda number: peers[number].send(pair), pause_seconds=0.02)
+        times = await again_and_again(target, len(peers), push, pause_seconds=0.017)
         after = (await sql(target.database_url, HEARD_OF))[0]
         # The one that counted before has come and gone too.
         backends = max(after["sessions"] - before["sessions"] - 1, 0) / target.seconds
@@ -138,9 +146,9 @@ async def follows(target: Target) -> AttackRun:
 
 
 async def interrupts(target: Target) -> AttackRun:
-    """Send 400 messages with `if_busy: interrupt` to one conversation, at once, over four sockets."""
+    """Send 400 messages with `if_busy: interrupt` to one conversation, at once, over 80 sockets."""
     conversation_id = await make_conversation(target, "interrupter")
-    async with websockets(target, 4, user="interrupter") as peers:
+    async with websockets(target, 80, user="interrupter") as peers:
         for peer in peers:
             peer.discard()
         yield {}
@@ -241,6 +249,7 @@ async def storage(target: Target) -> AttackRun:
     body = json.dumps({"metadata": {"text": noise(16_000)}}).encode()
     data = request("POST", "/conversations", target.token("hoarder"), body)
     lines = Lines(target)
+    target = replace(target, seconds=max(target.seconds, STORING_SECONDS_MIN))
     yield {}
     times = await again_and_again(target, 20, lambda number: lines.ask(number, data), pause_seconds=0.005)
     lines.drop()

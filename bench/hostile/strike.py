@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple, TypeAlias
@@ -112,75 +112,78 @@ class Ground:
         model = {"OPENAI_BASE_URL": f"http://127.0.0.1:{provider_port}/v1"}
         environment = {**DEFAULTS, **model, **attack.environment}
         try:
-            with ExitStack() as stack:
+            # The attacker loads its modules while the nodes start.
+            async with _process("bench.hostile.attacker", name) as attacker, AsyncExitStack() as stack:
                 nodes = [
                     stack.enter_context(running_node(url, self._directory, environment, code=self._code))
                     for _ in range(attack.nodes)
                 ]
                 target = Target(nodes[0].port, SECRET, url, scale.seconds, scale.counted, provider_port)
-                return await self._struck(name, nodes[0], target, scale, bounds)
+                return await self._struck(name, nodes[0], attacker, target, scale, bounds)
         finally:
             await sql(self._url, f"DROP DATABASE {database} WITH (FORCE)")
 
     async def _struck(
-        self, name: str, node: NodeProcess, target: Target, scale: Scale, bounds: Sequence[Bound]
+        self,
+        name: str,
+        node: NodeProcess,
+        attacker: Process,
+        target: Target,
+        scale: Scale,
+        bounds: Sequence[Bound],
     ) -> Outcome:
         node_process = psutil.Process(node.process.pid)
         heard: list[Heard] = []
         warm = asyncio.Event()
-        own: Mapping[str, float] = {}
-        notes: list[str] = []
-        async with _process("bench.hostile.attacker", name) as attacker:
-            attacker.stdin.write(target.encoded().encode() + b"\n")  # type: ignore[union-attr]
+        async with _process("bench.hostile.bystander", str(node.port), token_for(USER)) as bystander:
+            listening = asyncio.create_task(_listen(bystander, heard, warm))
             async with asyncio.timeout(PREPARING_SECONDS_MAX):
-                if await attacker.stdout.readline() != b"prepared\n":  # type: ignore[union-attr]
-                    raise LoadError("the attack cannot be prepared")
-            arguments = (str(node.port), token_for(USER))
-            async with _process("bench.hostile.bystander", *arguments) as bystander:
-                listening = asyncio.create_task(_listen(bystander, heard, warm))
-                async with asyncio.timeout(PREPARING_SECONDS_MAX):
-                    await warm.wait()
-                calm = time.monotonic()
-                await asyncio.sleep(scale.alone_seconds)
-                memory = _megabytes(node_process)
-                log_bytes = node.log.stat().st_size
-                samples = [memory]
-                sampling = asyncio.create_task(_sample(node_process, samples))
-                began = time.monotonic()
-                try:
-                    attacker.stdin.write(b"go\n")  # type: ignore[union-attr]
-                    async with asyncio.timeout(ATTACK_SECONDS_MAX):
-                        said = await attacker.stdout.readline()  # type: ignore[union-attr]
-                    own = json.loads(said or b"{}")
-                    if not said:
-                        notes.append("the attack itself failed; what it wrote is above")
-                except TimeoutError:
-                    notes.append(f"the attack was not over after {ATTACK_SECONDS_MAX:g} s")
-                ended = time.monotonic()
-                await asyncio.sleep(scale.settling_seconds)
-                bystander.stdin.close()  # type: ignore[union-attr]
-                await listening
-                after = _megabytes(node_process)
-                sampling.cancel()
-                peak = max(*samples, after)
-            status = await asyncio.to_thread(_stop, node)
+                if await _told(attacker, target.encoded()) != "prepared":
+                    raise LoadError("it cannot be prepared")
+                await warm.wait()
+            calm = time.monotonic()
+            await asyncio.sleep(scale.alone_seconds)
+            log_bytes = node.log.stat().st_size
+            samples = [_megabytes(node_process)]
+            sampling = asyncio.create_task(_sample(node_process, samples))
+            began = time.monotonic()
+            async with asyncio.timeout(ATTACK_SECONDS_MAX):
+                said = await _told(attacker, "go")
+            # What a short attack has done may show later.
+            await asyncio.sleep(max(scale.settling_seconds, began + scale.seconds / 2 - time.monotonic()))
+            ended = time.monotonic()
+            bystander.stdin.close()  # type: ignore[union-attr]
+            await listening
+            sampling.cancel()
+            memory = (samples[0], max(samples), _megabytes(node_process))
+        status = await asyncio.to_thread(_stop, node)
+        if not said:
+            raise LoadError("the attack itself failed; what it wrote is above")
         log = node.log.read_bytes()
-        alone = [one.ms for one in heard if one.kind == "token" and one.ms is not None and calm <= one.at < began]
-        attacked = [one.ms for one in heard if one.kind == "token" and one.ms is not None and began <= one.at < ended]
-        refusals = [one for one in heard if one.why and one.at >= began]
+        tokens = [(one.at, one.ms) for one in heard if one.kind == "token" and one.ms is not None]
+        alone = [ms for at, ms in tokens if calm <= at < began]
+        attacked = Delays.of([ms for at, ms in tokens if began <= at < ended])
+        refusals = [f"{one.kind}: {one.why}" for one in heard if one.why and one.at >= began]
         self.alone += alone
         figures = {
-            BESIDE: Delays.of(attacked).p99 - Delays.of(self.alone).p99,
+            BESIDE: attacked.p99 - Delays.of(self.alone).p99,
             REFUSED: len(refusals),
-            GROWTH: peak - memory,
+            GROWTH: memory[1] - memory[0],
             TRACEBACKS: log.count(b"Traceback (most recent call last)"),
             LOG: (len(log) - log_bytes) / 1000,
             STATUS: status,
-            **own,
+            **json.loads(said),
         }
-        reasons = list(dict.fromkeys(f"{one.kind}: {one.why}" for one in refusals))
-        notes += [f"refused {reason}" for reason in reasons[:NOTES_MAX]]
-        return Outcome(name, Delays.of(alone), Delays.of(attacked), (memory, peak, after), figures, bounds, notes)
+        notes = [f"refused {reason}" for reason in list(dict.fromkeys(refusals))[:NOTES_MAX]]
+        return Outcome(name, Delays.of(alone), attacked, memory, figures, bounds, notes)
+
+
+async def _told(attacker: Process, order: str) -> str:
+    """Give the attacker an order, and return the line that it answers with; an empty one if it has ended."""
+    assert attacker.stdin is not None
+    assert attacker.stdout is not None
+    attacker.stdin.write(order.encode() + b"\n")
+    return (await attacker.stdout.readline()).decode().strip()
 
 
 @asynccontextmanager
