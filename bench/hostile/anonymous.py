@@ -27,6 +27,7 @@ EMPTY_PING: Final = client_frame(PING, b"")
 EMPTY_PONG: Final = client_frame(PONG, b"")
 EMPTY_TEXT: Final = client_frame(TEXT, b"")
 TRAILER: Final = b"a: 12345678\r\n" * 2048  # about 27 kB
+SLOW_HEAD: Final = b"GET /livez HTTP/1.1\r\nX-Slow: " + b"x" * 100
 LIMBO_SECONDS: Final = 10.0
 SLACK_SECONDS: Final = 1.5  # of a timer on a machine of which the attackers have a part
 
@@ -221,7 +222,7 @@ async def slow_heads(target: Target) -> AttackRun:
         began = time.monotonic()
         peer.discard()
         while time.monotonic() - began < LIMBO_SECONDS + 5:
-            if not await peer.send(b"E" if peer.sent_bytes else b"G"):
+            if not await peer.send(SLOW_HEAD[peer.sent_bytes : peer.sent_bytes + 1]):
                 break
             await asyncio.sleep(0.5)
         peer.drop()
