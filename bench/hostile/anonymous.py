@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
+from bench.hostile.ordinary import make_conversation
 from bench.hostile.peer import (
     AttackRun,
     Peer,
@@ -150,8 +151,6 @@ async def trailers(target: Target) -> AttackRun:
 
 async def trailers_stream(target: Target) -> AttackRun:
     """Send 100 MB of trailers behind the chunked body of a `GET …/events`, with a token."""
-    from bench.hostile.ordinary import make_conversation
-
     conversation_id = await make_conversation(target, "streamer")
     yield {}
     path = f"/conversations/{conversation_id}/events"

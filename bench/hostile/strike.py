@@ -44,10 +44,8 @@ KILLED: Final = 137.0  # what a shell shows of a process that was killed
 
 # What a user may do is limited as a node does by default; only the bystander's own rate must pass.
 DEFAULTS: Final[Mapping[str, str]] = {
-    "TURNS_PER_USER_MAX": "",
+    **dict.fromkeys(NO_USER_LIMITS, ""),  # an empty setting counts as unset
     "TURNS_PER_USER_PER_MINUTE": "0",
-    "TOKENS_PER_USER_PER_DAY": "",
-    "CONNECTIONS_PER_USER_MAX": "",
     "ECHO_TOKENS_PER_SECOND": "50",
 }
 
