@@ -23,6 +23,7 @@ from bench.hostile.peer import Target
 from bench.load import LoadError
 from tests.kit.harness import (
     CODE,
+    NO_USER_LIMITS,
     SECRET,
     NodeProcess,
     free_port,
