@@ -160,8 +160,9 @@ class Ground:
             raise LoadError("the attack itself failed; what it wrote is above")
         log = node.log.read_bytes()
         tokens = [(one.at, one.ms) for one in heard if one.kind == "token" and one.ms is not None]
-        alone = [ms for at, ms in tokens if calm <= at < began]
-        attacked = Delays.of([ms for at, ms in tokens if began <= at < ended])
+        # A question that an attack overtakes counts as one under attack.
+        alone = [ms for at, ms in tokens if calm <= at and at + ms / 1000 < began]
+        attacked = Delays.of([ms for at, ms in tokens if at + ms / 1000 >= began and at < ended])
         refusals = [f"{one.kind}: {one.why}" for one in heard if one.why and one.at >= began]
         self.alone += alone
         figures = {
