@@ -15,7 +15,7 @@ from typing import Any, Final, TypeAlias
 
 import jwt
 
-from bench.load import TEXT, FrameParser, LoadError, client_frame
+from bench.load import TEXT, LoadError, client_frame
 
 Figures: TypeAlias = dict[str, float]
 # An attack prepares, yields nothing yet, attacks, and yields its figures. What it still holds it closes at the end.
@@ -60,7 +60,6 @@ class Peer:
         self.reader = reader
         self.writer = writer
         self.sent_bytes = 0
-        self._parser = FrameParser()
         self._discarding: asyncio.Task[None] | None = None
 
     @classmethod
@@ -120,16 +119,16 @@ class Peer:
 
     async def frames(self) -> AsyncIterator[Mapping[str, Any]]:
         """Yield the JSON frames that come, until the connection ends."""
-        while True:
-            try:
-                data = await self.reader.read(READ_BYTES)
-            except OSError:
-                return
-            if not data:
-                return
-            for first_byte, payload in self._parser.feed(data):
+        try:
+            while True:
+                first_byte, length = await self.reader.readexactly(2)
+                if length >= 126:
+                    length = int.from_bytes(await self.reader.readexactly(2 if length == 126 else 8), "big")
+                payload = await self.reader.readexactly(length)
                 if first_byte == TEXT:
                     yield json.loads(payload)
+        except (OSError, asyncio.IncompleteReadError):
+            return
 
     async def until(self, *types: str, within_seconds: float = 20.0) -> Mapping[str, Any] | None:
         """Return the next frame of one of these types; None if it does not come."""
