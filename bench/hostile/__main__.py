@@ -36,7 +36,11 @@ def _bounds(context: click.Context, parameter: click.Parameter, values: Sequence
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("names", nargs=-1, metavar="[ATTACK]…", type=click.Choice(list(ATTACKS)))
-@click.option("--quick", is_flag=True, help="Less of everything, without the slow attacks; says little about delays.")
+@click.option(
+    "--quick",
+    is_flag=True,
+    help="Less of everything, without attacks that take long or resemble others.",
+)
 @click.option("--list", "is_list", is_flag=True, help="List the attacks and end.")
 @click.option(
     "--code",

@@ -17,7 +17,7 @@ MODEL: Final = {"AGENT": "openai", "OPENAI_API_KEY": "sk-hostile", "MODEL": "fak
 
 @dataclass(frozen=True)
 class Attack:
-    """One attack. `nodes` is how many nodes there are; the first one is attacked. A `slow` one is not in quick runs."""
+    """One attack. There are `nodes` nodes, and the first one is attacked. Quick runs leave out what `is_slow`."""
 
     run: Callable[[Target], AttackRun]
     bounds: Sequence[Bound] = bounds_of()
@@ -47,27 +47,27 @@ _ALL: Final[Sequence[Attack]] = (
     _attack(anonymous.pongs, Bound("turns that lost their lease", 0), nodes=2),
     _attack(anonymous.empty_frames, Bound(GROWTH, 64)),
     _attack(anonymous.limbo, Bound("neither answered nor closed after 10 s", 0), Bound(GROWTH, 64)),
-    _attack(anonymous.trailers, Bound(GROWTH, 32)),
+    _attack(anonymous.trailers, Bound(GROWTH, 32), is_slow=True),
     _attack(anonymous.trailers_stream, Bound(GROWTH, 32)),
     _attack(anonymous.unfinished_frames, Bound(GROWTH, 64)),
     _attack(anonymous.unauthenticated, environment=SCALED),
-    _attack(anonymous.idle_tcp, Bound(GROWTH, 64)),
+    _attack(anonymous.idle_tcp, Bound(GROWTH, 64), is_slow=True),
     _attack(anonymous.slow_heads, Bound("seconds until the last is cut", 12), is_slow=True),
     _attack(anonymous.long_tokens, Bound("handshakes and requests of 12 that fail", 0)),
-    _attack(anonymous.cookies, Bound("without an answer", 0)),
+    _attack(anonymous.cookies, Bound("without an answer", 0), is_slow=True),
     _attack(anonymous.invalid_utf8),
     _attack(anonymous.long_assets, Bound("answers 500", 0)),
     _attack(anonymous.malformed_http),
     # With the token of one user.
     _attack(ordinary.large_json),
     _attack(ordinary.searches),
-    _attack(ordinary.far_pages),
+    _attack(ordinary.far_pages, is_slow=True),
     _attack(ordinary.follows, Bound("new Postgres backends/s", 1)),
     _attack(ordinary.interrupts, Bound("transactions/s", 500)),
     _attack(ordinary.bodies),
     _attack(ordinary.held_bodies, Bound(GROWTH, 256)),
     _attack(ordinary.streams, environment=SCALED),
-    _attack(ordinary.turns, Bound("turns that run", 20)),
+    _attack(ordinary.turns, Bound("turns that run", 20), is_slow=True),
     _attack(ordinary.turns_max, Bound("turns that run", 20), environment={"TURNS_MAX": "50"}),
     _attack(
         ordinary.storage,
@@ -76,7 +76,7 @@ _ALL: Final[Sequence[Attack]] = (
     ),
     # Memory.
     _attack(memory.large_snapshot),
-    _attack(memory.journal_again),
+    _attack(memory.journal_again, is_slow=True),
     _attack(memory.readers, Bound("kept, MB", 64)),
     _attack(memory.followers, Bound("KiB of an idle follower", 40), environment={"CONNECTIONS_PER_USER_MAX": "0"}),
     _attack(
@@ -84,6 +84,7 @@ _ALL: Final[Sequence[Attack]] = (
         Bound("not served", 0),
         Bound("growth of RSS over the last four fifths, MB", 16),
         Bound("growth of open files", 3),
+        is_slow=True,
     ),
     # A hostile model.
     _attack(model.endless_model, Bound("turns without an end", 0), environment={**MODEL, "TURN_SECONDS_MAX": "3"}),
