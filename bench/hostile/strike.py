@@ -61,7 +61,7 @@ class Scale:
     counted: float
 
 
-FULL: Final = Scale(6.0, 2.5, 1.0, 1.0)
+FULL: Final = Scale(5.0, 2.0, 0.8, 1.0)
 QUICK: Final = Scale(1.5, 0.8, 0.3, 0.2)
 
 
