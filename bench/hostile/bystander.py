@@ -114,7 +114,7 @@ class Bystander:
                 case "error":
                     began = self._asked.pop(frame.get("request_id", ""), None)
                     if began is not None:
-                        _say("token", began, why=frame["code"])
+                        _say("token", began, why=" ".join(filter(None, (frame["code"], frame.get("limit")))))
         raise ConnectionError("the node closed the socket")
 
     async def _come(self) -> None:
