@@ -1,6 +1,6 @@
 """A hostile model: a server of the chat completions API that never ends, sends a bomb, or lies about its usage.
 
-It answers a question that holds one of the three words as it says, and every other question as models do.
+A question that holds "endless", "bomb" or "odd numbers" gets that, and every other question an answer as models give it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ async def hostile_model(target: Target) -> AsyncIterator[None]:
                     await asyncio.sleep(0.02)
             elif b"bomb" in body:
                 writer.write(HEAD + b"Content-Encoding: gzip\r\n\r\n" + bomb)
-            elif b"usage" in body:
+            elif b"odd numbers" in body:
                 told = event({"model": odd[1], "choices": [], "usage": odd[0]})
                 writer.write(HEAD + b"\r\n" + delta(content="Hi") + delta("stop") + told + DONE)
             else:
@@ -96,7 +96,7 @@ async def odd_usage(target: Target) -> AttackRun:
     """Let a model report −5 and 10^23 tokens, and a name of 100 kB with control characters."""
     async with hostile_model(target):
         yield {}
-        _, frame = await _ends(target, "usage", 10)
+        _, frame = await _ends(target, "odd numbers", 10)
         told = frame.get("usage") or {}
         numbers = [told.get("input_tokens"), told.get("output_tokens")]
         odd = sum(number is not None and not 0 <= number <= NUMBER_MAX for number in numbers)
