@@ -1,6 +1,6 @@
 """A hostile model: a server of the chat completions API that never ends, sends a bomb, or lies about its usage.
 
-A question that holds "endless", "bomb" or "odd numbers" gets that, and every other question an answer as models give it.
+A question that holds "endless", "bomb" or "odd numbers" gets that; other questions get an answer as models give it.
 """
 
 from __future__ import annotations
