@@ -1,6 +1,6 @@
 # `make quick` after each change, `make check` before a merge: that is what CI runs (.ci/run). CONTRIBUTING.md has more.
 .PHONY: quick unit check test system-postgres first-command lint types layers web page format lock upgrade mutants bench \
-	dev
+	hostile dev
 
 # The uv of the README's commands where they have been run, or else that of this machine; the developers' tools with it.
 UV := $(firstword $(wildcard .uv/bin/uv) uv)
@@ -71,6 +71,11 @@ mutants:
 
 bench:
 	$(RUN) anynode bench
+
+# Attacks a node and exits with 1 if that cost more than it may: all attacks, or some (make hostile ATTACK="pings limbo"),
+# or less of everything (make hostile QUICK=1). docs/security-tests.md says what each does.
+hostile:
+	@$(RUN) python -m bench.hostile $(if $(QUICK),--quick) $(ATTACK)
 
 dev:
 	$(UV) run anynode dev

@@ -8,9 +8,7 @@ import gc
 import resource
 import shutil
 import signal
-import sys
 import tempfile
-import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,32 +27,12 @@ from bench.faults import DEFAULT as DEFAULT_FAULTS
 from bench.faults import QUICK as QUICK_FAULTS
 from bench.load import LoadError
 from bench.measures import DEFAULT, MEASURES, QUICK, Scale
+from bench.progress import Progress
 from bench.report import Figure, lines, table
 from bench.servers import SIDES, Bench, Side
 
 REASON_SHOWN_MAX: Final = 500  # characters of the reason why a measurement failed
 LOG_SHOWN_MAX: Final = 2000  # characters of its server's log, from the beginning
-
-
-class Progress:
-    """One line that says what is being measured; on a terminal it replaces itself."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-        self._step = 0
-        self._started = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-
-    def step(self, text: str) -> None:
-        """Show that the next step begins."""
-        self._step += 1
-        said = f"[{self._step}/{self._steps}] {time.monotonic() - self._started:4.0f} s  {text}"
-        click.echo(f"\r\x1b[K{said}" if self._is_terminal else said, err=True, nl=not self._is_terminal)
-
-    def clear(self) -> None:
-        """Erase the line."""
-        if self._is_terminal:
-            click.echo("\r\x1b[K", err=True, nl=False)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -29,8 +29,8 @@ from anynode.models.database import Database
 from anynode.models.migrate import tortoise_config
 from anynode.models.tables import Message
 from anynode.server.dev.embedded_postgres import EmbeddedPostgres, embedded_postgres
-from bench.__main__ import Progress
 from bench.load import LoadError
+from bench.progress import Progress
 from bench.report import Spread
 from bench.servers import Bench
 

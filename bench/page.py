@@ -20,9 +20,9 @@ from playwright.async_api import Browser, Page, ViewportSize, async_playwright
 
 from anynode.server.api.page import DIRECTORY
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from bench.__main__ import Progress
 from bench.agents import MARKDOWN
 from bench.load import LoadError
+from bench.progress import Progress
 from bench.servers import Bench, Server
 from tests.kit.browser import FLAGS
 

@@ -17,8 +17,8 @@ import asyncpg
 import click
 
 from anynode.server.dev.embedded_postgres import embedded_postgres
-from bench.__main__ import Progress
 from bench.load import LoadError
+from bench.progress import Progress
 from bench.servers import USER, Bench, Server
 from tests.agents.stock import AGENT
 from tests.kit.npm import RegistryUnreachable, Script, ScriptError, install

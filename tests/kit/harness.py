@@ -24,6 +24,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from anynode.server.auth import make_token
 
+CODE = Path(__file__).parents[2]  # this checkout
 SECRET = secrets.token_urlsafe(48)
 # Most tests do with one user, in seconds, what takes a person a day.
 NO_USER_LIMITS = {
@@ -53,6 +54,11 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def python_of(code: Path) -> str:
+    """The Python that runs a checkout: this one for this checkout, and that of its `.venv` for another."""
+    return sys.executable if code == CODE else str(code / ".venv" / "bin" / "python")
 
 
 class NodeProcess:
@@ -135,8 +141,12 @@ def running_node(
     *,
     port: int | None = None,
     until: str = "/readyz",
+    code: Path = CODE,
 ) -> Iterator[NodeProcess]:
-    """A node that is ready, or whatever else `until` asks; stopped, or killed where it does not stop, at the end."""
+    """A node that is ready, or whatever else `until` asks; stopped, or killed where it does not stop, at the end.
+
+    `code` is the checkout that runs, this one by default; another one runs with the Python of its `.venv`.
+    """
     port = port or free_port()
     log = directory / f"node-{port}-{uuid.uuid4().hex[:6]}.log"
     inherited = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "LANG") if name in os.environ}
@@ -149,11 +159,11 @@ def running_node(
         "DRAIN_SECONDS": "1",
         "CONNECTIONS_MAX": "5000",  # for which the limit of open files is high enough on any machine
         **NO_USER_LIMITS,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(code),
     }
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "anynode.server.cli", "serve"],
+            [python_of(code), "-m", "anynode.server.cli", "serve"],
             env={**inherited, **settings, **(environment or {})},
             stdin=subprocess.DEVNULL,
             stdout=output,
