@@ -42,7 +42,8 @@ class RunningTurns:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __len__(self) -> int:
-        return len(self._turns)
+        # Those that may be about to run count: of many admissions at once, all would find the same room otherwise.
+        return len(self._turns) + len(self._to_start)
 
     def get(self, turn_id: UUID) -> TurnRunner | None:
         """Return the turn, or None if it does not run here."""

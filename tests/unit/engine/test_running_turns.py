@@ -93,6 +93,12 @@ async def test_a_turn_is_known_from_its_start_to_the_commit_of_its_end(world: Wo
     assert metrics.turns_running._value.get() == before
 
 
+async def test_turns_that_may_be_about_to_run_count_among_those_that_do(world: World) -> None:
+    with world.turns.starting(TURN):
+        assert len(world.turns) == 1
+    assert len(world.turns) == 0
+
+
 async def test_a_turn_writes_under_its_epoch_behind_what_is_committed(world: World) -> None:
     running = world.start(epoch=3)
     assert running.epoch == 3
