@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Final
 
 from anynode import AgentEvent, TextDelta, Turn
 
 AGENT: Final = "tests.agents.measuring:measure"
+# What is in use is counted: memory that the process has for it is not the same in two runs.
+ENVIRONMENT: Final = {"AGENT": AGENT, "PYTHONTRACEMALLOC": "1"}
 COUNTED: Final = ("AnynodeConnection", "AiSdkConnection", "Snapshot", "ApiRequest")
 
 
@@ -25,12 +26,6 @@ async def measure(turn: Turn) -> AsyncIterator[AgentEvent]:
         gc.disable()
     else:
         gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
     found = Counter(type(each).__name__ for each in gc.get_objects())
-    yield TextDelta(json.dumps({"kib": resident_kib(), **{name: found[name] for name in COUNTED}}))
-
-
-def resident_kib() -> int:
-    """Return how much memory this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4
+    kib = tracemalloc.get_traced_memory()[0] // 1024
+    yield TextDelta(json.dumps({"kib": kib, **{name: found[name] for name in COUNTED}}))

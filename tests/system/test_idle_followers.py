@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 
-from tests.agents.measuring import AGENT
+from tests.agents.measuring import ENVIRONMENT
 from tests.agents.scripted import eventually
 from tests.kit.harness import NodeProcess, Socket, running_node, socket_to, sql, text_of
 from tests.kit.rest import rest_to
 
-FOLLOWERS = 90
+FOLLOWERS = 100
 IDLE_KIB_MAX = 40
 LARGE = 64_000  # characters of a message; a snapshot has 2 MiB of them
 
 
 @pytest.fixture(scope="module")
 def node(module_database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    with running_node(module_database_url, tmp_path_factory.mktemp("node"), {"AGENT": AGENT}) as node:
+    with running_node(module_database_url, tmp_path_factory.mktemp("node"), ENVIRONMENT) as node:
         yield node
 
 
@@ -80,8 +80,9 @@ async def test_a_follower_that_was_shown_a_snapshot_keeps_nothing_of_it(
 ) -> None:
     conversation_id = await conversation_of(module_database_url, user, 200, 2000)
     async with meter_of(node) as meter, AsyncExitStack() as stack:
-        for _ in range(FOLLOWERS // 3):  # what the first ones cost is there only once
+        for _ in range(FOLLOWERS // 5):  # what the first ones cost is there only once
             await follow(stack, node, user, conversation_id)
+        await meter.read()
         before = await meter.read()
         for _ in range(FOLLOWERS):
             await follow(stack, node, user, conversation_id)

@@ -251,6 +251,7 @@ async def test_a_snapshot_of_a_conversation_without_anything(nodes: Nodes, user:
                 "messages": [],
                 "turn": None,
                 "seq": 0,
+                "has_older": False,
             }
             assert await events.next() == (0, empty)
             (await rest.proceed(id, QUICK)).expect(200)
