@@ -33,18 +33,22 @@ class LimitsInForce:
     json: str | None
 
 
-@lru_cache(maxsize=1024)  # there are few kinds of users
 def limits_in_force(limits: UserLimits | None, settings: Settings) -> LimitsInForce:
     """Return the limits for the turns of a user, and for what the user stores. There are none for code in this process
     (None)."""
     if limits is None:
         return LimitsInForce({}, None)
+    return _in_force(limits, settings.conversations_per_user_max, settings.messages_per_user_bytes_max)
+
+
+@lru_cache(maxsize=1024)  # there are few kinds of users
+def _in_force(limits: UserLimits, conversations_max: int, bytes_max: int) -> LimitsInForce:
     every = {
         "turns_per_user_max": limits.turns,
         "turns_per_user_per_minute": limits.turns_per_minute,
         "tokens_per_user_per_day": limits.tokens_per_day,
-        "conversations_per_user_max": settings.conversations_per_user_max,
-        "messages_per_user_bytes_max": settings.messages_per_user_bytes_max,
+        "conversations_per_user_max": conversations_max,
+        "messages_per_user_bytes_max": bytes_max,
     }
     by_name = {name: limit for name, limit in every.items() if limit > 0}
     return LimitsInForce(by_name, encode(by_name) if by_name else None)
