@@ -16,10 +16,10 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import asyncpg
 
+from anynode.models.database_url import normalise_url, says_pooled
 from anynode.models.postgres_errors import describe
 from anynode.models.queries import Bound
 from anynode.models.shares import Shares, share_of
@@ -49,47 +49,9 @@ _AWAY: tuple[type[BaseException], ...] = (*UNAVAILABLE, asyncpg.InvalidAuthoriza
 
 _LAST_WORDS = (asyncpg.OperatorInterventionError, asyncpg.PostgresConnectionError)
 
-# Parameters of a URL that are meant for other clients (or for `says_pooled`), and that asyncpg would take for server
-# settings.
-_FOREIGN_PARAMETERS = frozenset(
-    {
-        *("channel_binding", "gssencmode", "tcp_user_timeout"),
-        *("connect_timeout", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval"),
-        *("connection_limit", "pgbouncer", "pool_mode", "pool_timeout", "schema", "socket_timeout"),
-        *("prepared_statements", "statement_cache_size"),
-    }
-)
-
 
 class Unavailable(Exception):
     """Postgres could not be reached, or did not answer, in the time given; the message says why."""
-
-
-class BadDatabaseUrl(ValueError):
-    """The URL is not that of a Postgres database; the message says why."""
-
-
-def normalise_url(url: str) -> str:
-    """Return `url` in the form that asyncpg takes. Raises BadDatabaseUrl; the message never shows the password."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        # The error itself would show a part of the URL, which may be the password.
-        raise BadDatabaseUrl("it cannot be read as a URL; percent-encode the user and the password") from None
-    if parts.scheme not in ("postgres", "postgresql"):
-        raise BadDatabaseUrl("it must begin with postgresql://")  # what it begins with may be a password
-    parameters = parse_qsl(parts.query, keep_blank_values=True)
-    kept = [(name, value) for name, value in parameters if name not in _FOREIGN_PARAMETERS]
-    if not parts.path.strip("/") and not {"dbname", "database"} & {name for name, _ in kept}:
-        raise BadDatabaseUrl("it names no database: add /name")
-    return urlunsplit(("postgresql", parts.netloc, parts.path, urlencode(kept), ""))
-
-
-def says_pooled(url: str) -> bool:
-    """Return whether a parameter of the URL says that there is a pooler behind which prepared statements are lost."""
-    parameters = dict(parse_qsl(urlsplit(url).query))
-    return parameters.get("pgbouncer", "").lower() == "true" or parameters.get("statement_cache_size") == "0"
 
 
 def _nothing() -> None:
@@ -268,6 +230,8 @@ class _PoolLine:
         self._shares = Shares(share_max)
         self._loop = asyncio.get_running_loop()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asked = 0  # statements whose callers wait
+        self._is_quiet = asyncio.Event()
 
     async def run(
         self,
@@ -277,7 +241,23 @@ class _PoolLine:
         on_sent: Callable[[], object] = _nothing,
         user_id: str | None = None,
     ) -> list[asyncpg.Record]:
-        deadline = self._loop.time() + seconds
+        self._asked += 1
+        self._is_quiet.clear()
+        try:
+            return await self._run(sql, arguments, self._loop.time() + seconds, on_sent, user_id)
+        finally:
+            self._asked -= 1
+            if not self._asked:
+                self._is_quiet.set()
+
+    async def _run(
+        self,
+        sql: str,
+        arguments: Sequence[Any],
+        deadline: float,
+        on_sent: Callable[[], object],
+        user_id: str | None,
+    ) -> list[asyncpg.Record]:
         if user_id is not None and not self._shares.take_now(user_id):
             try:
                 async with asyncio.timeout_at(deadline):
@@ -328,6 +308,9 @@ class _PoolLine:
                 self._shares.give(user_id)
 
     async def close(self) -> None:
+        # The pool waits for connections that are in use. These statements may not have theirs yet.
+        if self._asked:
+            await self._is_quiet.wait()
         await self._pool.close()
 
     def terminate(self) -> None:

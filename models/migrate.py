@@ -12,7 +12,7 @@ from tortoise.migrations.executor import MigrationExecutor
 from tortoise.migrations.schema_editor import AsyncpgSchemaEditor
 from tortoise.transactions import in_transaction
 
-from anynode.models.database import normalise_url
+from anynode.models.database_url import normalise_url
 from anynode.models.schema_version import APP, OPTIONS
 
 _LOCK = 0x616E796E6F6465  # "anynode"

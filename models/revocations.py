@@ -11,7 +11,8 @@ from typing import Final
 
 import asyncpg
 
-from anynode.models.database import Database, normalise_url
+from anynode.models.database import Database
+from anynode.models.database_url import normalise_url
 from anynode.models.queries import Bound, bind
 from anynode.models.schema_version import OPTIONS
 

@@ -8,7 +8,8 @@ from typing import Any, Final
 import asyncpg
 
 from anynode.models import migrations
-from anynode.models.database import Unavailable, normalise_url
+from anynode.models.database import Unavailable
+from anynode.models.database_url import normalise_url
 
 APP: Final = "models"  # Tortoise's label of our migrations
 OPTIONS: Final[dict[str, Any]] = {"timeout": 10, "statement_cache_size": 0}  # see `database._Source`

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import asyncpg
 import click
 
-from anynode.models.database import BadDatabaseUrl, Database, Unavailable, normalise_url
+from anynode.models.database import Database, Unavailable
+from anynode.models.database_url import BadDatabaseUrl, normalise_url
 from anynode.models.postgres_errors import describe
 from anynode.models.schema_version import SchemaBehind, check_schema
 from anynode.server.errors import ConfigurationError

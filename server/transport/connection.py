@@ -178,6 +178,7 @@ class Connection:
             await self._end_tasks()
             if self._session is not None:
                 self._session.close()
+                self._session = None  # it holds a method of this connection
 
     # The handshake.
 

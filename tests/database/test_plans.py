@@ -350,7 +350,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "measure_stored": ({"user_id": "user0"}, {"conversations": 200, "messages": 20_000, "user_usage": 4}),
     "revoke": ({"user_hash": GONE}, {"revocations": 2}),
     "read_revocations": ({"after": GONE, "rows_max": 100}, {"revocations": 100}),
-    "forget_revocations": ({"after_seconds": 0.0}, {}),
+    "forget_revocations": ({"after_seconds": 0.0}, {"revocations": 1}),
     "stop_turns": ({"user_id": "user0"}, {"turns": 220, "conversations": 310}),
     "delete_user": ({"user_id": "idle7"}, {"users": 1, "tickets": 25, "user_usage": 2, "revocations": 2}),
 }

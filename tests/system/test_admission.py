@@ -375,7 +375,7 @@ async def test_what_a_failed_turn_said_is_seen(start_node: StartNode, user: str)
 
 # A long history.
 
-HISTORY_QUERY = re.compile(r"FROM \((SELECT m\.role.*?LIMIT p_messages_max)\) h", re.DOTALL)
+HISTORY_QUERY = re.compile(r"FROM \((SELECT m\.position.*?LIMIT p_messages_max)\) n", re.DOTALL)
 
 
 async def test_the_history_of_10_000_messages_is_read_by_an_index_scan_with_a_limit(
@@ -385,7 +385,7 @@ async def test_the_history_of_10_000_messages_is_read_by_an_index_scan_with_a_li
     connection = await asyncpg.connect(database_url)
     try:
         await connection.execute("ANALYZE")
-        source = await connection.fetchval("SELECT prosrc FROM pg_proc WHERE proname = 'anynode_history'")
+        source = await connection.fetchval("SELECT prosrc FROM pg_proc WHERE proname = 'anynode_read_history'")
         found = HISTORY_QUERY.search(source)
         assert found is not None
         statement = found[1].replace("p_conversation_id", f"'{conversation_id}'").replace("p_messages_max", "200")

@@ -18,6 +18,7 @@ from anynode.server.settings import Settings
 from anynode.server.transport.bounded_http import BoundedHttp
 from anynode.server.transport.bounded_websocket import BoundedWebSocket
 from anynode.server.transport.connection import Connection
+from anynode.server.transport.shares import Shares
 from tests.kit.listening import PATIENCE_SECONDS, RawSocket, connected, echo, frame, listening, raw_socket
 from tests.kit.turns import node_with
 
@@ -68,7 +69,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await echo(scope, receive, send)
         return
     tokens = cast(Authenticator, Tokens())
-    await Api(Settings(), node_with(), tokens, scope, receive, send, refusal=None).run()
+    await Api(Settings(), node_with(), tokens, Shares(Settings()), scope, receive, send, refusal=None).run()
 
 
 @pytest_asyncio.fixture

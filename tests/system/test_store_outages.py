@@ -142,7 +142,9 @@ async def test_a_login_and_a_database_that_are_not_there_are_configuration_error
     stranger = postgres_url.replace("postgresql://", "postgresql://nobody_knows:secret@", 1)
     stranger = stranger if stranger.count("@") == 1 else "@".join((stranger.split("@")[0], stranger.split("@")[-1]))
     for url in (stranger, with_database(postgres_url, "not_there")):
-        with pytest.raises(ConfigurationError, match=r"^Postgres cannot be used at the Store's URL: .*not exist$"):
+        with pytest.raises(
+            ConfigurationError, match=r"^Postgres cannot be used at the Store's URL: .*not exist \(SQLSTATE \w{5}\)$"
+        ):
             async with Store(url):
                 pass
 

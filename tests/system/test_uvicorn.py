@@ -35,7 +35,7 @@ ADDED: Final = {
         *("_is_authenticated", "_is_awaited", "_headers", "_budget", "_input", "_offset", "_wait", "_part_bytes"),
         *("_held_bytes", "_message_began", "_message_timer", "_refuse_handshake", "_lift_first_bounds", "_read_on"),
         *("_is_held_up", "_go_on", "_pause_or_resume", "_count_part", "_check_message", "_hold", "_drop_input"),
-        *("_fail", "_linger"),
+        *("_fail", "_linger", "_wait_writable"),
     },
     BoundedHttp: {
         *("cut_off", "_peers", "_head_timer", "_is_in_head", "_is_upgraded", "_loose_bytes", "_is_idle", "_drop"),

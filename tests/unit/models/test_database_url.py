@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anynode.models.database import BadDatabaseUrl, normalise_url, says_pooled
+from anynode.models.database_url import BadDatabaseUrl, normalise_url, says_pooled
 
 
 @pytest.mark.parametrize(
