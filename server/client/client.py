@@ -153,6 +153,10 @@ class Client:
                         self._on_status(f"{frame['message']} ({frame['code']})")
                         if frame["code"] == "conversation_busy":
                             raise Refused(frame["code"], frame["message"])
+                        wait_seconds = frame.get("retry_after_ms", 0) / 1000  # with `rate_limited`
+                        if loop.time() + wait_seconds > give_up_at:
+                            raise Refused(frame["code"], frame["message"])
+                        pause = max(pause, wait_seconds)
                         break
                     seq, conversation_id = frame.get("seq"), frame.get("conversation_id")
                     if seq is not None and conversation_id is not None:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from anynode import Client, Refused
 from tests.agents.scripted import Strings, eventually, script_of
 from tests.kit.ai_sdk import new_id
-from tests.kit.harness import Frame, NodeProcess, Socket, running_node, socket_to, sql
+from tests.kit.harness import Frame, NodeProcess, Socket, running_node, socket_to, sql, token_for
 from tests.kit.rest import Rest, rest_to
 
 Nodes = Sequence[NodeProcess]
@@ -205,6 +206,21 @@ async def test_every_api_tells_of_a_limit_in_its_own_terms(
         assert reply.headers["Retry-After"] == "1"
     assert (await rest.messages(conversation_id)) == []
     strings.open(gate)
+
+
+async def test_the_client_waits_as_long_as_it_is_told_to_or_says_that_this_is_too_long(
+    module_database_url: str, nodes: Nodes, sockets: list[Socket], user: str
+) -> None:
+    for _ in range(PER_MINUTE):
+        await sockets[0].answer(script_of(["text", "hello"]))
+    question = script_of(["text", "at last"])
+    async with Client([nodes[1].ws], token_for(user), patience_seconds=30) as client:
+        with pytest.raises(Refused, match=r"begin within a minute; try again in \d+ s. \(rate_limited\)"):
+            await anext(client.send(question))
+        soon = "UPDATE user_usage SET minute_started_at = clock_timestamp() - interval '59.5 s' WHERE user_id = $1"
+        await sql(module_database_url, soon, user)
+        frames = [frame async for frame in client.send(question)]
+    assert frames[-1]["message"]["content"] == "at last"
 
 
 async def test_what_is_stored_has_a_quota_and_deleting_makes_room(
