@@ -130,8 +130,10 @@ BEGIN
             first_seq := v_seq + 1;
         ELSE
             -- The same message was admitted at the same instant elsewhere; it is committed by now.
-            IF v_is_counted THEN
-                UPDATE user_usage u SET minute_turns = greatest(u.minute_turns - 1, 0) WHERE u.user_id = p_user_id;
+            IF v_is_counted AND NOT EXISTS (SELECT FROM turns t WHERE t.id = p_turn_id) THEN
+                UPDATE user_usage u
+                SET minute_turns = greatest(u.minute_turns - 1, 0), running = array_remove(u.running, p_turn_id)
+                WHERE u.user_id = p_user_id;
             END IF;
             IF p_conversation_id IS NULL AND NOT v_is_repeated THEN
                 DELETE FROM conversations WHERE id = v_conversation_id;
