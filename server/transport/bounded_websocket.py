@@ -37,7 +37,7 @@ logger = logging.getLogger("anynode.websocket")
 FRAGMENTS_MAX: Final = 1024  # pieces of one message; smaller ones would cost far more memory than their bytes
 WRITE_BUFFER_MAX: Final = 1_048_576  # bytes; past it a peer that pings but never reads is dropped
 LINGERING_SECONDS: Final = 1.0  # how long a peer may take to read why its connection fails …
-LINGERING_BYTES_MAX: Final = 16_777_216  # … and what it may send in the meantime
+LINGERING_BYTES_MAX: Final = 1_048_576  # … and how much of what it sends meanwhile is read and dropped
 CLOSE_SECONDS_MAX: Final = 5.0  # for a peer to answer a close frame …
 FIRST_CLOSE_SECONDS_MAX: Final = 1.0  # … and for one that has not authenticated: it is counted no more
 MESSAGE_SECONDS_MAX: Final = 30.0  # for a message to come whole
@@ -140,7 +140,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
         elif self.is_lingering:
             self.lingered_bytes += len(data)
             if self.lingered_bytes > LINGERING_BYTES_MAX:
-                self.transport.abort()
+                self._pause_or_resume(True)
         else:
             self._input = self._input[self._offset :] + data if self._input else data
             self._offset = 0
