@@ -15,29 +15,36 @@ CREATE OR REPLACE FUNCTION anynode_read_history(
     OUT tool_calls jsonb[], OUT tool_names text[], OUT tool_call_ids text[], OUT is_cut boolean
 ) LANGUAGE plpgsql STABLE AS $function$
 DECLARE
-    v_count integer;
+    v_bytes bigint;
+    v_messages_max integer := p_messages_max;
     v_first integer;
 BEGIN
+    SELECT sum(octet_length(n.content) + coalesce(pg_column_size(n.tool_calls), 0)) INTO v_bytes
+    FROM (SELECT m.content, m.tool_calls FROM messages m
+          WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
+          ORDER BY m.position DESC LIMIT p_messages_max) n;
+    IF v_bytes > 2097152 THEN -- asked first, as a running sum of all histories would double their cost
+        SELECT count(*), min(c.position) INTO v_messages_max, v_first
+        FROM (SELECT n.position, sum(n.bytes) OVER newest_first AS bytes, row_number() OVER newest_first AS number
+              FROM (SELECT m.position, octet_length(m.content) + coalesce(pg_column_size(m.tool_calls), 0) AS bytes
+                    FROM messages m WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
+                    ORDER BY m.position DESC LIMIT p_messages_max) n
+              WINDOW newest_first AS (ORDER BY n.position DESC)) c
+        WHERE c.bytes <= 2097152 OR c.number <= 2;
+        is_cut := EXISTS (
+            SELECT FROM messages m
+            WHERE m.conversation_id = p_conversation_id AND m.position < v_first AND m.status <> 'superseded'
+                AND m.role <> 'system');
+    END IF;
     SELECT array_agg(h.role), array_agg(h.content),
            CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.status) END,
            CASE WHEN bool_or(h.status <> 'completed') THEN array_agg(h.turn_id) END,
            CASE WHEN bool_or(h.tool_calls IS NOT NULL) THEN array_agg(h.tool_calls) END,
            CASE WHEN bool_or(h.tool_name IS NOT NULL) THEN array_agg(h.tool_name) END,
-           CASE WHEN bool_or(h.tool_call_id IS NOT NULL) THEN array_agg(h.tool_call_id) END,
-           count(*), min(h.position)
-    INTO roles, contents, statuses, turn_ids, tool_calls, tool_names, tool_call_ids, v_count, v_first
-    FROM (
-        SELECT n.*, sum(octet_length(n.content) + coalesce(pg_column_size(n.tool_calls), 0)) OVER newest_first AS bytes,
-               row_number() OVER newest_first AS number
-        FROM (SELECT m.position, m.role, m.content, m.status, m.turn_id, m.tool_calls, m.tool_name, m.tool_call_id
-              FROM messages m WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
-              ORDER BY m.position DESC LIMIT p_messages_max) n
-        WINDOW newest_first AS (ORDER BY n.position DESC)
-    ) h
-    WHERE h.bytes <= 2097152 OR h.number <= 2;
-    is_cut := v_count < p_messages_max AND v_first > 1 AND EXISTS (
-        SELECT FROM messages m
-        WHERE m.conversation_id = p_conversation_id AND m.position < v_first AND m.status <> 'superseded'
-            AND m.role <> 'system');
+           CASE WHEN bool_or(h.tool_call_id IS NOT NULL) THEN array_agg(h.tool_call_id) END
+    INTO roles, contents, statuses, turn_ids, tool_calls, tool_names, tool_call_ids
+    FROM (SELECT m.role, m.content, m.status, m.turn_id, m.tool_calls, m.tool_name, m.tool_call_id
+          FROM messages m WHERE m.conversation_id = p_conversation_id AND m.status <> 'superseded'
+          ORDER BY m.position DESC LIMIT v_messages_max) h;
 END
 $function$;

@@ -138,7 +138,7 @@ def mine(**arguments: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "admit": (
         {"user_id": "user1", "conversation_id": id_of("c1"), **QUESTION},
-        {"messages": 30, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
+        {"messages": 45, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "flush": (FLUSH, {"turns": 300}),
     "flush_one": (
@@ -162,7 +162,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
             "history_messages_max": 20,
             **LIMITS,
         },
-        {"messages": 40, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
+        {"messages": 50, "conversations": 5, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "answer": (
         {
@@ -302,7 +302,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "delete_expired_messages": ({"retention_seconds": 99_000.0, "events_max": 20}, {"events": 60}),
     "admit_to_chat": (
         {"user_id": "user1", "client_chat_id": CHAT, "conversation_id": None, **QUESTION},
-        {"messages": 30, "conversations": 8, "turns": 5, "events": 5, "user_usage": 2},
+        {"messages": 45, "conversations": 8, "turns": 5, "events": 5, "user_usage": 2},
     ),
     "find_conversation": (
         {"user_id": "user0", "client_id": f"chat{MINE}", "conversation_id": None},

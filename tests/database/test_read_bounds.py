@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from anynode.models.admissions import read_history
 from anynode.models.conversations import read_snapshot
 from anynode.models.database import READ_BYTES_MAX, Database
 from anynode.models.events import read_events, read_running
@@ -128,3 +129,33 @@ async def test_of_turns_elsewhere_a_large_event_is_read_alone(database: Database
         assert not reading.is_broken
         assert all(event.payload.startswith("{") for event in reading.events)
         after = seqs[-1] if seqs else after
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shown", "is_cut"),
+    [
+        ([], 0, False),
+        ([10, 10, 10], 3, False),
+        ([1_000_000, 1_000_000, 97_152], 3, False),
+        ([1, 1_000_000, 1_000_000, 97_152], 3, True),
+        ([1_000_000, 3_000_000, 3_000_000], 2, True),
+        ([3_000_000], 1, False),
+        ([10] * 30, 20, False),  # the number of messages is the caller's business
+    ],
+)
+async def test_a_history_has_two_mebibytes_and_two_messages_at_least(
+    database: Database, database_url: str, sizes: list[int], shown: int, is_cut: bool
+) -> None:
+    await sql(
+        database_url,
+        """INSERT INTO messages (id, conversation_id, user_id, position, role, content)
+           SELECT gen_random_uuid(), $1, 'ada', number, 'user', repeat('x', size)
+           FROM unnest($2::integer[]) WITH ORDINALITY AS m (size, number)""",
+        MINE,
+        sizes,
+    )
+    found = await read_history(database, MINE, messages_max=20)
+    assert found is not None
+    _, messages, was_cut = found
+    assert [len(message.content) for message in messages] == sizes[len(sizes) - shown :]
+    assert was_cut == is_cut
