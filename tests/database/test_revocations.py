@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -64,11 +65,14 @@ async def test_a_watch_hears_of_a_revocation_once_and_of_its_repetition(database
     first, horizon = await heard(database, None)
     assert first == {}  # what was there before is read apart
     at = await revoke(database, "Ada \N{SNOWMAN}")
-    news, next_horizon = await heard(database, horizon)
+    news, horizon = await heard(database, horizon)
     assert news == {ADA: at}
-    assert await heard(database, next_horizon) == ({}, next_horizon)
+    # Transactions of other databases hold the horizon up, and until they have ended it is heard once more.
+    async with asyncio.timeout(10):
+        while news:
+            news, horizon = await heard(database, horizon)
     later = await revoke(database, "Ada \N{SNOWMAN}")
-    assert (await heard(database, next_horizon))[0] == {ADA: later}
+    assert (await heard(database, horizon))[0] == {ADA: later}
 
 
 async def test_all_revocations_are_read_in_pages(
