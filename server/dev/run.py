@@ -31,8 +31,9 @@ from anynode.server.startup import on_database
 
 DEV_USER: Final = "dev"
 TOKEN_SECONDS: Final = 7 * 86_400
-# Shorter than for production: a developer who has killed a node waits to see the answer go on.
-SHORTER: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2"}
+# Less than for production: a developer who has killed a node waits to see the answer go on, and may have a limit of open
+# files that is too low for thousands of connections.
+LESS: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2", "CONNECTIONS_MAX": "1000"}
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Pages of other people's development servers that may connect.
 DEV_ORIGINS: Final = ",".join(f"http://{host}:{port}" for host in ("localhost", "127.0.0.1") for port in (3000, 5173))
@@ -78,7 +79,7 @@ def run_dev(environment: Mapping[str, str], *, nodes: int, data_directory: Path)
             shared = {
                 "ALLOWED_ORIGINS": DEV_ORIGINS,
                 **environment,
-                **{name: environment.get(name) or seconds for name, seconds in SHORTER.items()},
+                **{name: environment.get(name) or value for name, value in LESS.items()},
                 "HOST": host,
                 "DATABASE_URL": database_url,
                 **({} if settings.jwt_jwks_url else {"JWT_SECRET": secret}),
