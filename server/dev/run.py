@@ -31,8 +31,8 @@ from anynode.server.startup import on_database
 
 DEV_USER: Final = "dev"
 TOKEN_SECONDS: Final = 7 * 86_400
-# Less than for production: a developer who has killed a node waits to see the answer go on, and may have a limit of open
-# files that is too low for thousands of connections.
+# Less than for production: a developer who has killed a node waits to see the answer go on, and a usual limit of open
+# files is too low for thousands of connections.
 LESS: Final = {"DRAIN_SECONDS": "1", "LEASE_SECONDS": "2", "CONNECTIONS_MAX": "1000"}
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Pages of other people's development servers that may connect.
