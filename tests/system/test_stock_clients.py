@@ -390,6 +390,7 @@ async def test_chats_that_share_a_websocket_stream_side_by_side(world: World, us
         balancer.drop()
         await other.until(received="(start)")
         await other.until(status="streaming")
+        await other.until(characters=len("a beginning"))  # what is stopped before shows nothing of it
         await other.stop()
         await world.assert_whole(user, tab, await tab.settled())
         await world.until_turn(user, other.chat_id, "cancelled")
