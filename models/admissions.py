@@ -63,9 +63,9 @@ class Admission:
     question was to be answered again, `not_last`, or `answered` where the last message was to be answered and is no
     question; or `rate_limited`, with the `reached` limit.
 
-    `turn_id` is the question's turn, or the turn that keeps the conversation busy. `first_seq` is the seq of
-    the turn's first event, None when its events have been deleted. With `role_order`, `last_role` is the role of the
-    last message. `client_message_id` is the id of a question that was there before its turn.
+    `turn_id` is the question's turn, or the turn that keeps the conversation busy. `first_seq` is the seq of the turn's
+    first event, None when its events have been deleted. With `role_order`, `last_role` is the role of the last message.
+    `client_message_id` is the id of a question that was there before its turn.
     """
 
     outcome: str

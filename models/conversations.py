@@ -1,4 +1,4 @@
-"""Conversations: reading a snapshot, and their rows: made, listed, set, deleted."""
+"""Conversations: reading a snapshot, and their rows: made, set, deleted."""
 
 from __future__ import annotations
 

@@ -303,7 +303,7 @@ class _PoolLine:
             if not answered.done():
                 answered.set_exception(error)
         finally:
-            del answered  # as in `run`
+            del answered  # as in `_run`
             if user_id is not None:
                 self._shares.give(user_id)
 

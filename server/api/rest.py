@@ -78,9 +78,9 @@ class Rest:
         fields = self._fields(request.body)
         client_id = fields.pop("client_id")
         if client_id is None:
-            conversation, is_new = (
-                await self._node.conversations.create(request.user_id, limits=request.identity.limits, **fields),
-                True,
+            is_new = True
+            conversation = await self._node.conversations.create(
+                request.user_id, limits=request.identity.limits, **fields
             )
         else:
             conversation, is_new = await self._node.conversations.get_or_create(

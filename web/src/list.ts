@@ -28,7 +28,7 @@ export function createList(api: Api) {
   const state = createStore<ListState>({ conversations: [], search: '', next: null, status: 'loading' });
   let asked = 0; // an answer that was overtaken is of no use
   let wanted = 1; // how many are to be shown, if there are so many
-  let pagesMax = PAGES_AT_ONCE; // how many may be asked for; whoever wants more waits for more
+  let pagesMax = PAGES_AT_ONCE; // how many may be asked for; "Show more" allows more
   let typing: ReturnType<typeof setTimeout> | undefined;
 
   /** Read so many, at the least, from the first one on. */
