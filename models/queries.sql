@@ -266,21 +266,15 @@ FROM found LEFT JOIN room ON true LEFT JOIN (
 SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
 WHERE id = :conversation_id AND user_id = :user_id;
 
--- name: list_conversations
--- List a user's conversations, newest activity first: those whose titles contain a text, or all (null). The newest
--- `looked_at_max` are looked at. Where a search finds fewer than `conversations_max` in as many titles, the last row is
--- not listed, and is the place of the last title. `bytes` are those of the prompts and metadata up to and with the row;
--- the row that fills `bytes_max` is the last one.
-WITH found AS MATERIALIZED (
+-- fragment: listed
+-- List those of the conversations `looked_at` whose titles contain a text, or all (null). Where a search has not found
+-- enough of them, add a row that is not listed: the place of the last title that it has looked at.
+found AS MATERIALIZED (
     SELECT * FROM (
         SELECT *, sum(own_bytes) OVER (ORDER BY updated_at DESC, id DESC ROWS UNBOUNDED PRECEDING) AS bytes
         FROM (
             SELECT *, coalesce(octet_length(system_prompt), 0) + octet_length(metadata::text) AS own_bytes
-            FROM (
-                SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-                WHERE user_id = :user_id
-                ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
-            ) looked_at
+            FROM looked_at
             WHERE :search::text IS NULL OR strpos(lower(title), lower(:search)) > 0
             ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip
         ) matching
@@ -292,43 +286,33 @@ FROM found
 UNION ALL
 SELECT false, id, NULL, NULL, NULL, NULL, NULL, NULL, updated_at, NULL
 FROM (
-    SELECT id, updated_at FROM conversations
-    WHERE user_id = :user_id
+    SELECT id, updated_at FROM looked_at
     ORDER BY updated_at DESC, id DESC OFFSET :looked_at_max::bigint - 1 LIMIT 1
 ) last_looked_at
 WHERE :search IS NOT NULL AND (SELECT count(*) FROM found) < :conversations_max
 ORDER BY is_listed DESC, updated_at DESC, id DESC;
 
+-- name: list_conversations
+-- List a user's conversations, newest activity first: those whose titles contain a text, or all (null). The newest
+-- `looked_at_max` are looked at. Where a search finds fewer than `conversations_max` in as many titles, the last row is
+-- not listed, and is the place of the last title. `bytes` are those of the prompts and metadata up to and with the row;
+-- the row that fills `bytes_max` is the last one.
+WITH looked_at AS NOT MATERIALIZED (
+    SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
+    WHERE user_id = :user_id
+    ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
+),
+-- include: listed
+
 -- name: list_conversations_before
 -- List a user's conversations as `list_conversations` does, from a place in the list on. It is as fast far down as at
 -- the top.
-WITH found AS MATERIALIZED (
-    SELECT * FROM (
-        SELECT *, sum(own_bytes) OVER (ORDER BY updated_at DESC, id DESC ROWS UNBOUNDED PRECEDING) AS bytes
-        FROM (
-            SELECT *, coalesce(octet_length(system_prompt), 0) + octet_length(metadata::text) AS own_bytes
-            FROM (
-                SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
-                WHERE user_id = :user_id AND (updated_at, id) < (:before_updated_at, :before_id)
-                ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
-            ) looked_at
-            WHERE :search::text IS NULL OR strpos(lower(title), lower(:search)) > 0
-            ORDER BY updated_at DESC, id DESC LIMIT :conversations_max OFFSET :skip
-        ) matching
-    ) counted
-    WHERE bytes - own_bytes < :bytes_max
-)
-SELECT true AS is_listed, id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at, bytes
-FROM found
-UNION ALL
-SELECT false, id, NULL, NULL, NULL, NULL, NULL, NULL, updated_at, NULL
-FROM (
-    SELECT id, updated_at FROM conversations
+WITH looked_at AS NOT MATERIALIZED (
+    SELECT id, client_id, title, system_prompt, metadata, last_seq, created_at, updated_at FROM conversations
     WHERE user_id = :user_id AND (updated_at, id) < (:before_updated_at, :before_id)
-    ORDER BY updated_at DESC, id DESC OFFSET :looked_at_max::bigint - 1 LIMIT 1
-) last_looked_at
-WHERE :search IS NOT NULL AND (SELECT count(*) FROM found) < :conversations_max
-ORDER BY is_listed DESC, updated_at DESC, id DESC;
+    ORDER BY updated_at DESC, id DESC LIMIT :looked_at_max
+),
+-- include: listed
 
 -- name: update_conversation
 -- Set each field whose flag is true, if the user may store it: else the limit is named. `updated_at` stays: it is the
